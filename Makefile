@@ -1,0 +1,34 @@
+# Everything is set up in .venv, from nothing but Python 3.11 and make.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test bench lint lock clean
+
+demo: .venv/.demo
+	$(BIN)/fullfield demo
+
+test: .venv/.test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and by itself: with an open range pip may take a build for GPUs that is gigabytes larger.
+.venv/.demo: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[test]"
+	touch $@
+
+# After a change of pyproject.toml: install what it asks for, then write down what was installed.
+lock: .venv/.test
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' > requirements.lock
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

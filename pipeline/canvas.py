@@ -1,0 +1,291 @@
+"""The growing output of one slide: class labels and probabilities as a pyramid of shards, written tile by tile.
+
+    segmentation.ome.zarr            OME-NGFF 0.5, Zarr v3
+    |-- 0, 1, 2, ...                 probabilities (c, y, x) uint8: round(255 p); 0 where not examined
+    `-- labels/classes/0, 1, 2, ...  class index (y, x) uint8; IGNORED where not examined
+
+One tile of the slide is one shard, and so one file, of each array. Tiles are written by many processes at once and need
+no lock. A tile is done when its label shard exists: nothing else is state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.classes import IGNORED, Classes
+from pipeline.errors import CanvasError
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
+from pipeline.shards import ZSTD_LEVEL, Place, ShardedArray
+
+if TYPE_CHECKING:
+    import zarr
+
+_LABELS = "labels/classes"
+_LARGEST_CHUNK, _SMALLEST_CHUNK = 512, 64  # pixels
+_LARGEST_BLOCK = 1024  # pixels
+_ROUNDING = 1e-3  # by which a probability of half precision may pass 1
+_SMALLEST_LEVEL = 512  # pixels: the pyramid ends with the first level that is no longer than this
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The output of one slide, on disk at `path`, in pixels of `lattice`; tiles are squares of `write_size` pixels."""
+
+    path: Path
+    lattice: Lattice
+    classes: Classes
+    write_size: int
+
+    @cached_property
+    def levels(self) -> tuple[Lattice, ...]:
+        """The lattices of the pyramid, finest first; each pixel of a level covers 2 x 2 of the level before it."""
+        levels = [self.lattice]
+        while max(levels[-1].shape) > _SMALLEST_LEVEL:
+            last = levels[-1]
+            mpp = Mpp(2 * last.mpp.x, 2 * last.mpp.y)
+            levels.append(Lattice((last.width + 1) // 2, (last.height + 1) // 2, mpp))
+        return tuple(levels)
+
+    @cached_property
+    def chunk(self) -> int:
+        """Side of the squares that are compressed one by one, in pixels; it divides `write_size`."""
+        return _largest_divisor(self.write_size, _LARGEST_CHUNK, _SMALLEST_CHUNK)
+
+    def write(self, roi: Roi, probabilities: np.ndarray) -> None:
+        """Write one tile: its probabilities, then the class of highest probability (the first, where two are equal).
+
+        `roi` is a square of `write_size` pixels at a multiple of it, cut at the right and lower edge of the lattice;
+        `probabilities` is (classes, rows, columns) float32, 0 to 1.
+        Raises CanvasError where they are not numbers from 0 to 1.
+        """
+        place = (roi.y // self.write_size, roi.x // self.write_size)
+        if not roi.area or self.tile_roi(place) != roi or probabilities.shape != (len(self.classes), *roi.shape):
+            raise ValueError(f"{roi} with probabilities of shape {probabilities.shape} is no tile of {self.path}")
+        likelihoods, labels = self.probability_shards(0), self.label_shards(0)
+        likelihood_chunks, label_chunks = {}, {}
+        for y in range(0, roi.height, self.chunk):
+            for x in range(0, roi.width, self.chunk):
+                levels, winners = self._quantise(probabilities[:, y : y + self.chunk, x : x + self.chunk])
+                likelihood_chunks[y // self.chunk, x // self.chunk] = likelihoods.encode(levels)
+                label_chunks[y // self.chunk, x // self.chunk] = labels.encode(winners)
+        likelihoods.store(place, likelihood_chunks)
+        labels.store(place, label_chunks)
+
+    def is_done(self, place: Place) -> bool:
+        """Whether the tile at (row, column) is written, probabilities and labels."""
+        return self.label_shards(0).path(place).exists()
+
+    def done(self) -> list[Place]:
+        """(row, column) of every tile that is written, row by row."""
+        return self.label_shards(0).places()
+
+    def tile_roi(self, place: Place) -> Roi:
+        """The rectangle of the tile at (row, column)."""
+        size = self.write_size
+        return Roi(place[1] * size, place[0] * size, size, size).intersect(self.lattice.roi)
+
+    def block_rows(self) -> Iterator[list[Roi]]:
+        """All that is examined, cut into blocks of at most 1024 pixels a side, one row of blocks after the other."""
+        step = self.chunk * _largest_divisor(self.write_size // self.chunk, _LARGEST_BLOCK // self.chunk, 1)
+        for row, places in groupby(self.done(), key=lambda place: place[0]):
+            columns = [column for _, column in places]
+            for y in range(row * self.write_size, self.tile_roi((row, 0)).bottom, step):
+                starts = (x for c in columns for x in range(c * self.write_size, (c + 1) * self.write_size, step))
+                blocks = (Roi(x, y, step, step).intersect(self.lattice.roi) for x in starts)
+                yield [block for block in blocks if block.area]
+
+    def read_labels(self, roi: Roi, level: int = 0) -> np.ndarray:
+        """(rows, columns) uint8 class indices of a rectangle of a level; IGNORED where not examined or outside it."""
+        return self.label_shards(level).read(roi)
+
+    def read_probabilities(self, roi: Roi, level: int = 0) -> np.ndarray:
+        """(classes, rows, columns) uint8, 255 times the probability; 0 where not examined or outside the level."""
+        return self.probability_shards(level).read(roi)
+
+    def labels(self, level: int) -> zarr.Array[Any]:
+        """The class indices of a level as a read-only Zarr array."""
+        return _zarr_array(self.label_shards(level).folder)
+
+    def probabilities(self, level: int) -> zarr.Array[Any]:
+        """The probabilities of a level as a read-only Zarr array."""
+        return _zarr_array(self.probability_shards(level).folder)
+
+    def label_shards(self, level: int) -> ShardedArray:
+        """The shards of the class indices of a level."""
+        folder = self.path / _LABELS / str(level)
+        return ShardedArray(folder, self.levels[level].shape, self.write_size, self.chunk, IGNORED)
+
+    def probability_shards(self, level: int) -> ShardedArray:
+        """The shards of the probabilities of a level."""
+        shape = (len(self.classes), *self.levels[level].shape)
+        return ShardedArray(self.path / str(level), shape, self.write_size, self.chunk, 0)
+
+    def build_pyramid(self) -> None:
+        """Make the coarser levels from the finest one, reading what is examined and nothing else.
+
+        A coarse label is the most frequent of its four (the lowest, where two are equal), not counting the unexamined;
+        a coarse probability is the mean over the examined ones. What an earlier, interrupted call left is replaced.
+        """
+        self.label_shards(0).remove_partial_files()
+        self.probability_shards(0).remove_partial_files()
+        for level in range(1, len(self.levels)):
+            for place in sorted({(row // 2, column // 2) for row, column in self.label_shards(level - 1).places()}):
+                self._build_shard(level, place)
+
+    def _build_shard(self, level: int, place: Place) -> None:
+        likelihoods, labels = self.probability_shards(level), self.label_shards(level)
+        likelihood_chunks, label_chunks = {}, {}
+        across = self.write_size // self.chunk
+        for row, column in np.ndindex(across, across):
+            x, y = place[1] * self.write_size + column * self.chunk, place[0] * self.write_size + row * self.chunk
+            source = Roi(2 * x, 2 * y, 2 * self.chunk, 2 * self.chunk)
+            fine = self.read_labels(source, level - 1)
+            if np.all(fine == IGNORED):
+                continue
+            label_chunks[row, column] = labels.encode(halve_labels(fine))
+            means = halve_probabilities(self.read_probabilities(source, level - 1), fine != IGNORED)
+            likelihood_chunks[row, column] = likelihoods.encode(means)
+        likelihoods.store(place, likelihood_chunks)
+        labels.store(place, label_chunks)
+
+    def _quantise(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(C, h, w) levels and (h, w) winners, by channel: numpy's argmax over a first axis is six times slower."""
+        winners = np.zeros(probabilities.shape[1:], np.uint8)
+        best = np.array(probabilities[0], np.float32)
+        for index, channel in enumerate(probabilities):
+            better = np.greater(channel, best).view(np.uint8)
+            np.maximum(winners, better * np.uint8(index), out=winners)
+            np.maximum(best, channel, out=best)
+        low, high = best.min(), best.max()
+        if not (low >= 0 and high <= 1 + _ROUNDING):
+            remedy = "The network's weights have diverged: train it again with a lower learning rate."
+            raise CanvasError(str(self.path), f"probabilities from {low} to {high}", "numbers from 0 to 1", remedy)
+        levels = np.empty(probabilities.shape, np.uint8)
+        for index, channel in enumerate(probabilities):
+            levels[index] = channel * np.float32(255) + np.float32(0.5)
+        return levels, winners
+
+
+def create_canvas(path: Path, lattice: Lattice, classes: Classes, write_size: int, identity: Mapping[str, str]) -> Canvas:
+    """Make an empty canvas on disk, whole or not at all.
+
+    `identity` says what the output is made from (model, configuration, slide); it is compared when the canvas is opened
+    again. Raises CanvasError where something is at `path` already.
+    """
+    import zarr
+    from zarr.codecs import ZstdCodec
+
+    if path.exists():
+        raise CanvasError(str(path), "an output that exists", "none", "Open it to go on, or delete it to start again.")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    canvas = Canvas(partial, lattice, classes, write_size)
+    root = zarr.create_group(
+        partial, zarr_format=3, attributes={"ome": image_metadata(canvas.levels, classes), "fullfield": dict(identity)}
+    )
+    root.create_group("labels", attributes={"ome": {"version": "0.5", "labels": ["classes"]}})
+    root.create_group(_LABELS, attributes={"ome": label_metadata(canvas.levels, classes)})
+    for level in range(len(canvas.levels)):
+        for shards, axes in ((canvas.probability_shards(level), "cyx"), (canvas.label_shards(level), "yx")):
+            channels = shards.shape[:-2]
+            root.create_array(
+                str(shards.folder.relative_to(partial)),
+                shape=shards.shape,
+                dtype="uint8",
+                shards=(*channels, shards.shard, shards.shard),
+                chunks=(*channels, shards.chunk, shards.chunk),
+                compressors=ZstdCodec(level=ZSTD_LEVEL),
+                fill_value=shards.fill,
+                dimension_names=tuple(axes),
+            )
+    partial.rename(path)
+    return Canvas(path, lattice, classes, write_size)
+
+
+def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas:
+    """Open a canvas that exists; it reads two small files.
+
+    Raises CanvasError where there is none, and where its identity is not `identity`; None takes it whatever it is.
+    """
+    try:
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        array = json.loads((path / _LABELS / "0" / "zarr.json").read_text())
+        mpp, classes = read_image_metadata(attributes["ome"])
+        found: dict[str, str] = attributes["fullfield"]
+        height, width = array["shape"]
+        write_size: int = array["chunk_grid"]["configuration"]["chunk_shape"][0]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        remedy = "Segment the slide first, or delete what is there."
+        raise CanvasError(str(path), f"no readable canvas ({error})", "the output of a segmentation", remedy) from error
+    if identity is not None and dict(identity) != found:
+        raise _other_identity(path, found, identity)
+    return Canvas(path, Lattice(width, height, mpp), classes, write_size)
+
+
+def halve_labels(fine: np.ndarray) -> np.ndarray:
+    """The most frequent of each 2 x 2 labels, not counting IGNORED; the lowest of equally frequent ones.
+
+    (2 h, 2 w) uint8 to (h, w) uint8; IGNORED only where all four are.
+    """
+    quarters = _quarters(fine)
+    coarse: np.ndarray = quarters[0].copy()
+    mixed = np.logical_or.reduce([coarse != other for other in quarters[1:]])
+    four = np.stack([quarter[mixed] for quarter in quarters])
+    votes = np.stack([(four == label).sum(axis=0) for label in four])
+    rank = np.where(four == IGNORED, 0, votes * 256 + (IGNORED - four))
+    coarse[mixed] = IGNORED - rank.max(axis=0, initial=0) % 256
+    return coarse
+
+
+def halve_probabilities(fine: np.ndarray, examined: np.ndarray) -> np.ndarray:
+    """The mean of each 2 x 2 probabilities over the examined pixels, rounded; 0 where there are none.
+
+    (C, 2 h, 2 w) uint8, 0 where not examined, and (2 h, 2 w) bool to (C, h, w) uint8.
+    """
+    count: np.ndarray = _quarters(examined.view(np.uint8)).sum(axis=0, dtype=np.uint16)
+    partial = count < 4
+    coarse = np.empty((len(fine), *count.shape), np.uint8)
+    for index, channel in enumerate(fine):
+        total: np.ndarray = _quarters(channel).sum(axis=0, dtype=np.uint16)
+        coarse[index] = (total + 2) >> 2
+        coarse[index][partial] = (2 * total[partial] + count[partial]) // np.maximum(2 * count[partial], 1)
+    return coarse
+
+
+def _quarters(fine: np.ndarray) -> np.ndarray:
+    """(2 h, 2 w) uint8 to (4, h, w): the four pixels of each 2 x 2 (by pairs of bytes: numpy is slow at strides)."""
+    pairs = np.ascontiguousarray(fine).view("<u2")
+    halves = (pairs & 255).astype(np.uint8), (pairs >> 8).astype(np.uint8)
+    return np.stack([half[row::2] for row in (0, 1) for half in halves])
+
+
+def _other_identity(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> CanvasError:
+    keys = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+    return CanvasError(
+        f"{path} (made by another run)",
+        ", ".join(f"{key} {found.get(key, 'absent')}" for key in keys),
+        ", ".join(f"{key} {expected.get(key, 'absent')}" for key in keys),
+        "Choose another output folder, or delete this output to make it anew.",
+    )
+
+
+def _largest_divisor(number: int, largest: int, smallest: int) -> int:
+    """The largest divisor of `number` up to `largest`; `number` itself where that is below `smallest`."""
+    divisor = next(candidate for candidate in range(min(largest, number), 0, -1) if number % candidate == 0)
+    return divisor if divisor >= smallest else number
+
+
+def _zarr_array(folder: Path) -> zarr.Array[Any]:
+    import zarr
+
+    return zarr.open_array(folder, mode="r")

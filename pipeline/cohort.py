@@ -1,0 +1,178 @@
+"""Which slides there are, whose they are, and which of them the network may learn from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.errors import CohortError
+from pipeline.files import write_csv
+
+COLUMNS = ("slide", "slide_id", "annotation", "patient", "split", "mpp")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a manifest. `split` is empty until patients are dealt out; `mpp` stands in for a scale not stated."""
+
+    slide_id: str
+    patient: str
+    slide: Path
+    annotation: Path | None = None
+    split: str = ""
+    mpp: float | None = None
+
+
+def read_manifest(path: Path) -> tuple[Case, ...]:
+    """Read a CSV file with the column `slide` and any of `slide_id, annotation, patient, split, mpp`.
+
+    Paths are relative to the file. A missing `slide_id` is the slide's stem, a missing `patient` the slide_id. Raises
+    CohortError that lists every problem of the file at once.
+    """
+    if not path.is_file():
+        raise CohortError(str(path), "no such file", "a CSV manifest", "Correct the path in `cohort.manifest`.")
+    text = path.read_text(encoding="utf-8-sig")
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    columns = [name.strip() for name in reader.fieldnames or []]
+    problems = _column_problems(columns)
+    cases: list[Case] = []
+    if not problems:
+        reader.fieldnames = columns
+        for row in reader:
+            _add_case(row, path.parent, reader.line_num, cases, problems)
+        problems += _cohort_problems(cases)
+    if problems:
+        found = "\n  - ".join(["these problems:", *problems])
+        raise CohortError(str(path), found, f"rows of {', '.join(COLUMNS)}", "Correct them all, then run again.")
+    return tuple(cases)
+
+
+def deal_out(cases: Sequence[Case], fractions: Mapping[str, float], seed: int) -> tuple[Case, ...]:
+    """Give every patient a split, by seed, where the manifest gives none; a manifest that has splits is kept.
+
+    The numbers of patients follow `fractions` (largest remainder), with at least one patient for each split whose fraction
+    is not 0, as far as there are patients: first train, then val, then test.
+    """
+    if all(case.split for case in cases):
+        return tuple(cases)
+    patients = sorted({case.patient for case in cases})
+    random.Random(seed).shuffle(patients)
+    wanted = [split for split in SPLITS if fractions[split] > 0]
+    counts = _apportion(len(patients), {split: fractions[split] for split in wanted})
+    splits = [split for split in wanted for _ in range(counts[split])]
+    split_of = dict(zip(patients, splits, strict=True))
+    return tuple(replace(case, split=split_of[case.patient]) for case in cases)
+
+
+def write_manifest(path: Path, cases: Sequence[Case]) -> None:
+    """Write cases as a manifest with every column and absolute paths, whole or not at all."""
+    rows = [
+        {
+            "slide": case.slide.resolve(),
+            "slide_id": case.slide_id,
+            "annotation": case.annotation.resolve() if case.annotation else None,
+            "patient": case.patient,
+            "split": case.split,
+            "mpp": case.mpp,
+        }
+        for case in cases
+    ]
+    write_csv(path, COLUMNS, rows)
+
+
+def _column_problems(columns: Sequence[str]) -> list[str]:
+    problems = [f"unknown column {name!r}" for name in columns if name not in COLUMNS]
+    problems += [f"column {name!r} stands twice" for name in sorted(set(columns)) if columns.count(name) > 1]
+    return problems if "slide" in columns else [*problems, "no column 'slide'"]
+
+
+def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: list[Case], problems: list[str]) -> None:
+    if None in row:
+        problems.append(f"line {line}: more values than columns")
+        return
+    values = {name: (value or "").strip() for name, value in row.items()}
+    if not any(values.values()):
+        return
+    if not values["slide"]:
+        problems.append(f"line {line}: no slide")
+        return
+    slide, annotation = folder / values["slide"], values.get("annotation", "")
+    slide_id = values.get("slide_id") or slide.stem
+    mpp = values.get("mpp", "")
+    if not slide.is_file():
+        problems.append(f"line {line}: no such slide: {slide}")
+    if annotation and not (folder / annotation).is_file():
+        problems.append(f"line {line}: no such annotation: {folder / annotation}")
+    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
+        problems.append(f"line {line}: slide_id {slide_id!r} cannot name a folder")
+    if values.get("split", "") not in ("", *SPLITS):
+        problems.append(f"line {line}: split {values['split']!r} is none of {', '.join(SPLITS)}")
+    if mpp and not _is_positive(mpp):
+        problems.append(f"line {line}: mpp {mpp!r} is no number above 0")
+        mpp = ""
+    cases.append(
+        Case(
+            slide_id=slide_id,
+            patient=values.get("patient") or slide_id,
+            slide=slide,
+            annotation=folder / annotation if annotation else None,
+            split=values.get("split", ""),
+            mpp=float(mpp) if mpp else None,
+        )
+    )
+
+
+def _cohort_problems(cases: Sequence[Case]) -> list[str]:
+    if not cases:
+        return ["no slides"]
+    problems = []
+    by_id, by_file, by_patient = defaultdict(list), defaultdict(list), defaultdict(list)
+    for case in cases:
+        by_id[case.slide_id.casefold()].append(case)
+        by_file[case.slide.resolve()].append(case)
+        by_patient[case.patient].append(case)
+    for file, same in by_file.items():
+        if len(same) > 1:
+            problems.append(f"slide stands {len(same)} times: {file}")
+    for same in by_id.values():
+        if len(same) > 1 and len({case.slide.resolve() for case in same}) > 1:
+            slides = ", ".join(str(case.slide) for case in same)
+            problems.append(f"slide_id {same[0].slide_id!r} is shared by {slides}: add a slide_id column")
+    for patient, same in by_patient.items():
+        if len({case.split for case in same}) > 1:
+            places = ", ".join(f"{case.slide_id} in {case.split or 'no split'}" for case in same)
+            problems.append(f"patient {patient!r} is in two splits: {places}")
+    without = [case.slide_id for case in cases if not case.split]
+    if without and len(without) < len(cases):
+        problems.append(f"no split given for {', '.join(without)}, though others have one")
+    return problems
+
+
+def _apportion(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers that sum to `total`, in proportion to `fractions`, none 0 while there are enough."""
+    exact = {name: total * fraction for name, fraction in fractions.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    for name in counts:
+        largest = max(counts, key=lambda other: counts[other])
+        if counts[name] == 0 and counts[largest] > 1:
+            counts[name], counts[largest] = 1, counts[largest] - 1
+    if total and not counts.get("train", 1):
+        donor = next(name for name in counts if counts[name])
+        counts["train"], counts[donor] = 1, counts[donor] - 1
+    return counts
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False

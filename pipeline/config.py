@@ -1,0 +1,289 @@
+"""One YAML file, read into frozen models that refuse what they do not know.
+
+Paths are relative to the current folder. Micrometres appear in the names; everything else is in pixels of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.classes import Class, Classes
+from pipeline.errors import ConfigError
+
+Split = Literal["train", "val", "test"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Fractions(Section):
+    """Shares of the patients, where the manifest does not say who belongs to which split."""
+
+    train: Fraction = 0.7
+    val: Fraction = 0.15
+    test: Fraction = 0.15
+
+    @model_validator(mode="after")
+    def _sum(self) -> Fractions:
+        if abs(self.train + self.val + self.test - 1) > 1e-6:
+            raise ValueError("train, val and test should sum to 1")
+        return self
+
+
+class CohortSettings(Section):
+    """Which slides there are."""
+
+    manifest: Path
+    fractions: Fractions = Fractions()
+
+
+class ClassSettings(Section):
+    """One class: its colour, the annotation names it stands for, and its values in label images."""
+
+    name: Annotated[str, Field(min_length=1)]
+    color: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
+    annotations: tuple[str, ...] = ()
+    values: tuple[int, ...] = ()
+
+
+class AnnotationSettings(Section):
+    """How outlines become truth. `rest` is the class of known pixels that no outline claims; null: nothing is known there."""
+
+    known: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    rest: str | None = None
+    unnamed: str | None = None
+    label_mpp: Positive | None = None
+
+
+class TissueSettings(Section):
+    """How tissue is told from glass."""
+
+    mpp: Annotated[float, Field(ge=1, le=64)] = 8.0
+    min_area_um2: NotNegative = 20_000.0
+    max_hole_um2: NotNegative = 100_000.0
+
+
+class NetworkSettings(Section):
+    """The network and the scale at which it looks at a slide."""
+
+    architecture: Literal["fcn", "unet", "basic_unet", "flexible_unet", "heatmap"] = "unet"
+    mpp: Annotated[float, Field(ge=0.05, le=20)]
+    width: Annotated[int, Field(ge=4, le=256)] = 16
+    depth: Annotated[int, Field(ge=1, le=6)] = 4
+    downsample: Literal["pool", "stride"] | None = None
+    upsample: Literal["nearest", "transpose"] | None = None
+    encoder: str | None = None
+
+
+class TileSettings(Section):
+    """The cells into which annotated slides are divided, to count what there is and to draw patches from."""
+
+    patch_size: Annotated[int, Field(ge=32, le=4096)] = 256
+    min_tissue: Fraction = 0.05
+
+
+class AugmentationSettings(Section):
+    """How far a patch may be changed before it is learned from; 0 or false leaves it as it is. See augment.py."""
+
+    flips: bool = True
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 45.0
+    scale: Fraction = 0.25
+    elastic_px: Annotated[float, Field(ge=0, lt=15)] = 5.0
+    blur_px: NotNegative = 1.0
+    stain: Fraction = 0.3
+    brightness: Fraction = 0.1
+
+
+class TrainingSettings(Section):
+    """The optimisation. An epoch is `patches_per_epoch` patches, not a pass over the cohort."""
+
+    epochs: PositiveInt = 60
+    patches_per_epoch: PositiveInt = 400
+    batch_size: PositiveInt = 8
+    learning_rate: Positive = 2e-3
+    weight_decay: NotNegative = 1e-4
+    warmup_epochs: NotNegative = 1.0
+    weight_average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    max_minutes: Positive | None = None
+    augmentation: AugmentationSettings = AugmentationSettings()
+
+
+class SegmentationSettings(Section):
+    """Which splits are segmented by `run`, and how."""
+
+    splits: tuple[Split, ...] = ("val", "test")
+    tile_size: Annotated[int, Field(ge=32, le=16384)] = 1024
+    min_region_um2: NotNegative = 50.0
+
+
+class EvaluationSettings(Section):
+    """How figures are reported."""
+
+    bootstrap_samples: PositiveInt = 1000
+
+
+class ClusterSettings(Section):
+    """Where the work is done. `workers` 0: in this process; null: as many as suit the machine."""
+
+    scheduler: str | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
+
+
+class TrackingSettings(Section):
+    """Where MLflow keeps the record; null: SQLite in the output folder, unless MLFLOW_TRACKING_URI is set."""
+
+    uri: str | None = None
+    experiment: str = "fullfield"
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\- ]+$")] = "fullfield"
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$")] = "newest"
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    output: Path
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    cohort: CohortSettings
+    classes: Annotated[tuple[ClassSettings, ...], Field(min_length=1, max_length=254)]
+    annotations: AnnotationSettings = AnnotationSettings()
+    tissue: TissueSettings = TissueSettings()
+    network: NetworkSettings
+    tiles: TileSettings = TileSettings()
+    training: TrainingSettings = TrainingSettings()
+    segmentation: SegmentationSettings = SegmentationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Config:
+        names = [item.name for item in self.classes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"class names should differ, found {names}")
+        for key in ("rest", "unnamed"):
+            name = getattr(self.annotations, key)
+            if name is not None and name not in names:
+                raise ValueError(f"annotations.{key} should be one of {names}, found {name!r}")
+        return self
+
+    @property
+    def class_list(self) -> Classes:
+        """The classes in the order of their indices."""
+        return Classes(tuple(Class(item.name, _rgb(item.color)) for item in self.classes))
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """A SHA-256 over everything but where output goes and who does the work, as hexadecimal digits."""
+        content = self.model_dump(mode="json", exclude={"output", "cluster", "tracking"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key=value` overrides of dotted keys, whose values are YAML as well.
+
+    Raises ConfigError that names each key at fault, what was found there and what was expected.
+    """
+    if not path.is_file():
+        raise ConfigError(str(path), "no such file", "a YAML file", "Print one with `fullfield config example`.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"broken YAML ({error})", "a YAML file", "Correct it at that place.") from error
+    return parse_config(content, str(path), overrides)
+
+
+def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Config:
+    """The Config in `content`, plain values as YAML gives them, with overrides; `source` names it in errors."""
+    if not isinstance(content, dict):
+        raise ConfigError(source, f"{type(content).__name__}", "keys and values", "See `fullfield config example`.")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Config.model_validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        found = "; ".join(_describe(item) for item in error.errors())
+        remedy = "See `fullfield config example` for every key."
+        raise ConfigError(source, found, "a configuration that makes sense", remedy) from error
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "(whole file)"
+    if error["type"] == "missing":
+        return f"no `{key}`, which is required"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key `{key}`"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"`{key}`: {message}" + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {text!r}", "no `=`", "key=value, such as training.epochs=10", "Write it that way.")
+    *parents, last = key.split(".")
+    place: Any = content
+    for part in parents:
+        place = _step(place, part, text)
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}", f"broken YAML ({error})", "a YAML value", "Quote the value.") from error
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise _no_place(text)
+
+
+def _step(place: Any, part: str, text: str) -> Any:
+    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        return place[int(part)]
+    if isinstance(place, dict):
+        if place.get(part) is None:
+            place[part] = {}
+        return place[part]
+    raise _no_place(text)
+
+
+def _no_place(text: str) -> ConfigError:
+    return ConfigError(f"override {text!r}", "no such place in the file", "a dotted key", "See `fullfield config example`.")
+
+
+def _rgb(color: str) -> tuple[int, int, int]:
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that takes 1e-3 for a number, and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {sorted(twice)}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

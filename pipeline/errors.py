@@ -1,0 +1,68 @@
+"""The exceptions that Fullfield raises on purpose.
+
+    FullfieldError
+    |-- ConfigError          a configuration file or an override
+    |-- CohortError          a manifest, its rows, its splits
+    |-- SlideError           a slide that cannot be opened or read
+    |   `-- ScaleError       a slide whose micrometres per pixel are missing or absurd
+    |-- AnnotationError      an outline file or a label image
+    |-- NetworkError         a network that cannot be built, or is not local
+    |-- CheckpointError      a trained model that cannot be loaded
+    |-- CanvasError          an output that does not belong to this run
+    |-- TrainingError        nothing to learn from, or a loss that is not finite
+    `-- TrackingError        MLflow does not answer as expected
+"""
+
+
+class FullfieldError(Exception):
+    """Says which thing is wrong, what was found, what was expected and what to do.
+
+    The four parts are plain strings, so that the error survives the trip from a worker process.
+    """
+
+    def __init__(self, subject: str, found: str, expected: str, remedy: str) -> None:
+        super().__init__(subject, found, expected, remedy)
+        self.subject, self.found, self.expected, self.remedy = subject, found, expected, remedy
+
+    def __str__(self) -> str:
+        return f"{self.subject}: found {self.found}; expected {self.expected}. {self.remedy}"
+
+
+class ConfigError(FullfieldError):
+    """A configuration file or an override is wrong."""
+
+
+class CohortError(FullfieldError):
+    """A manifest, one of its rows or its splits is wrong."""
+
+
+class SlideError(FullfieldError):
+    """A slide cannot be opened or read."""
+
+
+class ScaleError(SlideError):
+    """A slide's micrometres per pixel are missing or absurd."""
+
+
+class AnnotationError(FullfieldError):
+    """An outline file or a label image cannot be used."""
+
+
+class NetworkError(FullfieldError):
+    """A network cannot be built, or is not local."""
+
+
+class CheckpointError(FullfieldError):
+    """A trained model cannot be loaded."""
+
+
+class CanvasError(FullfieldError):
+    """An output on disk does not belong to this run."""
+
+
+class TrainingError(FullfieldError):
+    """There is nothing to learn from, or the loss is not finite."""
+
+
+class TrackingError(FullfieldError):
+    """MLflow does not answer as expected."""

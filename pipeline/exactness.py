@@ -1,0 +1,98 @@
+"""Holds the tiled answer against one forward pass, on a real slide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.engine import Engine
+from pipeline.geometry import Lattice, Roi
+from pipeline.grid import Grid, Tile, round_up
+from pipeline.prediction import predict
+from pipeline.slide import Slide
+from pipeline.tissue import Tissue
+
+TOLERANCE = 1e-5
+"""Largest difference of probability that counts as equal: what another order of additions costs in fp32."""
+
+_TILE = 1024  # pixels, as when slides are segmented
+_WHOLE = 4_000_000  # pixels: a slide up to this size is compared as a whole
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one window showed: pixels of output compared, the largest difference of probability, labels that differ."""
+
+    window: Roi
+    pixels: int
+    difference: float
+    flips: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether tiled equals whole."""
+        return self.difference <= TOLERANCE and self.flips == 0
+
+
+def comparisons(slide: Slide, tissue: Tissue, lattice: Lattice, engine: Engine) -> Iterator[Comparison]:
+    """Compare the whole of a small slide, or windows of a large one that reach over the corners of its tiles.
+
+    The windows are the top-left and the bottom-right one, where the network's own padding counts, and the one with most
+    tissue. `lattice` is the slide's at the model's scale.
+    """
+    spec = engine.spec
+    if lattice.roi.area <= _WHOLE:
+        half = round_up(max(lattice.shape) // 2, spec.stride)
+        yield compare(slide, Grid(lattice, min(half, _TILE), spec.halo, spec.stride), lattice.roi, engine)
+        return
+    grid = Grid(lattice, _TILE, spec.halo, spec.stride)
+    for window in _windows(grid, tissue):
+        yield compare(slide, grid, window, engine)
+
+
+def compare(slide: Slide, grid: Grid, window: Roi, engine: Engine) -> Comparison:
+    """One forward pass over a window and its surroundings against the grid's tiles, stitched.
+
+    `window` starts at a multiple of the stride. The surroundings are twice the halo, so that the pass's own borders, where
+    they are not the slide's, cannot reach the window.
+    """
+    spec = engine.spec
+    surroundings = window.grow(2 * grid.halo).intersect(grid.padded.roi)
+    whole = engine(slide.read(surroundings, grid.lattice)[None])[0]
+    place = window.shrink(spec.output_stride)
+    whole = whole[(slice(None), *place.within(surroundings.shrink(spec.output_stride)).slices())]
+    tiles = (tile for tile in grid if tile.write_roi.intersect(window).area)
+    tiled = _stitched(predict(slide, grid, tiles, engine), whole.shape, place, spec.output_stride)
+    flips = int((tiled.argmax(axis=0) != whole.argmax(axis=0)).sum())
+    return Comparison(window, place.area, float(np.abs(tiled - whole).max()), flips)
+
+
+def _stitched(
+    answers: Iterable[tuple[Tile, np.ndarray]], shape: tuple[int, ...], place: Roi, output_stride: int
+) -> np.ndarray:
+    """The parts of the tiles' answers that lie in `place`; NaN where no tile wrote, which no comparison forgives."""
+    canvas = np.full(shape, np.nan, np.float32)
+    for tile, probabilities in answers:
+        target = tile.target(output_stride)
+        common = target.intersect(place)
+        rows, columns = common.within(target).slices()
+        canvas[(slice(None), *common.within(place).slices())] = probabilities[:, rows, columns]
+    return canvas
+
+
+def _windows(grid: Grid, tissue: Tissue) -> list[Roi]:
+    """Squares of one and a half tiles, from the middle of one tile over the next."""
+    lattice, half = grid.lattice, round_up(grid.write_size // 2, grid.stride)
+    size = grid.write_size + half
+    starts = [
+        Roi(x + half, y + half, size, size)
+        for y in range(0, max(lattice.height - size, 1), grid.write_size)
+        for x in range(0, max(lattice.width - size, 1), grid.write_size)
+    ]
+    fullest = max(starts, key=lambda roi: tissue.fraction(roi.intersect(lattice.roi), lattice))
+    x = max(lattice.width - size, 0) // grid.stride * grid.stride
+    y = max(lattice.height - size, 0) // grid.stride * grid.stride
+    corners = [Roi(0, 0, size, size), Roi(x, y, lattice.width - x, lattice.height - y), fullest]
+    return [roi.intersect(lattice.roi) for roi in corners]

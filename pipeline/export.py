@@ -1,0 +1,260 @@
+"""What people look at: a pyramidal OME-TIFF of the classes, and pictures with a legend."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from pipeline.canvas import Canvas
+from pipeline.classes import IGNORED, Classes
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.slide import Slide
+
+_TILE = 512  # pixels; where the canvas's own chunks do not suit TIFF, whose tiles are multiples of 16
+_CLASSIC_TIFF_BYTES = 2**31  # of pixels before compression: a margin of two below what a classic TIFF can hold
+_PICTURE, _PANEL, _NARROWEST = 2048, 1024, 640  # pixels: longer side of a picture, of a panel; least width
+_LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
+_TINT, _DIM, _HATCH = 0.38, 0.5, 0.45  # how much colour, white and grey lines cover the slide
+_BAND_PIXELS = 2**24  # of a scan, read at once
+_WHITE, _INK, _GREY = (255, 255, 255), (40, 40, 40), (150, 150, 150)
+
+
+def write_ome_tiff(canvas: Canvas, path: Path) -> None:
+    """Write the class indices as a tiled, lossless OME-TIFF with all levels of the canvas's pyramid.
+
+    Pixels are uint8 indices, IGNORED where not examined, with a colour table of the classes' colours. The file appears when
+    it is complete; memory does not depend on its size.
+    """
+    tile = canvas.chunk if canvas.chunk % 16 == 0 else _TILE
+    partial = path.with_name(path.name + ".partial")
+    big = 1.4 * canvas.lattice.width * canvas.lattice.height > _CLASSIC_TIFF_BYTES
+    with tifffile.TiffWriter(partial, bigtiff=big, ome=True) as writer:
+        for number, level in enumerate(canvas.levels):
+            pyramid = {"subifds": len(canvas.levels) - 1, "metadata": _ome(canvas)} if number == 0 else {"subfiletype": 1}
+            writer.write(
+                _encoded_tiles(canvas, number, tile),
+                shape=level.shape,
+                dtype=np.uint8,
+                tile=(tile, tile),
+                compression="zlib",
+                photometric="palette",
+                colormap=_colormap(canvas.classes),
+                resolution=(1e4 / level.mpp.x, 1e4 / level.mpp.y),
+                resolutionunit="CENTIMETER",
+                **pyramid,
+            )
+    partial.replace(path)
+
+
+def overlay(slide: Slide, canvas: Canvas) -> np.ndarray:
+    """The slide under its classes, each in its translucent colour and outlined, with legend and scale bar.
+
+    Returns (rows, columns, 3) uint8 RGB, at most 2048 pixels on the longer side; what was not examined is hatched.
+    """
+    base = slide.base
+    shrink = max(base.width / _PICTURE, base.height / (_PICTURE - _LEGEND_SPACE), 1)
+    lattice = base.at(Mpp(base.mpp.x * shrink, base.mpp.y * shrink))
+    labels = _labels_at(canvas, lattice)
+    picture = _hatched(_painted(_view(slide, lattice), labels, canvas.classes), labels == IGNORED)
+    width = max(lattice.width, _NARROWEST)
+    legend = _legend(width, canvas.classes, bool((labels == IGNORED).any()), lattice.mpp.x)
+    return np.asarray(_stacked([Image.fromarray(picture), legend], width))
+
+
+def truth_beside_prediction(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+    """Slide, truth and prediction side by side; where nothing is known, the latter two are dimmed.
+
+    `image` is (rows, columns, 3) uint8 RGB, `truth` and `prediction` (rows, columns) uint8 class indices or IGNORED.
+    Returns (rows, columns, 3) uint8 RGB; a panel is at most 1024 pixels on its longer side, and a tiny one is enlarged.
+    """
+    image, truth, prediction = (_resized(pixels, _PANEL) for pixels in (image, truth, prediction))
+    unknown = truth == IGNORED
+    pale = " (pale: not known)" if unknown.any() else ""
+    panels = {
+        "slide": image,
+        f"truth{pale}": _dimmed(_painted(image, truth, classes), unknown),
+        f"prediction{pale}": _dimmed(_painted(image, prediction, classes), unknown),
+    }
+    gap = max(image.shape[1] // 64, 6)
+    size = _font_size(3 * image.shape[1])
+    width = max(3 * image.shape[1] + 2 * gap, _NARROWEST)
+    row = Image.new("RGB", (width, image.shape[0] + 2 * size), _WHITE)
+    for number, (title, panel) in enumerate(panels.items()):
+        x = number * (image.shape[1] + gap)
+        ImageDraw.Draw(row).text((x + size // 2, size), title, _INK, _font(size), anchor="lm")
+        row.paste(Image.fromarray(panel), (x, 2 * size))
+    return np.asarray(_stacked([row, _legend(width, classes, False, None)], width))
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture, (rows, columns, 3) uint8 RGB, as PNG; the file appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(picture).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _encoded_tiles(canvas: Canvas, level: int, tile: int) -> Iterator[bytes]:
+    """The tiles of a level, row by row, each compressed; the many that were not examined are compressed once."""
+    empty = zlib.compress(bytes([IGNORED]) * tile**2)
+    lattice = canvas.levels[level]
+    for y in range(0, lattice.height, tile):
+        for x in range(0, lattice.width, tile):
+            labels = canvas.read_labels(Roi(x, y, tile, tile), level)
+            yield empty if np.all(labels == IGNORED) else zlib.compress(labels.tobytes())
+
+
+def _ome(canvas: Canvas) -> dict[str, object]:
+    mpp = canvas.lattice.mpp
+    return {
+        "axes": "YX",
+        "Name": "classes: " + ", ".join(f"{index} {name}" for index, name in enumerate(canvas.classes.names)),
+        "PhysicalSizeX": mpp.x,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": mpp.y,
+        "PhysicalSizeYUnit": "µm",
+    }
+
+
+def _colormap(classes: Classes) -> np.ndarray:
+    """(3, 256) uint16: the colour of each index; white where not examined."""
+    table = np.zeros((3, 256), np.uint16)
+    table[:, IGNORED] = 65535
+    for index, item in enumerate(classes):
+        table[:, index] = np.array(item.color) * 257
+    return table
+
+
+def _labels_at(canvas: Canvas, lattice: Lattice) -> np.ndarray:
+    """Labels at the centres of the pixels of another lattice, from the coarsest level that is as fine."""
+    fine = [number for number, level in enumerate(canvas.levels) if level.mpp.x <= lattice.mpp.x]
+    number = max(fine, default=0)
+    level = canvas.levels[number]
+    x_scale, y_scale = lattice.scale_to(level)
+    columns = np.minimum(((np.arange(lattice.width) + 0.5) * x_scale).astype(int), level.width - 1)
+    rows = np.minimum(((np.arange(lattice.height) + 0.5) * y_scale).astype(int), level.height - 1)
+    return canvas.read_labels(level.roi, number)[np.ix_(rows, columns)]
+
+
+def _view(slide: Slide, lattice: Lattice) -> np.ndarray:
+    """All of a slide, (rows, columns, 3) uint8 RGB, read in bands: a scan without a pyramid is large at its only level."""
+    level = slide.levels[slide.best_level(lattice.mpp)]
+    x_scale, y_scale = lattice.scale_to(level)
+    rows = max(int(_BAND_PIXELS / (lattice.width * x_scale * y_scale)), 1)
+    bands = [Roi(0, y, lattice.width, rows).intersect(lattice.roi) for y in range(0, lattice.height, rows)]
+    return np.concatenate([slide.read(band, lattice) for band in bands])
+
+
+def _painted(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
+    """The image under translucent colours; where two classes meet, the later one is outlined on its own side."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(classes)] = [item.color for item in classes]
+    known = labels != IGNORED
+    width = 5 if max(labels.shape) > _PANEL else 3
+    line = known & (ndimage.minimum_filter(labels, width) < labels)
+    return _blended(image, colors[labels], np.where(line, 1, known * _TINT))
+
+
+def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Every nth pixel of a large picture, or each pixel of a tiny one n times, to suit a panel of `size` pixels."""
+    longest = max(pixels.shape[:2])
+    step, times = -(-longest // size), max(size // (2 * longest), 1)
+    return pixels[::step, ::step].repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _dimmed(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return _blended(picture, np.array(_WHITE), where * _DIM)
+
+
+def _hatched(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Thin diagonal lines over part of a picture."""
+    rows, columns = np.ogrid[: picture.shape[0], : picture.shape[1]]
+    return _blended(picture, np.array(_GREY), where * np.where((rows + columns) % 12 == 0, _HATCH, _HATCH / 9))
+
+
+def _blended(picture: np.ndarray, color: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """A picture under a colour, (3,) or (rows, columns, 3), that covers each pixel by `cover`, 0 to 1; in 16 bits."""
+    over = np.rint(cover * 256).astype(np.uint16)[..., None]
+    return np.asarray((picture * (256 - over) + color.astype(np.uint16) * over) >> 8).astype(np.uint8)
+
+
+def _legend(width: int, classes: Classes, hatched: bool, mpp: float | None) -> Image.Image:
+    """A strip with a swatch and a name for each class, and for what is hatched; a scale bar where `mpp` is given."""
+    size = _font_size(width)
+    font = _font(size)
+    entries = [*((item.name, item.color) for item in classes), *([("not examined", None)] if hatched else [])]
+    widths = [int(font.getlength(name)) + 4 * size for name, _ in entries]
+    bar_width = width // 3 if mpp else 0
+    places, x, y = [], size, size
+    for needed in widths:
+        if x + needed > width - bar_width and x > size:
+            x, y = size, y + 2 * size
+        places.append((x, y))
+        x += needed
+    strip = Image.new("RGB", (width, y + 2 * size + size // 2), _WHITE)
+    draw = ImageDraw.Draw(strip)
+    for (name, color), (x, y) in zip(entries, places, strict=True):
+        _swatch(strip, (x, y, x + 3 * size // 2, y + size), color)
+        draw.text((x + 2 * size, y + size // 2), name, _INK, font, anchor="lm")
+    if mpp:
+        _scale_bar(draw, width - size, size, size, mpp, width // 5)
+    return strip
+
+
+def _swatch(strip: Image.Image, box: tuple[int, int, int, int], color: tuple[int, int, int] | None) -> None:
+    left, top, right, bottom = box
+    area = np.full((bottom - top, right - left, 3), 255, np.uint8)
+    if color is None:
+        area = _hatched(area, np.ones(area.shape[:2], bool))
+    else:
+        area = _blended(area, np.array(color), np.full(area.shape[:2], _TINT))
+    strip.paste(Image.fromarray(area), (left, top))
+    ImageDraw.Draw(strip).rectangle(box, outline=color or _GREY, width=max((bottom - top) // 10, 1))
+
+
+def _scale_bar(draw: ImageDraw.ImageDraw, right: int, top: int, size: int, mpp: float, longest: int) -> None:
+    """A bar of a round length, at most `longest` pixels, that ends at `right`, with its length written over its left."""
+    length_um = _round_length(longest * mpp)
+    pixels = round(length_um / mpp)
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    middle = top + size // 2
+    tick, line = size // 3, max(size // 8, 2)
+    draw.line([(right - pixels, middle), (right, middle)], _INK, line)
+    for x in (right - pixels, right):
+        draw.line([(x, middle - tick), (x, middle + tick)], _INK, line)
+    draw.text((right - pixels - size // 2, middle), text, _INK, _font(size), anchor="rm")
+
+
+def _round_length(longest: float) -> float:
+    """The largest of 1, 2, 5, 10, 20, ... (and of their tenths) that is not above `longest`."""
+    power = 10.0 ** np.floor(np.log10(longest))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= longest))
+
+
+def _stacked(parts: Sequence[Image.Image], width: int) -> Image.Image:
+    """Pictures one below the other, on white."""
+    page = Image.new("RGB", (width, sum(part.height for part in parts)), _WHITE)
+    y = 0
+    for part in parts:
+        page.paste(part, (0, y))
+        y += part.height
+    return page
+
+
+def _font_size(width: int) -> int:
+    return min(max(width // 72, 12), 28)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along: unlike Pillow's own font it writes most languages, and the sign µ."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -1,0 +1,156 @@
+"""Label images: a PNG or TIFF with one channel of whole numbers, read by window."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.windows import Window
+
+from pipeline.errors import AnnotationError
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+_EXPECTED = "a PNG or TIFF with one channel of whole numbers"
+_PALETTE_OR_GREY = ("1", "L", "P", "I", "I;16")
+_BLOCK_PIXELS = 2**26  # label pixels held at once while a coarse window is sampled
+_reading = threading.Lock()  # a GDAL data set serves one thread at a time
+
+
+@dataclass(frozen=True)
+class LabelImage:
+    """The full-resolution picture of a label image: where it is and its size in pixels.
+
+    Nothing is kept open in the object, so that it travels to worker processes; each process opens the file once.
+    """
+
+    path: Path
+    width: int
+    height: int
+
+    def sample(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[Any]:
+        """The values where `rows` and `columns` cross, both ascending and inside the image: (rows, columns), integer.
+
+        Decodes only the tiles or strips it needs. Raises AnnotationError where the file is damaged.
+        """
+        stamp = file_stamp(self.path)
+        left, width = int(columns[0]), int(columns[-1] - columns[0]) + 1
+        at_once = max(1, _BLOCK_PIXELS * len(rows) // (width * int(rows[-1] - rows[0] + 1)))
+        pieces = []
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            window = Window(left, int(part[0]), width, int(part[-1] - part[0]) + 1)
+            try:
+                block = _read(self.path, stamp, window)
+            except Exception as error:  # a decoder raises whatever it likes
+                raise _damaged(self.path, error) from error
+            pieces.append(block[np.ix_(part - part[0], columns - left)])
+        return np.concatenate(pieces)
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """(bytes, time of change in nanoseconds) of an annotation file. Raises AnnotationError where there is none."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def is_label_image(path: Path) -> bool:
+    """Whether a file is a PNG or TIFF, by its first bytes. Raises AnnotationError for a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_PNG))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return start == _PNG or start.startswith(_TIFF)
+
+
+def open_label_image(path: Path) -> LabelImage:
+    """A label image, of which only the header has been read.
+
+    Raises AnnotationError for a damaged file and for one that is not a single channel of whole numbers.
+    """
+    try:
+        height, width, fault = _tiff_header(path) if _is_tiff(path) else _png_header(path)
+    except Exception as error:  # a decoder raises whatever it likes
+        raise _damaged(path, error) from error
+    if fault:
+        remedy = "Save class numbers, not colours: for instance QuPath's LabeledImageServer without multichannelOutput."
+        raise AnnotationError(str(path), fault, _EXPECTED, remedy)
+    return LabelImage(path, width, height)
+
+
+def _is_tiff(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith(_TIFF)
+
+
+def _tiff_header(path: Path) -> tuple[int, int, str]:
+    """(height, width, what is wrong with it) of a TIFF's full-resolution picture."""
+    with _open_tiff(path) as tiff:
+        fault = "" if np.dtype(tiff.dtypes[0]).kind in "iu" else f"a TIFF of {tiff.dtypes[0]} numbers"
+        if tiff.count != 1:
+            fault = f"a TIFF of {tiff.count} channels"
+        elif len(tiff.subdatasets) > 1:  # pages that are not marked as levels of a pyramid
+            with _open_tiff(tiff.subdatasets[1]) as second:
+                fault = "a TIFF of several pages of one size" if second.shape == tiff.shape else fault
+        return tiff.height, tiff.width, fault
+
+
+def _png_header(path: Path) -> tuple[int, int, str]:
+    """(height, width, what is wrong with it) of a PNG."""
+    with Image.open(path) as image:
+        fault = "" if image.mode in _PALETTE_OR_GREY else f"a PNG of kind {image.mode}"
+        return image.height, image.width, fault
+
+
+def _read(path: Path, stamp: tuple[int, int], window: Window) -> NDArray[Any]:
+    """The values of a window. `stamp` makes sure that a changed file is opened anew."""
+    if not _is_tiff(path):
+        rows, columns = window.toslices()
+        return _png_pixels(path, stamp)[rows, columns]
+    with _reading:
+        values: NDArray[Any] = _tiff_dataset(path, stamp).read(1, window=window)
+    return values
+
+
+@lru_cache(maxsize=8)
+def _png_pixels(path: Path, stamp: tuple[int, int]) -> NDArray[Any]:
+    """All pixels: a PNG can only be decoded from its start."""
+    with Image.open(path) as image:
+        pixels: NDArray[Any] = np.asarray(image)
+    return pixels
+
+
+@lru_cache(maxsize=32)
+def _tiff_dataset(path: Path, stamp: tuple[int, int]) -> Any:
+    """An open TIFF that decodes only what is asked of it."""
+    return _open_tiff(path)
+
+
+def _open_tiff(path: Path | str) -> Any:
+    """A TIFF opened by GDAL: tifffile crashes on a damaged LZW tile, and hangs on a damaged directory."""
+    with warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path, driver="GTiff")
+
+
+def _unreadable(path: Path, error: OSError) -> AnnotationError:
+    remedy = "Check the path in the manifest's column `annotation`."
+    return AnnotationError(str(path), error.strerror or str(error), "a file that can be read", remedy)
+
+
+def _damaged(path: Path, error: Exception) -> AnnotationError:
+    remedy = "Export the label image again; one too large for a PNG should be a tiled TIFF."
+    return AnnotationError(str(path), f"an image that cannot be read ({error})", _EXPECTED, remedy)

@@ -1,0 +1,69 @@
+"""How much of a slide each class takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.canvas import Canvas
+from pipeline.classes import IGNORED
+from pipeline.files import write_csv
+from pipeline.geometry import Lattice, Roi
+from pipeline.tissue import Tissue
+
+_UM2_PER_MM2 = 1e6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one class takes.
+
+    `area_mm2` counts all examined pixels of the class. `tissue_share`, 0 to 1, is the class's part of the tissue that was
+    examined, so that the shares of all classes sum to 1; 0 for each where no tissue was examined.
+    """
+
+    class_name: str
+    area_mm2: float
+    tissue_share: float
+
+
+def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
+    """One measurement a class, in the order of the classes; the canvas is read block by block."""
+    pixels, on_tissue = np.zeros(IGNORED + 1, np.int64), np.zeros(IGNORED + 1, np.int64)
+    for row in canvas.block_rows():
+        for roi in row:
+            labels = canvas.read_labels(roi)
+            pixels += np.bincount(labels.ravel(), minlength=IGNORED + 1)
+            on_tissue += np.bincount(labels[_sampled(tissue, roi, canvas.lattice)], minlength=IGNORED + 1)
+    examined = max(int(on_tissue[: len(canvas.classes)].sum()), 1)
+    pixel_mm2 = canvas.lattice.mpp.area_um2 / _UM2_PER_MM2
+    return tuple(
+        Measurement(item.name, int(pixels[index]) * pixel_mm2, int(on_tissue[index]) / examined)
+        for index, item in enumerate(canvas.classes)
+    )
+
+
+def write_measurements(path: Path, measurements: Sequence[Measurement], regions: Mapping[str, int]) -> None:
+    """Write `class, area_mm2, tissue_share, regions` as CSV, a row a class; `regions` counts them by the class's name."""
+    rows = [
+        {
+            "class": item.class_name,
+            "area_mm2": round(item.area_mm2, 6),
+            "tissue_share": round(item.tissue_share, 6),
+            "regions": regions.get(item.class_name, 0),
+        }
+        for item in measurements
+    ]
+    write_csv(path, ["class", "area_mm2", "tissue_share", "regions"], rows)
+
+
+def _sampled(tissue: Tissue, roi: Roi, lattice: Lattice) -> np.ndarray:
+    """(rows, columns) bool: whether the centre of each pixel of `roi` lies on tissue."""
+    x_scale, y_scale = lattice.scale_to(tissue.lattice)
+    columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
+    rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
+    height, width = tissue.mask.shape
+    return tissue.mask[np.ix_(np.minimum(rows, height - 1), np.minimum(columns, width - 1))]

@@ -1,0 +1,299 @@
+"""What a model is (ModelSpec), and the network that follows from it.
+
+Nothing in these networks is tied to an image's size: convolutions, batch norm, pooling, strides, upsampling by two.
+So what was trained on patches runs on an image of any size that is a multiple of its stride.
+Importing this module imports neither torch nor MONAI.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from pipeline.classes import Class, Classes
+from pipeline.errors import NetworkError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What can be chosen about an architecture; the first of several ways is its own."""
+
+    depths: tuple[int, ...]
+    downsample: tuple[str, ...]
+    upsample: tuple[str, ...]
+    encoders: tuple[str, ...] = ()
+
+
+_RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")
+_FAMILIES = {
+    "fcn": _Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ("nearest", "transpose")),
+    "heatmap": _Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ()),
+    "unet": _Family((1, 2, 3, 4, 5, 6), ("stride",), ("transpose",)),
+    "basic_unet": _Family((4,), ("pool",), ("transpose",)),  # its other upsampling depends on the image's size
+    "flexible_unet": _Family((5,), (), ("nearest", "transpose"), _RESNETS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All there is to know about a model but its weights. Raises NetworkError where the values do not fit together.
+
+    `architecture` is one of
+
+    - `fcn`: encoder and decoder of 3x3 convolutions, joined by addition at each level;
+    - `heatmap`: that encoder and 1x1 convolutions, with one answer for every 2**depth x 2**depth pixels;
+    - `unet`, `basic_unet`, `flexible_unet`: MONAI's networks of these names, the last with a ResNet `encoder`.
+
+    `width` counts the channels at full size, `depth` the halvings. `downsample` ("pool", "stride") and `upsample`
+    ("nearest", "transpose") may stay None: the architecture's own way. `mpp` is in micrometres per pixel, `patch_size`
+    in pixels of that mpp, and so are `stride`, `halo` and `output_stride`, which `footprint.with_footprint` measures.
+    `rest` is the index of the class that stands for everything else, of which no regions are drawn; None: there is none.
+    RGB enters as (value / 255 - mean) / std.
+    """
+
+    architecture: str
+    classes: Classes
+    mpp: float
+    patch_size: int
+    width: int
+    depth: int
+    downsample: str | None = None
+    upsample: str | None = None
+    encoder: str | None = None
+    rest: int | None = None
+    stride: int = 1
+    halo: int = 0
+    output_stride: int = 1
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+
+    def __post_init__(self) -> None:
+        _check_family(self)
+        _check_numbers(self)
+        _check_footprint(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """The spec as plain values that YAML can hold."""
+        classes = [{"name": item.name, "color": list(item.color)} for item in self.classes]
+        return {**asdict(self), "classes": classes, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: object) -> ModelSpec:
+        """The spec that `to_dict` wrote. Raises NetworkError on unknown, missing or impossible values."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise _wrong("", type(values).__name__, "keys and values", "Use a model.yaml as Fullfield wrote it.")
+        unlike = sorted(set(names) ^ set(values), key=str)
+        if unlike:
+            found = ", ".join(f"{'no' if key in names else 'unknown'} key `{key}`" for key in unlike)
+            raise _wrong("", found, f"the keys {', '.join(names)}", "Use the version of Fullfield that wrote it.")
+        listed = {key: _tuple(key, values[key]) for key in ("mean", "std")}
+        return cls(**{**values, **listed, "classes": _classes(values["classes"])})
+
+
+def build_network(spec: ModelSpec) -> nn.Module:
+    """The network of a spec, with weights drawn from torch's global random numbers.
+
+    It takes (N, 3, H, W) float32 as `normalise` gives them, H and W multiples of the stride, and returns logits,
+    (N, classes, H / output_stride, W / output_stride) float32; `activation` turns them into probabilities.
+    """
+    unets = {"unet": _unet, "basic_unet": _basic_unet, "flexible_unet": _flexible_unet}
+    builders = {"fcn": _fcn, "heatmap": _heatmap, **unets}
+    return builders[spec.architecture](spec)
+
+
+def activation(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities, 0 to 1, of (N, C, H, W) logits: softmax over the classes, or a sigmoid where there is only one."""
+    return logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
+
+
+def normalise(images: np.ndarray[Any, Any] | torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """RGB images, (N, H, W, 3) uint8, as the network wants them: (N, 3, H, W) float32, channels_last in memory."""
+    import torch
+
+    pixels = torch.as_tensor(images)
+    count, height, width, _ = pixels.shape
+    scale = torch.tensor([1 / (255 * std) for std in spec.std], device=pixels.device)
+    shift = torch.tensor([-mean / std for mean, std in zip(spec.mean, spec.std, strict=True)], device=pixels.device)
+    # Whole rows at once: an innermost axis of three values would take four times as long.
+    rows = pixels.reshape(count, height, width * 3).to(torch.float32)
+    rows = rows.mul_(scale.repeat(width)).add_(shift.repeat(width))
+    return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _fcn(spec: ModelSpec) -> nn.Module:
+    from monai.networks.blocks.convolutions import Convolution
+    from torch import nn
+
+    head = Convolution(2, spec.width, len(spec.classes), kernel_size=1, conv_only=True)
+    return nn.Sequential(OrderedDict(body=_fcn_level(spec, 0), head=head))
+
+
+def _fcn_level(spec: ModelSpec, level: int) -> nn.Module:
+    """The levels from `level` on: encode, add what comes back from deeper down, decode."""
+    from monai.networks.blocks.upsample import UpSample
+    from monai.networks.layers.simplelayers import SkipConnection
+    from torch import nn
+
+    if level == spec.depth:
+        return _encode(spec, level)
+    channels = _channels(spec, level)
+    mode = "deconv" if _upsample(spec) == "transpose" else "nontrainable"
+    up = UpSample(2, 2 * channels, channels, 2, mode=mode, interp_mode="nearest", align_corners=None)
+    deeper = nn.Sequential(OrderedDict(level=_fcn_level(spec, level + 1), up=up))
+    # Adding costs half the memory of concatenating, in the layers that have the most pixels.
+    skip = SkipConnection(deeper, mode="add")
+    return nn.Sequential(OrderedDict(encode=_encode(spec, level), skip=skip, decode=_convolution(channels, channels)))
+
+
+def _heatmap(spec: ModelSpec) -> nn.Module:
+    from monai.networks.blocks.convolutions import Convolution
+    from torch import nn
+
+    levels = [_encode(spec, level) for level in range(spec.depth + 1)]
+    channels = _channels(spec, spec.depth)
+    dense = _convolution(channels, channels, kernel=1)
+    head = Convolution(2, channels, len(spec.classes), kernel_size=1, conv_only=True)
+    return nn.Sequential(OrderedDict(encode=nn.Sequential(*levels), dense=dense, head=head))
+
+
+def _encode(spec: ModelSpec, level: int) -> nn.Module:
+    """Two convolutions, of which the first halves the image below level 0; one at the bottom, where halos are dear."""
+    from torch import nn
+
+    channels = _channels(spec, level)
+    before = _channels(spec, level - 1) if level else 3
+    pool = (spec.downsample or _FAMILIES[spec.architecture].downsample[0]) == "pool"
+    layers: list[nn.Module] = [nn.MaxPool2d(2)] if level and pool else []
+    layers.append(_convolution(before, channels, stride=1 if pool or not level else 2))
+    if level < spec.depth:
+        layers.append(_convolution(channels, channels))
+    return nn.Sequential(*layers)
+
+
+def _convolution(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+    from monai.networks.blocks.convolutions import Convolution
+
+    layer: nn.Module = Convolution(2, before, after, stride, kernel, norm="BATCH", act="RELU", bias=False)
+    return layer
+
+
+def _unet(spec: ModelSpec) -> nn.Module:
+    from monai.networks.nets.unet import UNet
+
+    channels = [_channels(spec, level) for level in range(spec.depth + 1)]
+    network: nn.Module = UNet(2, 3, len(spec.classes), channels, [2] * spec.depth, num_res_units=2, norm="BATCH")
+    return network
+
+
+def _basic_unet(spec: ModelSpec) -> nn.Module:
+    from monai.networks.nets.basic_unet import BasicUNet
+
+    features = [spec.width * factor for factor in (1, 1, 2, 4, 8, 1)]
+    network: nn.Module = BasicUNet(2, 3, len(spec.classes), features, norm="batch", upsample="deconv")
+    return network
+
+
+def _flexible_unet(spec: ModelSpec) -> nn.Module:
+    from monai.networks.nets.flexible_unet import FlexibleUNet
+
+    network: nn.Module = FlexibleUNet(
+        in_channels=3,
+        out_channels=len(spec.classes),
+        backbone=str(spec.encoder),
+        decoder_channels=tuple(spec.width * factor for factor in (16, 8, 4, 2, 1)),
+        norm="batch",
+        upsample="deconv" if _upsample(spec) == "transpose" else "nontrainable",
+        interp_mode="nearest",
+        is_pad=False,
+    )
+    return network
+
+
+def _channels(spec: ModelSpec, level: int) -> int:
+    return int(spec.width * 2**level)
+
+
+def _upsample(spec: ModelSpec) -> str:
+    return spec.upsample or _FAMILIES[spec.architecture].upsample[0]
+
+
+def _check_family(spec: ModelSpec) -> None:
+    family = _FAMILIES.get(spec.architecture) if isinstance(spec.architecture, str) else None
+    if family is None:
+        raise _wrong("architecture", repr(spec.architecture), f"one of {', '.join(_FAMILIES)}", "Choose one of these.")
+    choices: tuple[tuple[str, tuple[object, ...]], ...] = (
+        ("depth", family.depths),
+        ("downsample", (None, *family.downsample)),
+        ("upsample", (None, *family.upsample)),
+        ("encoder", family.encoders or (None,)),
+    )
+    for key, allowed in choices:
+        value = getattr(spec, key)
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            expected = " or ".join("null" if choice is None else str(choice) for choice in allowed)
+            raise _wrong(key, repr(value), f"{expected} for {spec.architecture}", f"Set `{key}` to one of these.")
+
+
+def _check_numbers(spec: ModelSpec) -> None:
+    for key, least in (("patch_size", 1), ("width", 1), ("stride", 1), ("halo", 0), ("output_stride", 1)):
+        value = getattr(spec, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise _wrong(key, repr(value), f"a whole number from {least} up", f"Correct `{key}`.")
+    if not _is_number(spec.mpp) or not 0.05 <= spec.mpp <= 20:
+        raise _wrong("mpp", repr(spec.mpp), "0.05 to 20 micrometres per pixel", "Correct `mpp`.")
+    for key in ("mean", "std"):
+        value = getattr(spec, key)
+        if not isinstance(value, tuple) or len(value) != 3 or not all(_is_number(item) for item in value):
+            raise _wrong(key, repr(value), "three numbers, for red, green and blue", f"Correct `{key}`.")
+    if min(spec.std) <= 0:
+        raise _wrong("std", repr(spec.std), "numbers above 0", "Correct `std`.")
+    smallest = 2**spec.depth
+    if spec.patch_size % smallest:
+        nearest = max(round(spec.patch_size / smallest), 1) * smallest
+        expected = f"a multiple of {smallest}, as the image is halved {spec.depth} times"
+        raise _wrong("patch_size", str(spec.patch_size), expected, f"Set `patch_size` to {nearest}, say.")
+
+
+def _check_footprint(spec: ModelSpec) -> None:
+    if spec.halo % spec.stride or spec.stride % spec.output_stride:
+        found = f"halo {spec.halo}, stride {spec.stride}, output_stride {spec.output_stride}"
+        expected = "a halo of whole strides, and a stride of whole output_strides"
+        raise _wrong("halo", found, expected, "Measure them with `with_footprint`.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tuple(key: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _wrong(key, repr(value), "a list", f"Correct `{key}`.")
+    return tuple(value)
+
+
+def _classes(value: object) -> Classes:
+    items = []
+    for item in _tuple("classes", value):
+        if not isinstance(item, Mapping) or set(item) != {"name", "color"} or not isinstance(item["name"], str):
+            raise _wrong("classes", repr(item), "a name and a color", "Correct this class.")
+        color = _tuple("classes.color", item["color"])
+        if len(color) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in color):
+            raise _wrong("classes.color", repr(color), "red, green and blue, 0 to 255", "Correct this color.")
+        items.append(Class(item["name"], (color[0], color[1], color[2])))
+    try:
+        return Classes(tuple(items))
+    except ValueError as error:
+        raise _wrong("classes", str(error), "classes with different names", "Correct the classes.") from error
+
+
+def _wrong(key: str, found: str, expected: str, remedy: str) -> NetworkError:
+    return NetworkError(f"model spec, `{key}`" if key else "model spec", found, expected, remedy)

@@ -1,0 +1,43 @@
+"""A model's answer for the tiles of a slide, exactly as one forward pass over the whole slide would give it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.grid import Grid, Tile
+from pipeline.slide import Slide
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+_READ_AHEAD = 2  # windows that wait in memory for the network
+
+
+def predict(slide: Slide, grid: Grid, tiles: Iterable[Tile], engine: Engine) -> Iterator[tuple[Tile, np.ndarray]]:
+    """Each tile with its probabilities, (classes, height, width) float32, the halo cropped away.
+
+    The place of the array in the output is `tile.target(output_stride)`. The next windows are read while the network runs.
+    Raises SlideError where the slide cannot be read.
+    """
+    for tile, window in _read_ahead(slide, grid, tiles):
+        rows, columns = tile.crop(engine.spec.output_stride).slices()
+        yield tile, engine(window[None])[0, :, rows, columns]
+
+
+def _read_ahead(slide: Slide, grid: Grid, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, np.ndarray]]:
+    waiting: deque[tuple[Tile, Future[np.ndarray]]] = deque()
+    remaining = iter(tiles)
+    with ThreadPoolExecutor(1, "reader") as reader:
+        while True:
+            for tile in islice(remaining, _READ_AHEAD - len(waiting)):
+                waiting.append((tile, reader.submit(slide.read, tile.read_roi, grid.lattice)))
+            if not waiting:
+                return
+            tile, window = waiting.popleft()
+            yield tile, window.result()

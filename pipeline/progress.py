@@ -1,0 +1,54 @@
+"""What a person sees while work goes on: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+_LINE_SECONDS = 10.0  # between plain lines
+
+
+class Bar:
+    """Counts what is done of a total, with a note such as a speed."""
+
+    def __init__(self, title: str, total: int, live: Progress | None) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self._live, self._started, self._printed = live, time.monotonic(), time.monotonic()
+        self._task = live.add_task(title, total=total, note="") if live else None
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count `steps` more."""
+        self.done += steps
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, advance=steps, note=note)
+        elif time.monotonic() - self._printed > _LINE_SECONDS or self.done == self.total:
+            self._printed = time.monotonic()
+            console.print(f"{self.title}: {self.done}/{self.total}, {self._left()}{note and ', ' + note}")
+
+    def grow(self, steps: int) -> None:
+        """Add `steps` to the total."""
+        self.total += steps
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, total=self.total)
+
+    def _left(self) -> str:
+        elapsed = time.monotonic() - self._started
+        if self.done >= self.total or not self.done:
+            return f"{elapsed:.0f} s"
+        return f"about {elapsed / self.done * (self.total - self.done):.0f} s left"
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Bar]:
+    """A bar that is gone when the work is; where the output is no terminal, a line every ten seconds and at the end."""
+    if not console.is_terminal:
+        yield Bar(title, total, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as live:
+        yield Bar(title, total, live)

@@ -1,0 +1,267 @@
+"""From a canvas to regions: connected pixels of one class, outlined along pixel edges and joined across blocks.
+
+The canvas is read block by block, one row of blocks after the other. A region that touches no edge of its block is
+finished at once; the others wait until no row of blocks below can reach them any more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import shapely
+from skimage import measure
+
+from pipeline.canvas import Canvas
+from pipeline.classes import IGNORED, Classes
+from pipeline.contours import find_corners, trace_polygons
+from pipeline.geometry import Lattice, Roi
+
+_BATCH = 1_000_000  # corners that are made into outlines at once
+_DECIMALS = 3  # of a coordinate in base pixels: a nanometre
+
+
+@dataclass(frozen=True)
+class Region:
+    """Connected pixels (by their sides) of one class.
+
+    `polygon` is in base pixels, with holes; `area_um2` in square micrometres; `mean_probability`, of its class, 0 to 1.
+    """
+
+    class_index: int
+    polygon: shapely.Polygon
+    area_um2: float
+    mean_probability: float
+
+
+def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()) -> Iterator[Region]:
+    """The regions of all classes but those whose index is in `skip`, from top to bottom by where they end.
+
+    Polygons are in pixels of `base`; regions below `min_area_um2` are left out. Memory grows with the outlines of the
+    regions that cross the current row of blocks, not with the slide.
+    """
+    finish = _Finish(canvas.lattice.scale_to(base), canvas.lattice.mpp.area_um2, min_area_um2)
+    waiting, nothing = _Waiting(), _Edge.empty(canvas.lattice.width)
+    above, bottom, first = nothing, 0, 1
+    for row in canvas.block_rows():
+        if row[0].y != bottom:
+            yield from finish.regions(waiting.release(nothing))
+            above = nothing
+        below, left, right = _Edge.empty(canvas.lattice.width), nothing, -1
+        for roi in row:
+            block = _Block.read(canvas, roi, skip, first)
+            first += len(block.pixels)
+            yield from finish.regions(block.components(~block.touching & finish.keeps(block.pixels)))
+            waiting.add(block.components(block.touching))
+            waiting.join(above.part(roi.x, roi.right), block.edge(0, slice(None)))
+            if roi.x == right:
+                waiting.join(left, block.edge(slice(None), 0))
+            left, right = block.edge(slice(None), -1), roi.right
+            below.fill(roi.x, block.edge(-1, slice(None)))
+        yield from finish.regions(waiting.release(below))
+        above, bottom = below, row[0].bottom
+    yield from finish.regions(waiting.release(nothing))
+
+
+def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> dict[str, int]:
+    """Write regions, one by one, as a GeoJSON FeatureCollection that QuPath opens in place.
+
+    Returns how many there are of each class, by name. The file appears when it is complete.
+    """
+    counts = dict.fromkeys(classes.names, 0)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for number, region in enumerate(regions):
+            item = classes[region.class_index]
+            properties = {
+                "objectType": "annotation",
+                "classification": {"name": item.name, "color": list(item.color)},
+                "isLocked": False,
+                "measurements": {
+                    "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
+                    "Mean probability": round(region.mean_probability, 4),
+                },
+            }
+            file.write(",\n" if number else "\n")
+            file.write(f'{{"type": "Feature", "properties": {json.dumps(properties)}, "geometry": ')
+            file.write(shapely.to_geojson(shapely.transform(region.polygon, _rounded)) + "}")
+            counts[item.name] += 1
+        file.write("\n]}\n")
+    partial.replace(path)
+    return counts
+
+
+def _rounded(points: np.ndarray) -> np.ndarray:
+    return np.round(points, _DECIMALS)
+
+
+@dataclass
+class _Component:
+    """A region, or what is known of it: `corners` are (n, 3) int32 arrays of row, column and mask of vertices."""
+
+    number: int
+    class_index: int
+    pixels: int
+    weight: float
+    corners: list[np.ndarray]
+
+    def absorb(self, other: _Component) -> None:
+        self.pixels += other.pixels
+        self.weight += other.weight
+        self.corners.extend(other.corners)
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """A line of pixels: their class indices (IGNORED where none) and the numbers of their components."""
+
+    labels: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def empty(cls, length: int) -> _Edge:
+        return cls(np.full(length, IGNORED, np.uint8), np.zeros(length, np.int64))
+
+    def part(self, start: int, stop: int) -> _Edge:
+        return _Edge(self.labels[start:stop], self.numbers[start:stop])
+
+    def fill(self, start: int, other: _Edge) -> None:
+        stop = start + len(other.labels)
+        self.labels[start:stop], self.numbers[start:stop] = other.labels, other.numbers
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of the canvas with its components, counted from `first`.
+
+    `labels` and `ids` are (rows, columns); ids counts components from 0, and is -1 where there is none. `pixels`,
+    `weights` (sums of probability, 0 to 255), `classes` and `touching` (whether it reaches the block's edge) have one
+    item a component.
+    """
+
+    roi: Roi
+    first: int
+    labels: np.ndarray
+    ids: np.ndarray
+    pixels: np.ndarray
+    weights: np.ndarray
+    classes: np.ndarray
+    touching: np.ndarray
+
+    @classmethod
+    def read(cls, canvas: Canvas, roi: Roi, skip: Collection[int], first: int) -> _Block:
+        labels = canvas.read_labels(roi)
+        for index in skip:
+            labels[labels == index] = IGNORED
+        ids, count = measure.label(labels, background=IGNORED, connectivity=1, return_num=True)
+        flat = ids.ravel()
+        confidence = canvas.read_probabilities(roi).max(axis=0).ravel()
+        classes = np.zeros(count + 1, np.uint8)
+        classes[flat] = labels.ravel()
+        touching = np.zeros(count + 1, bool)
+        for line in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
+            touching[line] = True
+        pixels = np.bincount(flat, minlength=count + 1)
+        weights = np.bincount(flat, confidence, minlength=count + 1)
+        return cls(roi, first, labels, ids.astype(np.int32) - 1, pixels[1:], weights[1:], classes[1:], touching[1:])
+
+    @cached_property
+    def corners(self) -> tuple[np.ndarray, np.ndarray]:
+        """The component of each corner, ascending, and its (row, column, mask)."""
+        owners, corners = find_corners(self.ids)
+        return owners, corners + np.array([self.roi.y, self.roi.x, 0], np.int32)
+
+    def edge(self, rows: int | slice, columns: int | slice) -> _Edge:
+        return _Edge(self.labels[rows, columns], self.ids[rows, columns].astype(np.int64) + self.first)
+
+    def components(self, chosen: np.ndarray) -> Iterator[_Component]:
+        """The components for which `chosen`, one bool each, is true."""
+        owners, corners = self.corners
+        numbers = np.flatnonzero(chosen)
+        starts, stops = (np.searchsorted(owners, numbers, side) for side in ("left", "right"))
+        for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops.tolist(), strict=True):
+            pixels, weight = int(self.pixels[number]), float(self.weights[number])
+            own = [corners[start:stop].copy()]
+            yield _Component(self.first + number, int(self.classes[number]), pixels, weight, own)
+
+
+class _Waiting:
+    """Components that may go on in blocks not yet read, joined where they meet (union-find)."""
+
+    def __init__(self) -> None:
+        self._parents: dict[int, int] = {}
+        self._components: dict[int, _Component] = {}
+
+    def add(self, components: Iterable[_Component]) -> None:
+        for component in components:
+            self._parents[component.number] = component.number
+            self._components[component.number] = component
+
+    def join(self, one: _Edge, other: _Edge) -> None:
+        """Join what is of one class on either side of two edges that lie side by side."""
+        meet = (one.labels == other.labels) & (one.labels != IGNORED)
+        pairs = np.unique(np.stack([one.numbers[meet], other.numbers[meet]]), axis=1)
+        for pair in pairs.T.tolist():
+            first, second = (self._root(number) for number in pair)
+            if first != second:
+                small, large = sorted((first, second), key=lambda root: len(self._components[root].corners))
+                self._parents[small] = large
+                self._components[large].absorb(self._components.pop(small))
+
+    def release(self, below: _Edge) -> list[_Component]:
+        """Hand out the components that do not reach the edge `below`; on it, number the others by their roots."""
+        inside = below.labels != IGNORED
+        numbers, places = np.unique(below.numbers[inside], return_inverse=True)
+        roots = np.array([self._root(number) for number in numbers.tolist()], np.int64)
+        below.numbers[inside] = roots[places]
+        reached = set(roots.tolist())
+        finished = [component for root, component in self._components.items() if root not in reached]
+        self._components = {root: self._components[root] for root in reached}
+        self._parents = {root: root for root in reached}
+        return finished
+
+    def _root(self, number: int) -> int:
+        while (parent := self._parents[number]) != number:
+            self._parents[number] = number = self._parents[parent]
+        return number
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """What turns whole components into regions."""
+
+    scale: tuple[float, float]
+    pixel_um2: float
+    min_area_um2: float
+
+    def keeps(self, pixels: np.ndarray) -> np.ndarray:
+        """Whether components of so many pixels are large enough."""
+        return np.asarray(pixels * self.pixel_um2 >= self.min_area_um2)
+
+    def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
+        batch: list[_Component] = []
+        size = 0
+        for component in components:
+            batch.append(component)
+            size += sum(map(len, component.corners))
+            if size > _BATCH:
+                yield from self._outline(batch)
+                batch, size = [], 0
+        yield from self._outline(batch)
+
+    def _outline(self, batch: list[_Component]) -> Iterator[Region]:
+        kept = self.keeps(np.array([component.pixels for component in batch]))
+        batch = [component for component, keep in zip(batch, kept, strict=True) if keep]
+        if not batch:
+            return
+        sizes = [sum(map(len, component.corners)) for component in batch]
+        corners = np.concatenate([piece for component in batch for piece in component.corners])
+        polygons = trace_polygons(np.repeat(np.arange(len(batch)), sizes), corners, self.scale)
+        for component, polygon in zip(batch, polygons, strict=True):
+            area = component.pixels * self.pixel_um2
+            yield Region(component.class_index, polygon, area, component.weight / (255 * component.pixels))

@@ -1,0 +1,164 @@
+"""Models in MLflow: stored with their run, registered under a name, found again by a reference.
+
+    models:/fullfield@newest --> version 3 of `fullfield` --> the model of run 8f0c...
+                                                                |-- MLmodel, served.py, code/pipeline/
+                                                                `-- artifacts/checkpoint/   model.yaml, weights.safetensors
+
+A stored model holds the code that reads it and no pickle. Only the checkpoint is ever taken out again: what else lies in
+a stored model is not executed by Fullfield.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import yaml
+
+from pipeline import checkpoint
+from pipeline.errors import TrackingError
+from pipeline.store import Store, chosen_address, open_store
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+
+_PACKAGE = Path(__file__).resolve().parent
+_SERVED_WITH = ("mlflow", "monai", "numpy", "PyYAML", "safetensors", "torch")
+_MODEL, _CHECKPOINT, _DIGEST = "model", "checkpoint", "fullfield.checkpoint"
+
+
+def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], registered: str, alias: str) -> str:
+    """Stores a checkpoint's folder as a run's model, registers it and moves the alias to it.
+
+    The model is a pyfunc from code (served.py), with the signature (N, H, W, 3) uint8 to (N, classes, h, w) float32.
+    A checkpoint of this run to which the alias points already is not stored again. Returns `models:/NAME/VERSION`.
+    Raises CheckpointError where the folder holds no checkpoint, TrackingError for an alias that MLflow keeps to itself.
+    """
+    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise TrackingError(f"alias {alias!r}", "a word that MLflow keeps to itself", "another", "Say `newest`, perhaps.")
+    client, tags = store.client, {_DIGEST: checkpoint.digest(folder)}
+    with store.conversation():
+        known = client.search_registered_models(f"name = '{registered}'")
+        if not known:
+            client.create_registered_model(registered)
+        elif alias in known[0].aliases:
+            current = client.get_model_version_by_alias(registered, alias)
+            if current.run_id == run_id and tags.items() <= current.tags.items():
+                return f"models:/{registered}/{current.version}"
+        model = _store_model(store, run_id, folder, classes)
+        made = client.create_model_version(registered, model.artifact_location, run_id, tags, model_id=model.model_id)
+        client.set_registered_model_alias(registered, alias, made.version)
+    return f"models:/{registered}/{made.version}"
+
+
+def resolve_model(reference: str, uri: str | None = None) -> Path:
+    """The checkpoint's folder that a reference means.
+
+    A folder is taken as it is. `runs:/ID`, `runs:/ID/PATH`, `models:/NAME@ALIAS` and `models:/NAME/VERSION` are looked up
+    in the store `uri`, else MLFLOW_TRACKING_URI; what lies on this machine is not copied, the rest is downloaded into a
+    temporary folder. Raises TrackingError where there is no such model.
+    """
+    if not reference.startswith(("runs:/", "models:/")):
+        if Path(reference).is_dir():
+            return _checkpoint_in(Path(reference))
+        expected = "a model's folder, runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION"
+        raise TrackingError(reference, "no such folder", expected, "Train a model, or correct the path.")
+    address = chosen_address(uri)
+    if address is None:
+        remedy = "Set MLFLOW_TRACKING_URI to the model's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
+        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
+    store = open_store(address, create=False)
+    with store.conversation(reference):
+        from mlflow.artifacts import download_artifacts
+
+        place = _of_run(store, reference) if reference.startswith("runs:/") else _of_registry(store, reference)
+        return _checkpoint_in(Path(download_artifacts(place, tracking_uri=address)))
+
+
+def _store_model(store: Store, run_id: str, folder: Path, classes: Sequence[str]) -> LoggedModel:
+    """Writes the model's folder, and gives it to the store as an output of the run."""
+    from mlflow import pyfunc
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    client = store.client
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
+    probabilities = Schema([TensorSpec(np.dtype(np.float32), (-1, len(classes), -1, -1))])
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, _MODEL, run_id)
+    with TemporaryDirectory() as scratch:
+        pyfunc.save_model(
+            f"{scratch}/{_MODEL}",
+            mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
+            python_model=str(_PACKAGE / "served.py"),
+            code_paths=[str(_PACKAGE)],
+            artifacts={_CHECKPOINT: str(folder)},
+            signature=ModelSignature(images, probabilities),
+            input_example=np.full((1, 16, 24, 3), 255, np.uint8),
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _SERVED_WITH],
+            metadata={"classes": list(classes)},
+        )
+        client.log_model_artifacts(model.model_id, f"{scratch}/{_MODEL}")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _of_run(store: Store, reference: str) -> str:
+    """Where the files lie of `runs:/ID` (its or its stages' newest model), `runs:/ID/MODEL` or `runs:/ID/PATH`."""
+    run_id, _, path = reference.removeprefix("runs:/").strip("/").partition("/")
+    run = store.client.get_run(run_id)
+    stages = store.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    outputs = [output for each in (run, *stages) if each.outputs for output in each.outputs.model_outputs]
+    models = [store.client.get_logged_model(output.model_id) for output in outputs]
+    named = [model for model in models if path in ("", model.name)]
+    if named:
+        return str(max(named, key=lambda model: model.creation_timestamp).artifact_location)
+    if not path:
+        raise TrackingError(
+            reference, "a run without a model", "a run that logged one", "Name another run, or runs:/ID/PATH."
+        )
+    return f"{run.info.artifact_uri}/{path}"
+
+
+def _of_registry(store: Store, reference: str) -> str:
+    """Where the files of `models:/NAME@ALIAS` or `models:/NAME/VERSION` lie."""
+    name, mark, wanted = _parts(reference)
+    client = store.client
+    known = client.search_registered_models(f"name = '{name}'")
+    if not known:
+        names = ", ".join(model.name for model in client.search_registered_models()) or "no models"
+        raise TrackingError(reference, f"{names} in {store.shown}", f"a model called {name!r}", "Correct the name.")
+    if mark == "@" and wanted not in known[0].aliases:
+        aliases = ", ".join(known[0].aliases) or "none"
+        raise TrackingError(reference, f"the aliases {aliases}", f"the alias {wanted!r}", "Correct the alias.")
+    number = str(known[0].aliases[wanted]) if mark == "@" else wanted
+    found = client.get_model_version(name, number)
+    if found.model_id:
+        return str(client.get_logged_model(found.model_id).artifact_location)
+    return str(client.get_model_version_download_uri(name, number))
+
+
+def _parts(reference: str) -> tuple[str, str, str]:
+    """NAME, @ or /, and ALIAS or VERSION."""
+    for mark in ("@", "/"):
+        name, found, wanted = reference.removeprefix("models:/").strip("/").partition(mark)
+        if found and name and wanted and (mark == "@" or wanted.isdecimal()):
+            return name, mark, wanted
+    expected = "models:/NAME@ALIAS or models:/NAME/VERSION"
+    raise TrackingError(reference, "neither an alias nor a version", expected, "Correct the reference.")
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint within an MLflow model's folder; any other folder itself."""
+    description = folder / "MLmodel"
+    if not description.is_file():
+        return folder
+    artifacts = yaml.safe_load(description.read_text(encoding="utf-8"))["flavors"]["python_function"].get("artifacts", {})
+    if _CHECKPOINT not in artifacts:
+        raise TrackingError(str(folder), "an MLflow model of another kind", "one that Fullfield stored", "Name another.")
+    return folder / str(artifacts[_CHECKPOINT]["path"])

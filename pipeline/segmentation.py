@@ -1,0 +1,239 @@
+"""Segments slides: what one slide takes, as tasks that return numbers, and how many slides go through a cluster.
+
+A slide is planned (tissue found, canvas made), then its tiles are run in blocks of neighbours, then it is finished (pyramid,
+regions, measurements, pictures). A tile is done when its shard is on disk, a slide when its provenance is; so a run that was
+killed at any moment is finished by running it again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline import __version__, checkpoint
+from pipeline.canvas import Canvas, create_canvas, open_canvas
+from pipeline.cluster import Cluster
+from pipeline.config import SegmentationSettings, TissueSettings
+from pipeline.errors import FullfieldError
+from pipeline.export import overlay, write_ome_tiff, write_png
+from pipeline.files import write_text
+from pipeline.geometry import Mpp
+from pipeline.grid import Grid
+from pipeline.measurement import measure, write_measurements
+from pipeline.network import ModelSpec
+from pipeline.regions import find_regions, write_geojson
+from pipeline.slide import Slide, open_slide
+from pipeline.tissue import Tissue, find_tissue, outlined
+
+CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
+_BLOCK_TILES = 4  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
+_SLIDES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """One slide to segment with the model in the folder `model`, into `folder`. `mpp` stands in for a scale not stated."""
+
+    slide_id: str
+    slide: Path
+    mpp: float | None
+    model: Path
+    folder: Path
+    settings: SegmentationSettings
+    tissue: TissueSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do: blocks of tile indices, (row, column). `finished` says that nothing is."""
+
+    blocks: tuple[tuple[tuple[int, int], ...], ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a slide ended, as `slides.csv` has it; `megapixels` counts what this call segmented, at the model's mpp."""
+
+    slide_id: str
+    slide: str
+    status: str
+    reason: str
+    seconds: float
+    megapixels: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that happened: `blocks` more to do, or `blocks_done` of `megapixels`, or a slide that ended with a `row`."""
+
+    job: SlideJob
+    blocks: int = 0
+    blocks_done: int = 0
+    megapixels: float = 0.0
+    row: Row | None = None
+
+
+def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]:
+    """Segment slides, a few at a time, and say what happens as it happens. A slide that fails does not stop the others."""
+    waiting, active = iter(jobs), {}
+    for job in itertools.islice(waiting, _SLIDES_AT_ONCE):
+        active[job.slide_id] = _Active(job, cluster)
+    for outcome in cluster:
+        state = active[outcome.key]
+        step = state.failed(outcome.error) if outcome.error else state.advanced(outcome.value)
+        yield step
+        if step.row is not None:
+            for job in itertools.islice(waiting, 1):
+                active[job.slide_id] = _Active(job, cluster)
+
+
+class _Active:
+    """A slide that is under way: how many of its blocks are still out, and what they have cost."""
+
+    def __init__(self, job: SlideJob, cluster: Cluster) -> None:
+        self.job, self.cluster = job, cluster
+        self.started, self.blocks, self.megapixels = time.monotonic(), 0, 0.0
+        self.over = False
+        cluster.submit(job.slide_id, plan_slide, job)
+
+    def advanced(self, value: Plan | float | None) -> Step:
+        """Count a task that ended well, and submit what follows from it."""
+        if self.over:
+            return Step(self.job)
+        if isinstance(value, Plan):
+            return self._planned(value)
+        if value is None:
+            return self._ended("done", "")
+        self.blocks -= 1
+        self.megapixels += value
+        if not self.blocks:
+            self.cluster.submit(self.job.slide_id, finish_slide, self.job)
+        return Step(self.job, blocks_done=1, megapixels=value)
+
+    def failed(self, error: BaseException) -> Step:
+        """The slide is over; what is still out for it no longer counts."""
+        if self.over:
+            return Step(self.job)
+        reason = str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
+        return self._ended("failed", reason)
+
+    def _planned(self, plan: Plan) -> Step:
+        if plan.finished:
+            return self._ended("done", "")
+        self.blocks = len(plan.blocks)
+        for block in plan.blocks:
+            self.cluster.submit(self.job.slide_id, segment_block, self.job, block)
+        if not plan.blocks:
+            self.cluster.submit(self.job.slide_id, finish_slide, self.job)
+        return Step(self.job, blocks=len(plan.blocks))
+
+    def _ended(self, status: str, reason: str) -> Step:
+        self.over = True
+        seconds = round(time.monotonic() - self.started, 2)
+        row = Row(self.job.slide_id, str(self.job.slide), status, reason, seconds, round(self.megapixels, 2))
+        return Step(self.job, blocks_done=self.blocks if status == "failed" else 0, row=row)
+
+
+def plan_slide(job: SlideJob) -> Plan:
+    """Find the tissue, make or reopen the canvas, and list the tiles that are not done.
+
+    Raises SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
+    """
+    opened = _Opened(job)
+    identity = opened.identity()
+    path = job.folder / CANVAS
+    if path.exists():
+        canvas = open_canvas(path, identity)
+        if (job.folder / PROVENANCE).exists():
+            return Plan((), finished=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        lattice = opened.slide.base.at(Mpp.square(opened.spec.mpp * opened.spec.output_stride))
+        write_size = opened.grid.write_size // opened.spec.output_stride
+        canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity)
+    done = set(canvas.done())
+    tissue = opened.tissue()
+    blocks = defaultdict(list)
+    for tile in opened.grid:
+        if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
+            blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
+    return Plan(tuple(tuple(block) for block in blocks.values()), finished=False)
+
+
+def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
+    """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
+    from pipeline.engine import load_engine
+    from pipeline.prediction import predict
+
+    opened, engine = _Opened(job), load_engine(job.model)
+    canvas, pixels = open_canvas(job.folder / CANVAS), 0
+    for tile, probabilities in predict(opened.slide, opened.grid, (opened.grid[index] for index in block), engine):
+        canvas.write(tile.target(opened.spec.output_stride), probabilities)
+        pixels += tile.write_roi.area
+    return pixels / 1e6
+
+
+def finish_slide(job: SlideJob) -> None:
+    """Make everything that follows from the canvas; the provenance comes last, and says that the slide is done."""
+    opened = _Opened(job)
+    tissue, canvas = opened.tissue(), open_canvas(job.folder / CANVAS, opened.identity())
+    canvas.build_pyramid()
+    write_ome_tiff(canvas, job.folder / "segmentation.ome.tif")
+    skip = () if opened.spec.rest is None else (opened.spec.rest,)
+    regions = find_regions(canvas, opened.slide.base, job.settings.min_region_um2, skip)
+    counts = write_geojson(job.folder / "regions.geojson", regions, opened.spec.classes)
+    write_measurements(job.folder / "measurements.csv", measure(canvas, tissue), counts)
+    write_png(job.folder / "tissue.png", outlined(opened.slide, tissue))
+    write_png(job.folder / "overlay.png", overlay(opened.slide, canvas))
+    write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
+
+
+class _Opened:
+    """A job's slide, model and grid; opening them is cheap, since a process keeps each slide open."""
+
+    def __init__(self, job: SlideJob) -> None:
+        self.job = job
+        self.slide: Slide = open_slide(job.slide, job.mpp)
+        self.spec: ModelSpec = checkpoint.load_spec(job.model)
+        lattice = self.slide.base.at(Mpp.square(self.spec.mpp))
+        self.grid = Grid(lattice, job.settings.tile_size, self.spec.halo, self.spec.stride)
+
+    def tissue(self) -> Tissue:
+        """The slide's tissue."""
+        return find_tissue(self.slide, self.job.tissue)
+
+    def identity(self) -> dict[str, str]:
+        """What the labels depend on: a canvas takes tiles of no other run."""
+        return {
+            "fullfield": __version__,
+            "model": checkpoint.digest(self.job.model),
+            "slide": self.slide.digest(),
+            "slide_mpp": f"{self.slide.base.mpp.x} x {self.slide.base.mpp.y}",
+            "classes": ", ".join(self.spec.classes.names),
+            "tile_size": str(self.grid.write_size),
+            "tissue": json.dumps(self.job.tissue.model_dump(), sort_keys=True),
+            "min_region_um2": str(self.job.settings.min_region_um2),
+        }
+
+    def provenance(self, canvas: Canvas, tissue: Tissue) -> dict[str, object]:
+        """Where this output comes from."""
+        return {
+            "slide_path": str(self.job.slide.resolve()),
+            "model_path": str(self.job.model.resolve()),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "identity": self.identity(),
+            "model_spec": self.spec.to_dict(),
+            "exact": True,
+            "mpp": asdict(canvas.lattice.mpp),
+            "width": canvas.lattice.width,
+            "height": canvas.lattice.height,
+            "tissue_mm2": tissue.area_um2 / 1e6,
+            "tiles": len(canvas.done()),
+        }

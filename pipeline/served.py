@@ -1,0 +1,43 @@
+"""The code that MLflow runs to serve a model. Nothing imports it: MLflow copies it beside the weights and executes it.
+
+That is MLflow's "models from code": what is stored is source, YAML and safetensors, and no pickle. Being executed, the
+file sets its model at its end; torch is imported only once the model is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+GLASS = 255
+"""Value of what lies outside a slide: white."""
+
+
+class Segmenter(PythonModel):
+    """Class probabilities for patches at the model's own mpp."""
+
+    def load_context(self, context: Any) -> None:
+        """Loads the network from the checkpoint folder among the model's files."""
+        from pipeline.engine import load_engine
+
+        self.engine = load_engine(Path(context.artifacts["checkpoint"]))
+
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+        """Probabilities of (N, H, W, 3) uint8 RGB patches, as `fullfield segment` computes them for a slide of that size.
+
+        Returns (N, classes, ceil(H / output_stride), ceil(W / output_stride)) float32, 0 to 1. A patch that is no
+        multiple of the model's stride is continued with glass at its right and bottom, as a slide is.
+        """
+        spec = self.engine.spec
+        _, height, width, _ = model_input.shape
+        below, right = -height % spec.stride, -width % spec.stride
+        patches = np.pad(model_input, ((0, 0), (0, below), (0, right), (0, 0)), constant_values=GLASS)
+        rows, columns = -(-height // spec.output_stride), -(-width // spec.output_stride)
+        return self.engine(patches)[:, :, :rows, :columns]
+
+
+set_model(Segmenter())

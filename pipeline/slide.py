@@ -1,0 +1,257 @@
+"""A whole-slide scan: what it says of itself, and its pixels at any scale. The only importer of openslide.
+
+A read is *tile-invariant*: a region read at once or in pieces gives the same bytes. Every pixel is therefore sampled at a
+place that depends on its own index alone, in integer arithmetic, from level pixels that are always fetched the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from pipeline.errors import ScaleError, SlideError
+from pipeline.geometry import Lattice, Mpp, Roi
+
+MPP_RANGE = (0.05, 20.0)
+"""Micrometres per pixel that a scan can have."""
+
+_READABLE = "a scan of a format that OpenSlide reads"
+_LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
+_SNAP = 0.05  # pixels of drift over a whole slide below which a scale counts as a whole number
+_BLOCK = 256  # level pixels; a level with a fractional downsample is fetched in such blocks
+_WEIGHT_BITS = 8  # 255 * 2**8 and its rounding still fit in 16 bits
+_DIGEST_SAMPLES, _DIGEST_BYTES = 64, 65536
+
+
+@dataclass
+class _Handle:
+    """An open scan that is opened when first needed, and again after a failure; it does not travel between processes."""
+
+    path: Path
+    scan: openslide.OpenSlide | None = None
+
+    def get(self) -> openslide.OpenSlide:
+        if self.scan is None:
+            self.scan = openslide.OpenSlide(str(self.path))
+        return self.scan
+
+    def drop(self) -> None:
+        self.scan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "scan": None}
+
+
+@dataclass(frozen=True)
+class Slide:
+    """A scan: its base lattice, its pyramid of `levels` (the first is the base), and what it says of its origin.
+
+    `objective` is the magnification of the lens, None where the scan does not say.
+    """
+
+    path: Path
+    base: Lattice
+    levels: tuple[Lattice, ...]
+    vendor: str
+    objective: float | None
+    _handle: _Handle = field(repr=False, compare=False)
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """Pixels of `roi`, a rectangle of `lattice`, resampled from the best level.
+
+        Returns (height, width, 3) uint8 RGB. Outside the scan, and behind transparent pixels, is white glass. Pixels are
+        averaged over their area where the level is finer than the lattice, and interpolated linearly where it is coarser.
+        Raises SlideError where the scan cannot be read; the next read opens it anew.
+        """
+        level = self.best_level(lattice.mpp)
+        x = _sampling(roi.x, roi.width, lattice.mpp.x / self.levels[level].mpp.x, lattice.width)
+        y = _sampling(roi.y, roi.height, lattice.mpp.y / self.levels[level].mpp.y, lattice.height)
+        pixels = self._read_level(level, Roi(x.start, y.start, x.length, y.length))
+        return _resample_rows(_resample_rows(pixels, y).swapaxes(0, 1), x).swapaxes(0, 1)
+
+    def best_level(self, mpp: Mpp) -> int:
+        """The index of the coarsest level that is not coarser than `mpp`."""
+        fine = [
+            index
+            for index, level in enumerate(self.levels)
+            if level.mpp.x <= mpp.x * _LEVEL_TOLERANCE and level.mpp.y <= mpp.y * _LEVEL_TOLERANCE
+        ]
+        return max(fine, default=0)
+
+    def digest(self) -> str:
+        """A SHA-256 over the file's size and 64 samples of 64 KiB spread over it, as hexadecimal digits.
+
+        It takes milliseconds where a full hash of a scan takes minutes, and sees every change of length, of the header and
+        of the file's metadata; an edit of a few bytes between two samples escapes it.
+        """
+        size = self.path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with self.path.open("rb") as file:
+            for start in sorted({size * k // _DIGEST_SAMPLES for k in range(_DIGEST_SAMPLES)}):
+                file.seek(start)
+                digest.update(file.read(_DIGEST_BYTES))
+        return digest.hexdigest()
+
+    def _read_level(self, level: int, roi: Roi) -> np.ndarray:
+        """RGB of `roi`, in pixels of the level."""
+        try:
+            scan = self._handle.get()
+            downsample = scan.level_downsamples[level]
+            if downsample == round(downsample):
+                return _fetch(scan, level, roi, downsample)
+            return _fetch_in_blocks(scan, level, roi, downsample)
+        except (openslide.OpenSlideError, OSError) as error:
+            self._handle.drop()
+            place = f"x {roi.x}, y {roi.y}, {roi.width} x {roi.height} px of level {level}"
+            raise SlideError(
+                str(self.path), f"a read error at {place} ({error})", "pixels", "The file is damaged: copy it again."
+            ) from error
+
+
+def open_slide(path: Path, mpp: float | None = None) -> Slide:
+    """Open a scan of any format that OpenSlide reads; within a process, an unchanged slide that is open is shared.
+
+    `mpp` stands in for the micrometres per pixel of a scan that does not state them. Raises SlideError where the file is
+    missing, of no known format or damaged, and ScaleError where the scale is missing or outside 0.05 to 20.
+    """
+    if not path.is_file():
+        raise SlideError(str(path), "no such file", _READABLE, "Correct the path.")
+    status = path.stat()
+    return _shared_slide(path, mpp, (status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=32)
+def _shared_slide(path: Path, mpp: float | None, stamp: tuple[int, int]) -> Slide:
+    handle = _Handle(path)
+    scan = _open(handle)
+    properties = scan.properties
+    width, height = scan.dimensions
+    base = Lattice(width, height, _base_mpp(path, properties, mpp))
+    levels = tuple(Lattice(w, h, Mpp(base.mpp.x * (width / w), base.mpp.y * (height / h))) for w, h in scan.level_dimensions)
+    vendor = str(properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
+    objective = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+    return Slide(path, base, levels, vendor, objective, handle)
+
+
+def _open(handle: _Handle) -> openslide.OpenSlide:
+    try:
+        return handle.get()
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(
+            str(handle.path), "a file of no known format", _READABLE, "Convert it to a pyramidal TIFF."
+        ) from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(
+            str(handle.path), f"a damaged file ({error})", _READABLE, "Copy it again from its source."
+        ) from error
+
+
+def _base_mpp(path: Path, properties: Any, override: float | None) -> Mpp:
+    if override is not None:
+        found = Mpp.square(override)
+    else:
+        x = _number(properties.get(openslide.PROPERTY_NAME_MPP_X))
+        y = _number(properties.get(openslide.PROPERTY_NAME_MPP_Y))
+        if x is None or y is None:
+            raise _scale_error(path, "no micrometres per pixel")
+        found = Mpp(x, y)
+    low, high = MPP_RANGE
+    if not (low <= found.x <= high and low <= found.y <= high):
+        raise _scale_error(path, f"{found.x:g} x {found.y:g} micrometres per pixel")
+    return found
+
+
+def _scale_error(path: Path, found: str) -> ScaleError:
+    remedy = "State it in the manifest's `mpp` column (or with --mpp)."
+    return ScaleError(str(path), found, "a scale of {:g} to {:g} um/px".format(*MPP_RANGE), remedy)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _fetch(scan: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
+    """One rectangle of a level as RGB over white."""
+    location = (round(roi.x * downsample), round(roi.y * downsample))
+    pixels = np.asarray(scan.read_region(location, level, (roi.width, roi.height)))
+    if pixels[..., 3].min() == 255:
+        return np.ascontiguousarray(pixels[..., :3])
+    white = Image.new("RGBA", (roi.width, roi.height), "white")
+    return np.asarray(Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB"))
+
+
+def _fetch_in_blocks(scan: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
+    """The same from blocks at fixed places, since OpenSlide's rounding of a fractional place depends on the place."""
+    pixels = np.empty((*roi.shape, 3), np.uint8)
+    for y in range(roi.y // _BLOCK * _BLOCK, roi.bottom, _BLOCK):
+        for x in range(roi.x // _BLOCK * _BLOCK, roi.right, _BLOCK):
+            block = Roi(x, y, _BLOCK, _BLOCK)
+            common = block.intersect(roi)
+            fetched = _fetch(scan, level, block, downsample)
+            pixels[common.within(roi).slices()] = fetched[common.within(block).slices()]
+    return pixels
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How the pixels of one axis are made: pixel i is the sum over k of weights[i, k] * source[first[i] + k] / 2**8.
+
+    `first` counts from `start`, the first source pixel needed; `length` source pixels are needed in all.
+    """
+
+    start: int
+    length: int
+    first: np.ndarray
+    weights: np.ndarray
+
+
+def _sampling(start: int, count: int, scale: float, lattice_size: int) -> _Sampling:
+    """Sampling of pixels start ... start + count - 1 of an axis, each `scale` source pixels wide."""
+    if abs(scale - round(scale)) * lattice_size < _SNAP and round(scale) >= 1:
+        scale = float(round(scale))
+    index = np.arange(start, start + count)
+    if scale >= 1:
+        low, high = index * scale, (index + 1) * scale
+        taps = math.ceil(scale) + (0 if scale == round(scale) else 1)
+    else:
+        low = (index + 0.5) * scale - 0.5
+        high, taps = low + 1, 2
+    first = np.floor(low + 1e-9).astype(np.int64)
+    edges = first[:, None] + np.arange(taps + 1)
+    overlap = np.diff(np.clip(edges, low[:, None], high[:, None]), axis=1)
+    weights = _whole_weights(overlap / overlap.sum(axis=1, keepdims=True))
+    origin = int(first[0])
+    return _Sampling(origin, int(first[-1]) + taps - origin, first - origin, weights)
+
+
+def _whole_weights(weights: np.ndarray) -> np.ndarray:
+    """Weights as whole 256ths whose sum is exactly 256; the largest takes what rounding leaves."""
+    whole = np.rint(weights * (1 << _WEIGHT_BITS)).astype(np.int64)
+    rows = np.arange(len(whole))
+    whole[rows, whole.argmax(axis=1)] += (1 << _WEIGHT_BITS) - whole.sum(axis=1)
+    weights_256: np.ndarray = whole.astype(np.uint16)
+    return weights_256
+
+
+def _resample_rows(pixels: np.ndarray, sampling: _Sampling) -> np.ndarray:
+    """Weighted sums of rows: (rows, columns, 3) uint8 to (len(first), columns, 3) uint8."""
+    taps = sampling.weights.shape[1]
+    if taps == 1:
+        return pixels
+    total = np.full((len(sampling.first), *pixels.shape[1:]), 1 << (_WEIGHT_BITS - 1), np.uint16)
+    wide = np.ascontiguousarray(pixels).astype(np.uint16)
+    for tap in range(taps):
+        total += wide[sampling.first + tap] * sampling.weights[:, tap, None, None]
+    return (total >> _WEIGHT_BITS).astype(np.uint8)

@@ -1,0 +1,170 @@
+"""MLflow stores: which one is meant, how it is opened, and how its failures are told.
+
+MLflow itself is imported when the first store is opened, which takes some seconds; never by importing this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SQLITE = "sqlite:///"
+_IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store: its address, and MLflow's client to it."""
+
+    address: str
+    client: MlflowClient
+
+    @property
+    def shown(self) -> str:
+        """The address without a password, for people and files."""
+        return without_password(self.address)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the address can be opened in a browser."""
+        return self.address.startswith(("http://", "https://"))
+
+    @contextmanager
+    def conversation(self, subject: str = "") -> Iterator[None]:
+        """Keeps MLflow's notes off the terminal, and turns its failures into TrackingError (on `subject`, if given)."""
+        with _conversation(self.address, subject):
+            yield
+
+    def experiment(self, name: str, files: Path | None) -> str:
+        """The identifier of the experiment called `name`, made where there is none.
+
+        `files` is where a local store of our own keeps files; None leaves that to the store. An experiment that keeps
+        them elsewhere, because its folder was moved or copied, is set aside under another name: its runs would write
+        into the old place.
+        """
+        place = None if files is None else files.as_uri()
+        with self.conversation():
+            found = self.client.get_experiment_by_name(name)
+            if found is not None and place is not None and found.artifact_location != place:
+                self.client.rename_experiment(
+                    found.experiment_id, f"{name} until {datetime.now().isoformat(timespec='seconds')}"
+                )
+                found = None
+            if found is None:
+                return str(self.client.create_experiment(name, artifact_location=place or self._shared_files()))
+            if found.lifecycle_stage == "deleted":
+                self.client.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+
+    def _shared_files(self) -> str | None:
+        """Where a SQLite store that is shared by outputs keeps files: beside it. Other stores know it themselves."""
+        path = _sqlite_path(self.address)
+        return None if path is None else (path.parent / "mlartifacts").as_uri()
+
+
+def own_address(output: Path) -> str:
+    """The address of an output folder's own store. Raises TrackingError for a path that an address cannot hold."""
+    path = (output / "mlflow.db").resolve()
+    if re.search("[%?#]", str(path)):
+        raise TrackingError(str(output), "one of %, ? and # in its path", "a path without", "Choose another folder.")
+    return _SQLITE + path.as_posix()
+
+
+def chosen_address(uri: str | None) -> str | None:
+    """The store that was asked for: `uri`, else MLFLOW_TRACKING_URI; None where neither is given."""
+    address = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not address:
+        return None
+    path = _sqlite_path(address)
+    return address.rstrip("/") if path is None else _SQLITE + path.as_posix()
+
+
+def open_store(address: str, create: bool) -> Store:
+    """Opens the store at an address; a SQLite store that does not exist is made, if `create` allows it.
+
+    Raises TrackingError where it cannot be opened; for a server that does not answer, within seconds. MLflow's
+    telemetry and its links on standard output are switched off, unless the environment says otherwise.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    path = _sqlite_path(address)
+    if path is not None:
+        _check_sqlite(path, create)
+    with _conversation(address), _impatience():
+        from mlflow import MlflowClient
+
+        client = MlflowClient(address)
+        client.search_experiments(max_results=1)
+    return Store(address, client)
+
+
+def without_password(text: str) -> str:
+    """The text with `***` for what stands before the @ in an address: a name, and often a password."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+
+
+@contextmanager
+def _conversation(address: str, subject: str = "") -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.WARNING))
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        shown = without_password(address)
+        found = " ".join(str(error).replace(address, shown).split())
+        remedy = (
+            f"Check that this is the right store ({shown}): MLFLOW_TRACKING_URI or the config's `tracking.uri` names it."
+        )
+        raise TrackingError(subject or shown, found, "an MLflow store that does as asked", remedy) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _impatience() -> Iterator[None]:
+    """Lets a server fail within seconds instead of minutes, unless the environment asks for patience."""
+    mine = {key: value for key, value in _IMPATIENCE.items() if key not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            del os.environ[key]
+
+
+def _sqlite_path(address: str) -> Path | None:
+    """The file of a SQLite store; None for other stores."""
+    return Path(address.removeprefix(_SQLITE)).resolve() if address.startswith(_SQLITE) else None
+
+
+def _check_sqlite(path: Path, create: bool) -> None:
+    """Asks the file itself, because MLflow would ask it again and again for two minutes."""
+    if not create and not path.is_file():
+        remedy = "Give the address of the store that the model was trained in: MLFLOW_TRACKING_URI=sqlite:///DIR/mlflow.db"
+        raise TrackingError(str(path), "no such file", "an MLflow store", remedy)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+    except (OSError, sqlite3.Error) as error:
+        remedy = "Move the file away, or choose another output folder."
+        raise TrackingError(str(path), str(error), "a SQLite database that can be opened", remedy) from error

@@ -1,0 +1,280 @@
+"""Runs and models in MLflow.
+
+    OUTPUT/run.json         which run of which store this folder belongs to, so that running again continues it
+    OUTPUT/mlflow.db        the store (SQLite), where neither the config nor MLFLOW_TRACKING_URI names another
+    OUTPUT/mlartifacts/     its files
+
+Importing this module does not import MLflow; starting a run does, and takes some seconds.
+"""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import io
+import json
+import os
+import platform
+import posixpath
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline import __version__
+from pipeline.errors import TrackingError
+from pipeline.registry import log_model, resolve_model
+from pipeline.store import Store, chosen_address, open_store, own_address, without_password
+
+__all__ = ["Run", "resolve_model"]
+
+_STAGE, _ERROR, _PARENT = "fullfield.stage", "fullfield.error", "mlflow.parentRunId"
+_MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
+_LONGEST_KEY, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 6000, 36  # letters that MLflow takes
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
+
+
+@dataclass
+class Run:
+    """A run of an MLflow store. As a context manager it is RUNNING, then FINISHED, FAILED or (by Ctrl-C) KILLED.
+
+    Several may be open at once: nothing here touches MLflow's current run, nor its current store. Every method
+    raises TrackingError where the store does not do as asked. A `monitored` run records the machine's load.
+    """
+
+    store: Store
+    experiment_id: str
+    run_id: str
+    monitored: bool
+    _monitor: Any = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def start(cls, output: Path, experiment: str, name: str, uri: str | None = None) -> Run:
+        """The run that belongs to an output folder: continued if there is one, else begun and called `name`.
+
+        It is continued if its store is the same and still has it. `uri` names the store, else MLFLOW_TRACKING_URI does,
+        else it is OUTPUT/mlflow.db. A server that does not answer is an error within seconds.
+        """
+        output.mkdir(parents=True, exist_ok=True)
+        address = chosen_address(uri) or own_address(output)
+        store = open_store(address, create=True)
+        files = (output / "mlartifacts").resolve() if address == own_address(output) else None
+        experiment_id = store.experiment(experiment, files)
+        with store.conversation():
+            run_id = _recorded(output, store, experiment_id)
+            if run_id is None:
+                run_id = store.client.create_run(experiment_id, run_name=name).info.run_id
+        _record(output, {"store": store.shown, "experiment_id": experiment_id, "run_id": run_id})
+        run = cls(store, experiment_id, run_id, monitored=True)
+        run.set_tags(_origin())
+        return run
+
+    def child(self, stage: str) -> Run:
+        """The run of one stage, nested in this one: continued if there is one of that name, else begun."""
+        tags = {_PARENT: self.run_id, _STAGE: stage}
+        asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        client = self.store.client
+        with self.store.conversation():
+            found = client.search_runs([self.experiment_id], asked, order_by=["attributes.start_time ASC"])
+            run = found[0] if found else client.create_run(self.experiment_id, run_name=stage, tags=tags)
+        child = Run(self.store, self.experiment_id, run.info.run_id, monitored=False)
+        child.set_tags(_origin())
+        return child
+
+    def __enter__(self) -> Run:
+        with self.store.conversation():
+            self.store.client.update_run(self.run_id, status="RUNNING")
+            if self.monitored:
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                address = self.store.address
+                self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=address)
+                self._monitor.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        try:
+            with self.store.conversation():
+                if self._monitor is not None:
+                    self._monitor.finish()
+                if error is not None:
+                    text = without_password(f"{type(error).__name__}: {error}")
+                    self.store.client.set_tag(self.run_id, _ERROR, text)
+                elif _ERROR in self.store.client.get_run(self.run_id).data.tags:
+                    self.store.client.delete_tag(self.run_id, _ERROR)
+                self.store.client.set_terminated(self.run_id, status)
+        except TrackingError as trouble:
+            if error is None:
+                raise
+            error.add_note(f"The MLflow run could not be marked as {status}: {trouble}")
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags; a tag's earlier value is replaced."""
+        from mlflow.entities import RunTag
+
+        with self.store.conversation():
+            self.store.client.log_batch(self.run_id, tags=[RunTag(_key(key), value) for key, value in tags.items()])
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Logs parameters: nested mappings under dotted names, lists as JSON, no more than 6000 letters each.
+
+        MLflow never changes a parameter. Where a continued run has another value now, the parameter keeps the first one
+        and the tag `changed.NAME` holds the present one.
+        """
+        from mlflow.entities import Param
+
+        client, values = self.store.client, dict(_flat(params))
+        with self.store.conversation():
+            data = client.get_run(self.run_id).data
+            new = [Param(key, value) for key, value in values.items() if key not in data.params]
+            for start in range(0, len(new), _MOST_PARAMS):
+                client.log_batch(self.run_id, params=new[start : start + _MOST_PARAMS])
+            for key, value in values.items():
+                if data.params.get(key, value) != value:
+                    client.set_tag(self.run_id, f"changed.{key}", value)
+                elif f"changed.{key}" in data.tags:
+                    client.delete_tag(self.run_id, f"changed.{key}")
+
+    def log_config(self, text: str, digest: str) -> None:
+        """Keeps the configuration, less passwords in addresses, as `config.yaml`; its digest is the tag `config.digest`."""
+        self.set_tags({"config.digest": digest})
+        self.log_text("config.yaml", without_password(text))
+
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
+        """Logs numbers at a step; None is passed over. Letters that MLflow forbids in names become `_`."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        found = [Metric(_key(key), float(value), now, step) for key, value in metrics.items() if value is not None]
+        with self.store.conversation():
+            for start in range(0, len(found), _MOST_METRICS):
+                self.store.client.log_batch(self.run_id, metrics=found[start : start + _MOST_METRICS])
+
+    def log_text(self, name: str, text: str) -> None:
+        """Keeps text as the file `name`, which may lie in a folder; one of the same name is replaced."""
+        with self.store.conversation():
+            self.store.client.log_text(self.run_id, text, name)
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """Copies a file (a picture, say) into `folder` of the run's files; one of the same name is replaced."""
+        with self.store.conversation():
+            self.store.client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Keeps rows, all with the same keys, as the CSV file `name`; the MLflow page shows it as a table."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.log_text(name, text.getvalue())
+
+    def log_dataset(self, name: str, digest: str, source: str | Path, context: str) -> None:
+        """Notes data that the run used: what (`digest`: MLflow keeps 36 letters), whence, and what for ("training")."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        place = source.resolve().as_uri() if isinstance(source, Path) else source
+        data = Dataset(name, digest[:_LONGEST_DIGEST], "local", json.dumps({"uri": place}))
+        with self.store.conversation():
+            used = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+            self.store.client.log_inputs(self.run_id, [used])
+
+    def log_reference(self, name: str, path: Path) -> None:
+        """Notes where something large lies, without copying it: `references/NAME.json` has its URI, bytes and files."""
+        files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
+        size = sum(item.stat().st_size for item in files)
+        content = {"uri": path.resolve().as_uri(), "bytes": size, "files": len(files)}
+        self.log_text(f"references/{_key(name)}.json", json.dumps(content, indent=2))
+
+    def log_model(self, checkpoint: Path, classes: Sequence[str], registered: str, alias: str) -> str:
+        """Stores a checkpoint's folder as this run's model and registers it: see registry.log_model."""
+        return log_model(self.store, self.run_id, checkpoint, classes, registered, alias)
+
+    def open_command(self) -> str:
+        """The shell command that shows this run's store in a browser."""
+        if self.store.is_server:
+            page = f"{self.store.shown.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+            return shlex.join([sys.executable, "-m", "webbrowser", page])
+        on_path = shutil.which("mlflow") == str(Path(sys.executable).with_name("mlflow"))
+        program = ["mlflow"] if on_path else [sys.executable, "-m", "mlflow"]
+        return shlex.join([*program, "ui", "--workers", "1", "--backend-store-uri", self.store.shown])
+
+
+def _recorded(output: Path, store: Store, experiment_id: str) -> str | None:
+    """The run that `run.json` names, if it is in this store and experiment; None where another must be begun."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        run = store.client.get_run(record["run_id"]) if record["store"] == store.shown else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    alive = run is not None and run.info.lifecycle_stage == "active" and run.info.experiment_id == experiment_id
+    return str(run.info.run_id) if run is not None and alive else None
+
+
+def _record(output: Path, content: Mapping[str, str]) -> None:
+    partial = output / "run.json.partial"
+    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    partial.replace(output / "run.json")
+
+
+def _origin() -> dict[str, str]:
+    """Tags that tell by whom, where and with which code a run was made."""
+    tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.name": without_password(shlex.join(sys.argv)),
+        "mlflow.source.type": "LOCAL",
+        "fullfield.version": __version__,
+        "fullfield.python": platform.python_version(),
+        "fullfield.machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} cores",
+    }
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", Path(__file__).name) else None
+    if commit:
+        changed = "no" if _git("diff", "--quiet", "HEAD") is not None else "yes"
+        tags |= {"mlflow.source.git.commit": commit, "fullfield.changed_since_commit": changed}
+    return tags
+
+
+def _git(*words: str) -> str | None:
+    """What git says about the folder of this code; None where it says no, or is not there."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _flat(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as (dotted name, text), as short as MLflow wants them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield _key(f"{above}{key}"), without_password(text)[:_LONGEST_PARAM]
+
+
+def _key(name: str) -> str:
+    """The name as MLflow allows it: few kinds of letters, and no path that leads elsewhere."""
+    key = _FORBIDDEN.sub("_", name)[:_LONGEST_KEY]
+    return re.sub("[./]", "_", key) if posixpath.normpath(key) != key or key.startswith((".", "/")) else key
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return "unknown"

@@ -1,0 +1,138 @@
+"""Fits a network to patches; yields what each epoch achieved.
+
+An epoch's learning rate follows how much of the training is over: a warm-up, then half a cosine. Where time runs out first
+(`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.losses.dice import DiceLoss
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+
+from pipeline.classes import IGNORED
+from pipeline.config import TrainingSettings
+from pipeline.errors import TrainingError
+from pipeline.network import ModelSpec, normalise
+
+Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
+"""epoch -> batches of images (N, S, S, 3) uint8 RGB and masks (N, S, S) uint8, IGNORED where nothing is known."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch achieved: the mean loss, the last learning rate, and the seconds it took."""
+
+    number: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+class Trainer:
+    """A network, its optimiser and its running average, which is the network that is validated and kept."""
+
+    def __init__(self, spec: ModelSpec, network: torch.nn.Module, settings: TrainingSettings, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.spec, self.settings = spec, settings
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = AveragedModel(self.network, multi_avg_fn=_average(settings.weight_average), use_buffers=True)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.dice = DiceLoss(batch=True)
+
+    def fit(self, batches: Batches) -> Iterator[Epoch]:
+        """Train epoch by epoch; the caller validates and saves `averaged()` between two of them.
+
+        The caller's time counts against `max_minutes` as well. Raises TrainingError where the loss is not finite.
+        """
+        started, planned, number = time.monotonic(), self.settings.epochs, 0
+        while number < planned:
+            yield self._epoch(number, planned, batches(number))
+            number += 1
+            planned = self._affordable(number, time.monotonic() - started)
+
+    def averaged(self) -> torch.nn.Module:
+        """The network with averaged weights, which is the one to keep."""
+        module: torch.nn.Module = self.average.module
+        return module
+
+    def _affordable(self, done: int, elapsed: float) -> int:
+        """How many epochs there will be, at the pace of those `done`."""
+        if self.settings.max_minutes is None:
+            return self.settings.epochs
+        return min(self.settings.epochs, max(done, int(self.settings.max_minutes * 60 / elapsed * done)))
+
+    def _epoch(self, number: int, planned: int, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Epoch:
+        self.network.train()
+        steps = math.ceil(self.settings.patches_per_epoch / self.settings.batch_size)
+        started, losses, rate = time.monotonic(), list[float](), 0.0
+        for images, masks in batches:
+            rate = self._set_rate(number + len(losses) / steps, planned)
+            losses.append(self._step(images, masks))
+        if not math.isfinite(sum(losses)):
+            found = f"a loss of {sum(losses)} in epoch {number + 1}"
+            raise TrainingError("training", found, "a finite loss", "Lower training.learning_rate.")
+        return Epoch(number + 1, float(np.mean(losses)), rate, time.monotonic() - started)
+
+    def _set_rate(self, progress: float, planned: int) -> float:
+        warm, settings = self.settings.warmup_epochs, self.settings
+        if progress < warm:
+            share = (progress + 0.02) / (warm + 0.02)
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * min((progress - warm) / max(planned - warm, 1e-9), 1)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * share
+        return settings.learning_rate * share
+
+    def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
+        inputs = normalise(torch.from_numpy(images).to(self.device), self.spec)
+        truth = torch.from_numpy(_at_output(masks, self.spec.output_stride)).to(self.device, torch.long)
+        loss = self._loss(self.network(inputs), truth)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        self.optimiser.step()
+        self.average.update_parameters(self.network)
+        return loss.item()
+
+    def _loss(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Dice and cross-entropy over the known pixels, (N, C, h, w) against (N, h, w)."""
+        known = truth != IGNORED
+        if not known.any():
+            return logits.sum() * 0
+        entropy = functional.cross_entropy(logits, truth, ignore_index=IGNORED)
+        one_hot = functional.one_hot(truth * known, logits.shape[1]).permute(0, 3, 1, 2)
+        overlap = self.dice(logits.softmax(1) * known[:, None], one_hot * known[:, None])
+        total: torch.Tensor = entropy + overlap
+        return total
+
+
+def _at_output(masks: np.ndarray, output_stride: int) -> np.ndarray:
+    """Masks at the network's output scale: the pixel nearest to each centre."""
+    centre = output_stride // 2
+    return np.ascontiguousarray(masks[:, centre::output_stride, centre::output_stride])
+
+
+def _average(decay: float) -> Callable[..., None]:
+    """The average that forgets by `decay` a step, and faster at first, so that it does not remember the start."""
+
+    @torch.no_grad()
+    def update(averages: list[torch.Tensor], values: list[torch.Tensor], count: torch.Tensor) -> None:
+        keep = min(decay, (1 + int(count)) / (10 + int(count)))
+        for average, value in zip(averages, values, strict=True):
+            if torch.is_floating_point(average):
+                average.lerp_(value, 1 - keep)
+            else:
+                average.copy_(value)
+
+    return update

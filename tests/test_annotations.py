@@ -1,0 +1,381 @@
+"""Annotations: names and values become classes, what is not known counts for nothing, and masks come back bit for bit."""
+
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from PIL import Image
+from rasterio.features import shapes as mask_shapes
+
+from pipeline.annotations import ClassMap, LabelImageTruth, OutlineTruth, Truth, open_truth
+from pipeline.classes import IGNORED, Class, Classes
+from pipeline.errors import AnnotationError
+from pipeline.geometry import Lattice, Mpp, Roi
+
+CLASSES = Classes((Class("Other", (200, 200, 200)), Class("Gland", (0, 120, 0)), Class("Tumour", (200, 0, 0))))
+BASE = Lattice(37, 23, Mpp.square(0.5))
+X = IGNORED
+
+
+def feature(name: str | None, geometry: Any) -> dict[str, Any]:
+    shape = geometry if isinstance(geometry, dict) else shapely.geometry.mapping(geometry)
+    return {"type": "Feature", "geometry": shape, "properties": {"classification": name and {"name": name}}}
+
+
+def geojson(path: Path, *features: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def drawn(folder: Path, class_map: ClassMap, *features: dict[str, Any]) -> Truth:
+    return open_truth(geojson(folder / "a.geojson", *features), BASE, class_map, None)
+
+
+def naming(**options: Any) -> ClassMap:
+    return ClassMap(**({"classes": CLASSES, "names": {"Gland": 1, "Tumor": 2}, "rest": 0} | options))
+
+
+# Outlines
+
+
+def test_painting_order(tmp_path: Path) -> None:
+    """Later classes over earlier ones, whatever the file's order; then what is ignored; and last what is not known."""
+    truth = drawn(
+        tmp_path,
+        naming(known=("Region*",), ignored=("Ignore*",)),
+        feature("Tumor", shapely.box(2, 0, 5, 1)),
+        feature("Region*", shapely.box(1, 0, 7, 1)),
+        feature("Gland", shapely.box(0, 0, 4, 1)),
+        feature("Ignore*", shapely.box(4, 0, 6, 1)),
+    )
+    assert truth.read(Roi(0, 0, 9, 1), BASE).tolist() == [[X, 1, 2, 2, X, X, 0, X, X]]
+    assert truth.known_roi() == Roi(1, 0, 6, 1)
+
+
+def test_without_rest_only_outlines_are_known(tmp_path: Path) -> None:
+    truth = drawn(tmp_path, naming(rest=None), feature("Gland", shapely.box(1.5, 1, 4, 2)))
+    assert truth.read(Roi(0, 0, 6, 3), BASE).tolist() == [[X] * 6, [X, 1, 1, 1, X, X], [X] * 6]
+    assert truth.known_roi() == Roi(1, 1, 3, 1)
+
+
+def test_a_file_without_outlines(tmp_path: Path) -> None:
+    assert (drawn(tmp_path, naming()).read(BASE.roi, BASE) == 0).all()
+    nothing = drawn(tmp_path, naming(rest=None))
+    assert (nothing.read(BASE.roi, BASE) == X).all()
+    assert nothing.known_roi().area == 0
+
+
+def test_outside_the_slide_nothing_is_known(tmp_path: Path) -> None:
+    truth = drawn(tmp_path, naming(), feature("Gland", shapely.box(-50, -50, 100, 100)))
+    seen = truth.read(BASE.roi.grow(3), BASE)
+    assert (seen[3:-3, 3:-3] == 1).all()
+    assert (seen == 1).sum() == BASE.roi.area
+    coarse = BASE.at(Mpp.square(2.0))  # 10 x 6 px; the last column's centre lies past the slide, the last row's inside
+    assert coarse.shape == (6, 10)
+    assert (truth.read(coarse.roi, coarse) == 1).tolist() == [[True] * 9 + [False]] * 6
+
+
+def test_unnamed_objects(tmp_path: Path) -> None:
+    truth = drawn(tmp_path, naming(unnamed=2), feature(None, shapely.box(0, 0, 2, 1)))
+    assert truth.read(Roi(0, 0, 3, 1), BASE).tolist() == [[2, 2, 0]]
+
+
+def test_unmapped_names_are_listed_with_the_remedy(tmp_path: Path) -> None:
+    box = shapely.box(0, 0, 2, 1)
+    features = [feature(name, box) for name in ("Gland", "Necrosis", "Necrosis", "Region 1", None)]
+    with pytest.raises(AnnotationError) as caught:
+        drawn(tmp_path, naming(known=("Region*",)), *features)
+    error = caught.value
+    assert error.subject.endswith("a.geojson")
+    assert "stand for no class: 'Necrosis', (no name)" in error.found
+    assert "2 x 'Necrosis'" in error.found and "1 x 'Gland'" in error.found and "1 x (no name)" in error.found
+    assert error.expected == "only 'Gland', 'Tumor', 'Region*'"
+    for key in ("classes[].annotations", "annotations.known", "annotations.ignored", "annotations.unnamed"):
+        assert key in error.remedy
+
+
+def test_a_missing_annotated_region_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"annotated area \(Region\*\)"):
+        drawn(tmp_path, naming(known=("Region*",)), feature("Gland", shapely.box(0, 0, 2, 1)))
+
+
+@pytest.mark.parametrize("wrong", [{"names": {"Gland": 3}}, {"rest": -1}, {"unnamed": 9}, {"values": {1: 4}}])
+def test_class_map_refuses_what_is_no_class(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Gland"):
+        naming(**wrong)
+
+
+def test_remarks_tell_what_happened_to_the_file(tmp_path: Path) -> None:
+    bow_tie = {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [9, 0], [0, 9], [0, 0]]]}
+    line = {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}
+    flat = {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [0, 0]]]}
+    truth = drawn(tmp_path, naming(), *(feature("Gland", shape) for shape in (bow_tie, line, flat)))
+    assert truth.remarks == (
+        "invalid polygons, repaired: 1",
+        "points, lines and rulers, left out: 1",
+        "outlines without an area, left out: 1",
+    )
+
+
+@given(
+    mask=hnp.arrays(np.uint8, (BASE.height, BASE.width), elements=st.integers(0, 2), fill=st.just(0)),
+    connectivity=st.sampled_from([4, 8]),
+)
+@settings(max_examples=40, deadline=None)
+def test_masks_come_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, mask: NDArray[Any], connectivity: int
+) -> None:
+    """Outlines along pixel edges, with holes and parts that touch at corners (self-touching rings with 8)."""
+    names = {1: "Gland", 2: "Tumor"}
+    traced = [feature(names[int(value)], shape) for shape, value in mask_shapes(mask, mask > 0, connectivity)]
+    truth = drawn(tmp_path_factory.mktemp("mask"), naming(), *traced)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), mask)
+
+
+def test_a_coarse_pixel_has_the_class_of_its_centre(tmp_path: Path) -> None:
+    mask = np.random.default_rng(7).integers(0, 3, BASE.shape).astype(np.uint8)
+    names = ("", "Gland", "Tumor")
+    truth = drawn(
+        tmp_path, naming(), *(feature(names[int(value)], shape) for shape, value in mask_shapes(mask, mask > 0, 4))
+    )
+    lattice = BASE.at(Mpp(1.5, 2.5))  # 3 x 5 base pixels: the centres are those of base pixels
+    np.testing.assert_array_equal(truth.read(Roi(0, 0, 12, 4), lattice), mask[2:20:5, 1:36:3])
+
+
+def test_truth_travels_light_and_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    many = [feature("Gland", shapely.Point(x, 9).buffer(3)) for x in range(300)]
+    truth = drawn(tmp_path, naming(), *many)
+    packed = pickle.dumps(truth)
+    assert len(packed) < 1000
+    np.testing.assert_array_equal(pickle.loads(packed).read(BASE.roi, BASE), truth.read(BASE.roi, BASE))
+    geojson(tmp_path / "a.geojson", feature("Tumor", shapely.box(0, 0, 40, 40)))
+    assert (pickle.loads(packed).read(BASE.roi, BASE) == 2).all()
+    (tmp_path / "a.geojson").unlink()
+    with pytest.raises(AnnotationError, match="No such file"):
+        pickle.loads(packed).read(BASE.roi, BASE)
+
+
+def glas(folder: Path, patient: str) -> Truth:
+    with tifffile.TiffFile(folder / f"glas/glas-patient-{patient}.tiff") as tiff:
+        height, width = tiff.series[0].shape[:2]
+    base = Lattice(width, height, Mpp.square(0.62005))
+    return open_truth(folder / f"glas/glas-patient-{patient}.geojson", base, naming(known=("Region*",)), None)
+
+
+def test_glas_is_known_in_its_fields_only(shared_data: Path) -> None:
+    truth = glas(shared_data, "08")
+    assert truth.remarks == ()
+    seen = truth.read(truth.base.roi, truth.base)
+    areas = {"Region*": 0.0, "Gland": 0.0}
+    for item in json.loads((shared_data / "glas/glas-patient-08.geojson").read_text())["features"]:
+        areas[item["properties"]["classification"]["name"]] += shapely.geometry.shape(item["geometry"]).area
+    assert (seen != X).sum() == areas["Region*"]
+    assert (seen == 1).sum() == areas["Gland"]  # along pixel edges, so the areas are whole numbers of pixels
+    known = truth.known_roi()
+    assert (seen[known.slices()] != X).mean() == 1.0
+    assert (seen != X).sum() == known.area
+
+
+@given(data=st.data(), mpp=st.sampled_from([0.62005, 1.0, 1.24, 1.2401, 4.96]))
+@settings(max_examples=25, deadline=None)
+def test_glas_in_pieces_is_glas_at_once(shared_data: Path, data: st.DataObject, mpp: float) -> None:
+    truth = glas(shared_data, "06")
+    lattice = truth.base.at(Mpp.square(mpp))
+    width, height = data.draw(st.integers(2, 300)), data.draw(st.integers(2, 200))
+    whole = Roi(data.draw(st.integers(-9, lattice.width)), data.draw(st.integers(-9, lattice.height)), width, height)
+    column, row = data.draw(st.integers(1, width - 1)), data.draw(st.integers(1, height - 1))
+    parts = [
+        [Roi(whole.x, y, column, rows), Roi(whole.x + column, y, width - column, rows)]
+        for y, rows in ((whole.y, row), (whole.y + row, height - row))
+    ]
+    pieces = np.block([[truth.read(roi, lattice) for roi in line] for line in parts])
+    np.testing.assert_array_equal(pieces, truth.read(whole, lattice))
+
+
+def test_imagescope_and_qupath_say_the_same_of_one_slide(shared_data: Path) -> None:
+    base = Lattice(99_000, 62_000, Mpp.square(0.252))
+    stem = shared_data / "annotations/TCGA-EJ-5519-01Z-00-DX1"
+    from_xml = open_truth(stem.with_suffix(".imagescope.xml"), base, naming(names={"CaP": 1}, unnamed=2), None)
+    names = {"Tumor": 1, "Other": 2, "Negative": 2}
+    from_json = open_truth(stem.with_suffix(".qupath.json"), base, naming(names=names), None)
+    lattice = base.at(Mpp.square(8.0))
+    xml, qupath = from_xml.read(lattice.roi, lattice), from_json.read(lattice.roi, lattice)
+    assert (np.bincount(qupath.ravel(), minlength=3)[:3] > 1000).all()
+    assert (xml != qupath).mean() < 1e-4
+
+
+def test_thousands_of_nuclei_are_read_fast_enough(tmp_path: Path) -> None:
+    """30,000 outlines on one slide: far more than 1000 patches a minute."""
+    base, rng = Lattice(80_000, 60_000, Mpp.square(0.25)), np.random.default_rng(0)
+    circle = np.stack([np.cos(np.linspace(0, 2 * np.pi, 25)), np.sin(np.linspace(0, 2 * np.pi, 25))], axis=1)
+    places = rng.uniform((0, 0), (80_000, 60_000), (30_000, 2))
+    rings = (places[:, None] + rng.uniform(8, 25, (30_000, 1, 1)) * circle).round(2).tolist()
+    nuclei = [feature("Gland", {"type": "Polygon", "coordinates": [ring]}) for ring in rings]
+    truth = open_truth(geojson(tmp_path / "nuclei.geojson", *nuclei), base, naming(), None)
+    lattice = base.at(Mpp.square(0.5))
+    start, found = time.perf_counter(), 0
+    for x, y in rng.integers(0, (lattice.width - 256, lattice.height - 256), (100, 2)):
+        found += int((truth.read(Roi(int(x), int(y), 256, 256), lattice) == 1).sum())
+    assert time.perf_counter() - start < 3.0
+    assert found > 0
+
+
+# Label images
+
+
+LABELS = np.random.default_rng(3).choice(np.array([0, 1, 2, 255], dtype=np.uint8), BASE.shape)
+
+
+def tiled_pyramid(path: Path, labels: NDArray[Any]) -> None:
+    options: dict[str, Any] = {"tile": (16, 16), "compression": "deflate", "photometric": "minisblack"}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(labels, subifds=1, **options)
+        tiff.write(np.zeros_like(labels[::2, ::2]), subfiletype=1, **options)  # must never be read
+
+
+WRITERS = {
+    "grey.png": lambda path, labels: Image.fromarray(labels).save(path),
+    "pyramid.tif": tiled_pyramid,
+    "strips.tif": lambda path, labels: tifffile.imwrite(path, labels, rowsperstrip=4, compression="lzw"),
+    "one_strip.tif": lambda path, labels: tifffile.imwrite(path, labels, compression="deflate"),
+    "plain.tif": lambda path, labels: tifffile.imwrite(path, labels),
+    "sixteen_bits.tif": lambda path, labels: tifffile.imwrite(path, labels.astype(">u2"), byteorder=">"),
+    "sixteen_bits.png": lambda path, labels: Image.fromarray(labels.astype(np.uint16)).save(path),
+    "signed.tif": lambda path, labels: tifffile.imwrite(path, labels.astype(np.int32), tile=(16, 16)),
+    "large.tif": lambda path, labels: tifffile.imwrite(path, labels, bigtiff=True, tile=(16, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_label_images_of_every_kind(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    WRITERS[kind](path, LABELS)
+    truth = open_truth(path, BASE, naming(), None)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), LABELS)
+    piece = Roi(5, 3, 20, 17)
+    np.testing.assert_array_equal(truth.read(piece, BASE), LABELS[piece.slices()])
+    beyond = truth.read(BASE.roi.grow(2), BASE)
+    assert (beyond[2:-2, 2:-2] == LABELS).all() and (beyond[:2] == X).all() and (beyond[:, -2:] == X).all()
+    assert truth.known_roi() == BASE.roi
+    packed = pickle.dumps(truth)
+    assert len(packed) < 1500
+    np.testing.assert_array_equal(pickle.loads(packed).read(piece, BASE), LABELS[piece.slices()])
+
+
+def test_palette_png_gives_its_indices(tmp_path: Path) -> None:
+    image = Image.fromarray(np.minimum(LABELS, 2)).convert("P")
+    image.putpalette([9, 9, 9, 0, 255, 0, 255, 0, 0])
+    image.save(tmp_path / "p.png")
+    truth = open_truth(tmp_path / "p.png", BASE, naming(), None)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), np.minimum(LABELS, 2))
+
+
+def test_values_stand_for_classes(tmp_path: Path) -> None:
+    WRITERS["pyramid.tif"](tmp_path / "l.tif", LABELS)
+    truth = open_truth(tmp_path / "l.tif", BASE, naming(values={0: X, 1: 2, 2: 0}), None)
+    expected = np.select([LABELS == 0, LABELS == 1, LABELS == 2], [X, 2, 0], X)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), expected)
+
+
+def test_binary_mask(tmp_path: Path) -> None:
+    mask = LABELS == 1
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    tifffile.imwrite(tmp_path / "m.tif", mask)
+    for name in ("m.png", "m.tif"):
+        truth = open_truth(tmp_path / name, BASE, naming(), None)
+        np.testing.assert_array_equal(truth.read(BASE.roi, BASE), mask)
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.9, 1.24, 6.0])
+def test_labels_at_their_own_scale(tmp_path: Path, mpp: float) -> None:
+    """The slow reference asks for each pixel which label holds its centre; and pieces give the whole."""
+    labels = np.random.default_rng(5).integers(0, 3, (17, 29)).astype(np.uint8)
+    base = Lattice(58, 34, Mpp.square(0.4))  # 23.2 x 13.6 um, so labels of 0.8 um
+    tiled_pyramid(tmp_path / "l.tif", labels)
+    truth = open_truth(tmp_path / "l.tif", base, naming(), 0.8)
+    lattice = base.at(Mpp.square(mpp))
+    seen = truth.read(lattice.roi, lattice)
+    for row in range(lattice.height):
+        for column in range(lattice.width):
+            x, y = (column + 0.5) * mpp, (row + 0.5) * mpp
+            expected = labels[int(y / 0.8), int(x / 0.8)] if x < 23.2 and y < 13.6 else X
+            assert seen[row, column] == expected
+    width, height = max(1, lattice.width // 3), max(1, lattice.height // 2)
+    piece = Roi(lattice.width - width, lattice.height - height, width, height)
+    np.testing.assert_array_equal(truth.read(piece, lattice), seen[piece.slices()])
+
+
+def test_a_coarse_view_of_large_labels_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.label_image._BLOCK_PIXELS", 100)
+    WRITERS["strips.tif"](tmp_path / "l.tif", LABELS)
+    truth, lattice = open_truth(tmp_path / "l.tif", BASE, naming(), None), BASE.at(Mpp.square(1.5))
+    np.testing.assert_array_equal(truth.read(Roi(0, 0, 12, 7), lattice), LABELS[1:21:3, 1:36:3])
+
+
+@pytest.mark.parametrize(("mpp", "fits"), [(None, False), (0.8, False), (1.0, True)])
+def test_labels_must_have_the_slides_extent(tmp_path: Path, mpp: float | None, fits: bool) -> None:
+    half = np.zeros((12, 18), np.uint8)  # the slide is 18.5 x 11.5 um: within a pixel of 1 um, either way
+    Image.fromarray(half).save(tmp_path / "l.png")
+    if fits:
+        assert isinstance(open_truth(tmp_path / "l.png", BASE, naming(), mpp), LabelImageTruth)
+        return
+    with pytest.raises(AnnotationError, match="18 x 12 px.*annotations.label_mpp"):
+        open_truth(tmp_path / "l.png", BASE, naming(), mpp)
+
+
+def test_unknown_values_are_listed(tmp_path: Path) -> None:
+    labels = LABELS.copy()
+    labels[4, 5:7] = (7, 9)
+    Image.fromarray(labels).save(tmp_path / "l.png")
+    truth = open_truth(tmp_path / "l.png", BASE, naming(), None)
+    with pytest.raises(AnnotationError, match=r"values? 7, 9.*only 0, 1, 2, 255.*classes\[\]\.values"):
+        truth.read(BASE.roi, BASE)
+
+
+@pytest.mark.parametrize("file", ["rgb.png", "rgb.tif", "float.tif", "stack.tif", "cut.png", "cut.tif", "empty.png"])
+def test_pictures_that_are_no_labels(tmp_path: Path, file: str) -> None:
+    path, rgb = tmp_path / file, np.zeros((*BASE.shape, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 3, BASE.shape).astype(np.uint8)
+    if file == "rgb.png":
+        Image.fromarray(rgb).save(path)
+    elif file == "rgb.tif":
+        tifffile.imwrite(path, rgb, photometric="rgb")
+    elif file == "float.tif":
+        tifffile.imwrite(path, noise.astype(np.float32))
+    elif file == "stack.tif":
+        tifffile.imwrite(path, np.zeros((4, *BASE.shape), np.uint8), photometric="minisblack")
+    else:
+        WRITERS["grey.png" if file.endswith("png") else "pyramid.tif"](path, noise)
+        path.write_bytes(path.read_bytes()[: {"cut.png": 120, "cut.tif": 60, "empty.png": 8}[file]])
+    with pytest.raises(AnnotationError, match="one channel of whole numbers"):
+        open_truth(path, BASE, naming(), None).read(BASE.roi, BASE)
+
+
+def test_a_picture_damaged_inside_says_so_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "l.tif"
+    WRITERS["pyramid.tif"](path, LABELS)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        start = tiff.pages[0].dataoffsets[0]
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(AnnotationError, match="cannot be read"):
+        open_truth(path, BASE, naming(), None).read(BASE.roi, BASE)
+
+
+def test_the_kind_of_file_is_told_by_its_content(tmp_path: Path) -> None:
+    assert isinstance(drawn(tmp_path, naming()), OutlineTruth)
+    Image.fromarray(LABELS).save(tmp_path / "labels.geojson", format="png")
+    assert isinstance(open_truth(tmp_path / "labels.geojson", BASE, naming(), None), LabelImageTruth)
+    with pytest.raises(AnnotationError, match="No such file"):
+        open_truth(tmp_path / "absent.png", BASE, naming(), None)

@@ -1,0 +1,99 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.cluster import connect, cores
+from pipeline.config import ClusterSettings
+from pipeline.errors import SlideError
+
+
+def double(value: int) -> int:
+    if value < 0:
+        raise SlideError("slide.svs", f"{value}", "more than 0", "Take another.")
+    return 2 * value
+
+
+def count(stop: int) -> Iterator[int]:
+    for number in range(stop):
+        yield number
+    if stop == 3:
+        raise SlideError("slide.svs", "3", "another number", "Take it.")
+
+
+def environment() -> dict[str, str]:
+    return {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_")}
+
+
+def arena_growth() -> int:
+    """Bytes that the process still holds after 100 MB were freed: the allocator keeps them, or gives them back."""
+    import psutil
+
+    before = psutil.Process().memory_info().rss
+    block = b"x" * 100_000_000
+    del block
+    return psutil.Process().memory_info().rss - before
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["here", "workers"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[object]:
+    with connect(ClusterSettings(workers=request.param)) as found:
+        yield found
+
+
+def test_every_task_has_its_outcome(cluster) -> None:
+    for value in (3, -1, 5):
+        cluster.submit(value, double, value)
+    outcomes = {outcome.key: outcome for outcome in cluster}
+    assert (outcomes[3].value, outcomes[5].value) == (6, 10)
+    assert isinstance(outcomes[-1].error, SlideError)
+    assert outcomes[-1].error.remedy == "Take another."
+
+
+def test_more_may_be_submitted_meanwhile(cluster) -> None:
+    cluster.submit(1, double, 1)
+    found = []
+    for outcome in cluster:
+        found.append(outcome.value)
+        if outcome.value < 16:
+            cluster.submit(outcome.value, double, outcome.value)
+    assert found == [2, 4, 8, 16]
+
+
+def test_a_stream_yields_in_order_and_raises(cluster) -> None:
+    assert list(cluster.stream(count, 5)) == [0, 1, 2, 3, 4]
+    received = []
+    with pytest.raises(SlideError):
+        for number in cluster.stream(count, 3):
+            received.append(number)
+    assert received == [0, 1, 2]
+
+
+def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with connect(ClusterSettings(workers=1)) as cluster:
+        cluster.submit("environment", environment)
+        cluster.submit("memory", arena_growth)
+        found = {outcome.key: outcome.value for outcome in cluster}
+    assert found["environment"]["OMP_NUM_THREADS"] == str(cores())
+    assert int(found["environment"]["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
+    if sys.platform == "linux":
+        assert found["memory"] > 90_000_000
+
+
+def test_an_address_is_used() -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local:
+        with connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster:
+            cluster.submit("a", double, 21)
+            assert [outcome.value for outcome in cluster] == [42]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_this_process_keeps_its_memory_when_it_does_the_work() -> None:
+    code = "from pipeline.cluster import keep_memory; from tests.test_cluster import arena_growth; keep_memory(); print(arena_growth())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 90_000_000

@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
+from pipeline.errors import CohortError
+
+
+def manifest(folder: Path, text: str, *files: str) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    path = folder / "cohort.csv"
+    path.write_text(text)
+    return path
+
+
+def test_columns_have_defaults_and_paths_are_relative(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "slide,mpp\nscans/a.svs,\nscans/b.svs,0.25\n", "scans/a.svs", "scans/b.svs")
+    a, b = read_manifest(path)
+    assert a == Case("a", "a", tmp_path / "scans/a.svs")
+    assert b.mpp == 0.25
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    text = "slide,patient,split,annotation,mpp\na.svs,P1,train,,\nb.svs,P1,val,,\nc.svs,P2,trian,x.xml,no\na.svs,P1,train,,\n,,train,,"
+    with pytest.raises(CohortError) as caught:
+        read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
+    message = str(caught.value)
+    for part in (
+        "'P1' is in two splits",
+        "b in val",
+        "'trian'",
+        "no such slide",
+        "x.xml",
+        "'no'",
+        "stands 2 times",
+        "no slide",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("slide,stain\na.svs,HE\n", "unknown column 'stain'"),
+        ("patient\nP1\n", "no column 'slide'"),
+        ("slide\n", "no slides"),
+        ("", "no column 'slide'"),
+        ("slide,slide_id\na.svs,../b\n", "cannot name a folder"),
+        ("slide\na.svs\nb/a.svs\n", "slide_id 'a' is shared"),
+        ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
+    ],
+)
+def test_a_bad_manifest_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(CohortError, match=part):
+        read_manifest(manifest(tmp_path, text, "a.svs", "b/a.svs"))
+
+
+def cohort(patients: int, slides: int = 2) -> list[Case]:
+    return [Case(f"{p}-{s}", f"P{p}", Path(f"{p}-{s}.svs")) for p in range(patients) for s in range(slides)]
+
+
+@pytest.mark.parametrize(
+    ("patients", "sizes"), [(20, (14, 3, 3)), (10, (7, 2, 1)), (3, (1, 1, 1)), (2, (1, 1, 0)), (1, (1, 0, 0))]
+)
+def test_patients_are_dealt_out_by_fractions(patients: int, sizes: tuple[int, ...]) -> None:
+    dealt = deal_out(cohort(patients), {"train": 0.7, "val": 0.15, "test": 0.15}, seed=3)
+    found = [len({case.patient for case in dealt if case.split == split}) for split in ("train", "val", "test")]
+    assert found[0] >= 1
+    assert sum(found) == patients
+    assert tuple(sorted(found, reverse=True)) == tuple(sorted(sizes, reverse=True))
+    assert all(len({case.split for case in dealt if case.patient == f"P{p}"}) == 1 for p in range(patients))
+
+
+def test_a_seed_decides_the_splits() -> None:
+    fractions = {"train": 0.5, "val": 0.5, "test": 0.0}
+    first = deal_out(cohort(12), fractions, seed=1)
+    assert first == deal_out(cohort(12), fractions, seed=1)
+    assert first != deal_out(cohort(12), fractions, seed=2)
+    assert not [case for case in first if case.split == "test"]
+
+
+def test_given_splits_are_kept() -> None:
+    cases = [Case("a", "a", Path("a"), split="test"), Case("b", "b", Path("b"), split="train")]
+    assert deal_out(cases, {"train": 1.0, "val": 0.0, "test": 0.0}, seed=0) == tuple(cases)
+
+
+def test_a_written_manifest_reads_back(tmp_path: Path) -> None:
+    manifest(tmp_path, "", "a.svs", "b.svs", "b.xml")
+    cases = (
+        Case("a", "P1", tmp_path / "a.svs", None, "train", 0.5),
+        Case("b", "P2", tmp_path / "b.svs", tmp_path / "b.xml", "val"),
+    )
+    write_manifest(tmp_path / "out" / "cohort.csv", cases)
+    assert read_manifest(tmp_path / "out" / "cohort.csv") == cases

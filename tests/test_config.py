@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, Section, load_config, parse_config
+from pipeline.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "workflows" / "configs").glob("*.yaml"))
+EXAMPLE = next(path for path in CONFIGS if path.stem == "example")
+
+
+def minimal() -> dict[str, object]:
+    return {
+        "output": "out",
+        "cohort": {"manifest": "cohort.csv"},
+        "classes": [{"name": "Other", "color": "#ffffff"}, {"name": "Gland", "color": "#008000"}],
+        "network": {"mpp": 1.0},
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    assert load_config(path).class_list.names
+
+
+def keys(section: type[Section]) -> dict[str, object]:
+    nested = {}
+    for name, item in section.model_fields.items():
+        inner = item.annotation
+        nested[name] = keys(inner) if isinstance(inner, type) and issubclass(inner, Section) else None
+    return nested
+
+
+def test_the_example_names_every_key_and_its_default() -> None:
+    def check(content: dict, section: type[Section], default: object, place: str) -> None:
+        assert set(content) == set(section.model_fields), place
+        for name, inner in keys(section).items():
+            if inner:
+                check(content[name], section.model_fields[name].annotation, getattr(default, name), f"{place}.{name}")
+            elif name not in ("output", "manifest", "classes", "mpp", "rest"):
+                assert json.loads(json.dumps(content[name])) == default.model_dump(mode="json")[name], f"{place}.{name}"
+
+    check(yaml.safe_load(EXAMPLE.read_text()), Config, parse_config(minimal(), "minimal"), "")
+
+
+def test_a_config_reads_back_what_it_writes(tmp_path: Path) -> None:
+    config = load_config(EXAMPLE, ["training.epochs=7", "network.encoder=null"])
+    (tmp_path / "copy.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "copy.yaml") == config
+
+
+def test_overrides_reach_any_key() -> None:
+    overrides = ["training.learning_rate=1e-3", "classes.1.name=Tumour", "annotations.known=[Region*]", "cluster.workers=0"]
+    config = parse_config(minimal(), "test", overrides)
+    assert config.training.learning_rate == 0.001
+    assert config.classes[1].name == "Tumour"
+    assert config.annotations.known == ("Region*",)
+    assert config.cluster.workers == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("training.epoch=3", "unknown key `training.epoch`"),
+        ("training.epochs=three", "`training.epochs`"),
+        ("training.epochs='3'", "`training.epochs`"),
+        ("training.epochs=2.5", "`training.epochs`"),
+        ("training.epochs=true", "`training.epochs`"),
+        ("network.mpp=.nan", "`network.mpp`"),
+        ("network.mpp=400", "`network.mpp`"),
+        ("network.architecture=vgg", "`network.architecture`"),
+        ("annotations.rest=Fat", "annotations.rest"),
+        ("classes.1.name=Other", "class names should differ"),
+        ("cohort.fractions.train=0.9", "sum to 1"),
+        ("classes.5.name=Fat", "no such place"),
+        ("seed", "no `=`"),
+        ("seed=[", "broken YAML"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_its_key(override: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part.replace("[", r"\[")):
+        parse_config(minimal(), "test", [override])
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="no `cohort`, which is required"):
+        parse_config({key: value for key, value in minimal().items() if key != "cohort"}, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("a: [", "broken YAML"), ("seed: 1\nseed: 2\n", "key given twice"), ("3", "int")]
+)
+def test_a_broken_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_digest_ignores_where_and_by_whom() -> None:
+    config = parse_config(minimal(), "test")
+    assert config.digest() == parse_config(minimal(), "test", ["output=elsewhere", "cluster.workers=3"]).digest()
+    assert config.digest() != parse_config(minimal(), "test", ["seed=1"]).digest()

@@ -1,0 +1,70 @@
+"""The house: a module imports only from lower floors, and heavy libraries only where they serve."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    "errors",
+    "classes geometry files progress contours",
+    "config outlines label_image stencil shards",
+    "slide grid annotations cohort tracking cluster ngff store registry",
+    "tissue canvas augment network phantom",
+    "footprint patches checkpoint metrics",
+    "engine training",
+    "prediction regions measurement export",
+    "validation exactness segmentation workspace",
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+OWNERS = {"openslide": {"slide"}, "mlflow": {"tracking", "served", "store", "registry"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        assert package != "workflows"
+        if package == "pipeline" and (other := rest.partition(".")[0]) in FLOOR and path.stem != "served":
+            assert FLOOR[other] < FLOOR[path.stem], f"{path.stem} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_a_workflow_imports_no_other_but_in_run_and_demo(path: Path) -> None:
+    others = {name for name in imports(path) if name.startswith("workflows")}
+    assert not others or path.stem in ("run", "demo")
+
+
+@pytest.mark.parametrize(("library", "owners"), OWNERS.items())
+def test_a_library_has_one_owner(library: str, owners: set[str]) -> None:
+    files = [*(ROOT / "pipeline").glob("*.py"), *(ROOT / "workflows").glob("*.py")]
+    users = {path.stem for path in files if any(name.split(".")[0] == library for name in imports(path))}
+    assert users <= owners
+
+
+def test_help_loads_no_heavy_library() -> None:
+    heavy = "{'torch', 'monai', 'mlflow', 'distributed', 'openslide', 'numpy'}"
+    code = f"import sys; from workflows.__main__ import app; found = {heavy} & set(sys.modules); sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_client_of_a_segmentation_loads_neither_torch_nor_mlflow() -> None:
+    code = "import sys; import workflows.segment; sys.exit(str({'torch', 'monai', 'mlflow'} & set(sys.modules) or 0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() in ("", "0"), done.stderr

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pyarrow import parquet
+from scipy import ndimage, stats
+
+from pipeline.annotations import ClassMap, open_truth
+from pipeline.augment import Augmentation
+from pipeline.classes import IGNORED, Class, Classes
+from pipeline.errors import AnnotationError, TrainingError
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.patches import Patch, PatchIndex, PatchStream, Source, inside, read_index
+from pipeline.slide import Slide, open_slide
+
+SIZE = 64
+STRENGTHS = Augmentation(flips=True, rotation_degrees=180, scale=0.1, elastic_px=2, blur_px=0.5, stain=0.1)
+NAMES = ("gland", "stroma", "tumour")
+
+
+CLASSES = Classes((Class("bright", (250, 220, 250)), Class("dark", (40, 20, 90))))
+
+
+@dataclass(frozen=True)
+class Counted(PatchStream):
+    """A stream that notes what it prepares."""
+
+    prepared: list[int] = field(default_factory=list)
+
+    def patch(self, epoch: int, position: int) -> Patch:
+        self.prepared.append(position)
+        return super().patch(epoch, position)
+
+
+def source_of(slide: Slide, mpp: float, labels: Path, dark: int = 1) -> Source:
+    """The slide with a truth that can be seen: a label image, `dark` where it is dark at `mpp` and 0 elsewhere."""
+    lattice = slide.base.at(Mpp.square(mpp))
+    mask = np.where(slide.read(lattice.roi, lattice)[..., 0] < 128, dark, 0).astype(np.uint8)
+    Image.fromarray(mask).save(labels)
+    return Source(slide, open_truth(labels, slide.base, ClassMap(CLASSES, {}), mpp), lattice)
+
+
+def blobs(path: Path, width: int, height: int, seed: int) -> Slide:
+    """A slide of dark blobs on bright ground, 0.5 um a pixel."""
+    noise = np.random.default_rng(seed).random((height, width))
+    dark = ndimage.gaussian_filter(noise, 8) < 0.5
+    pixels = np.where(dark[..., None], (40, 20, 90), (240, 220, 250)).astype(np.uint8)
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb")
+    return open_slide(path, 0.5)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    folder = tmp_path_factory.mktemp("slides")
+    slides = {"a": blobs(folder / "a.tif", 500, 310, 1), "b": blobs(folder / "b.tif", 290, 410, 2)}
+    return {name: source_of(slide, 1.0, folder / f"{name}.png") for name, slide in slides.items()}
+
+
+def index_of(rows: list[tuple[str, int, int, tuple[float, ...]]]) -> PatchIndex:
+    rows = sorted(rows)
+    ids = sorted({row[0] for row in rows})
+    return PatchIndex(
+        tuple(ids),
+        np.array([ids.index(row[0]) for row in rows]),
+        np.array([row[1:3] for row in rows]),
+        np.array([row[3] for row in rows]),
+        np.ones(len(rows)),
+    )
+
+
+def cells(sources: dict[str, Source], size: int = SIZE) -> PatchIndex:
+    """Every cell of some slides, half of one class and half of the other."""
+    rows = []
+    for name, source in sources.items():
+        for y in range(0, source.lattice.height, size):
+            rows += [(name, x, y, (0.5, 0.5)) for x in range(0, source.lattice.width, size)]
+    return index_of(rows)
+
+
+def stream_of(sources: dict[str, Source], threads: int = 1, strengths: Augmentation = STRENGTHS) -> PatchStream:
+    return PatchStream(cells(sources), sources, strengths, SIZE, seed=3, threads=threads)
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("patches")]
+
+
+def skewed() -> PatchIndex:
+    """Slide `a` has 400 cells of class 0 and 40 of class 1, `b` 10 of class 0, `c` 3 of class 1 and one half of 2."""
+    counts = {("a", 0): 400, ("a", 1): 40, ("b", 0): 10, ("c", 1): 3}
+    rows = []
+    for (slide, column), count in counts.items():
+        pure = tuple(float(k == column) for k in range(3))
+        rows += [(slide, 1000 * k, 1000 * column, pure) for k in range(count)]
+    return index_of([*rows, ("c", 0, 2000, (0.25, 0.25, 0.5))])
+
+
+def drawn(index: PatchIndex, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `count` draws: the slide's name, the row of cells (1000 px apart, a row a class), and the shift from the cell."""
+    places = [index.draw(SIZE, 5, 0, position) for position in range(count)]
+    corners = np.array([(place.roi.x, place.roi.y) for place in places])
+    cell = np.rint(corners / 1000).astype(int)
+    return np.array([place.slide_id for place in places]), cell[:, 1], corners - 1000 * cell
+
+
+def test_classes_then_slides_are_equally_likely() -> None:
+    slides, rows, _ = drawn(skewed(), 3000)
+    # Class 0 is in a, b and c; class 1 in a and c; class 2 in c alone. The mixed cell, row 2, is all that c has of classes 2
+    # and 0, and 0.25 of the 3.25 that it has of class 1.
+    third = 1 / 3
+    expected = {
+        ("a", 0): third / 3,
+        ("b", 0): third / 3,
+        ("a", 1): third / 2,
+        ("c", 1): third / 2 * 3 / 3.25,
+        ("c", 2): third + third / 3 + third / 2 * 0.25 / 3.25,
+    }
+    seen = [int(((slides == slide) & (rows == row)).sum()) for slide, row in expected]
+    assert sum(seen) == 3000
+    assert stats.chisquare(seen, 3000 * np.array(list(expected.values()))).pvalue > 0.01
+
+
+def test_cells_are_drawn_in_proportion_to_their_class() -> None:
+    shares = np.array([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    index = index_of([("a", 1000 * k, 0, (share,)) for k, share in enumerate(shares)])
+    places = [index.draw(SIZE, 0, 0, position).roi.x for position in range(2000)]
+    seen = np.bincount(np.rint(np.array(places) / 1000).astype(int), minlength=6)
+    assert (seen[shares == 0] == 0).all()
+    assert stats.chisquare(seen[shares > 0], 2000 * shares[shares > 0]).pvalue > 0.01
+
+
+def test_weights_multiply_the_chance_of_a_cell() -> None:
+    index = index_of([("a", 1000 * k, 0, (0.5,)) for k in range(4)])
+    weighted = replace(index, weights=np.array([1.0, 0.0, 3.0, 0.0]))
+    places = [weighted.draw(SIZE, 0, 0, position).roi.x for position in range(1000)]
+    seen = np.bincount(np.rint(np.array(places) / 1000).astype(int), minlength=4)
+    assert seen[1] == seen[3] == 0
+    assert stats.chisquare(seen[[0, 2]], [250, 750]).pvalue > 0.01
+
+
+def test_shifts_fill_half_a_patch_to_every_side() -> None:
+    _, _, shifts = drawn(skewed(), 3000)
+    assert shifts.min(axis=0).tolist() == [-SIZE // 2, -SIZE // 2]
+    assert shifts.max(axis=0).tolist() == [SIZE // 2, SIZE // 2]
+    assert np.abs(shifts.mean(axis=0)).max() < 2
+    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.06
+
+
+def test_a_draw_depends_on_seed_epoch_and_position_alone() -> None:
+    index = skewed()
+    later = [index.draw(SIZE, 1, 2, position) for position in range(9, -1, -1)]
+    assert later[::-1] == [replace(index).draw(SIZE, 1, 2, position) for position in range(10)]
+    assert index.draw(SIZE, 1, 2, 3) not in (
+        index.draw(SIZE, 1, 3, 3),
+        index.draw(SIZE, 2, 2, 3),
+        index.draw(SIZE, 1, 2, 4),
+    )
+
+
+def write_tiles(path: Path, order: np.ndarray, names: tuple[str, ...] = NAMES) -> Path:
+    rows = [("s2", "val", 0, 0)] + [("s1", "train", x, y) for x in (0, 64, 128) for y in (0, 64)] + [("s0", "train", 64, 0)]
+    columns: dict[str, list[object]] = {"slide_id": [], "split": [], "x": [], "y": []}
+    for row in (rows[k] for k in order):
+        for key, value in zip(columns, row, strict=True):
+            columns[key].append(value)
+    for k, name in enumerate(names):
+        columns[name] = [(x + y + k) / 1000 for x, y in zip(columns["x"], columns["y"], strict=True)]  # type: ignore[operator]
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def test_index_is_one_split_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
+    index = read_index(write_tiles(tmp_path / "one.parquet", np.arange(8)), NAMES, "train")
+    other = read_index(write_tiles(tmp_path / "two.parquet", np.random.default_rng(0).permutation(8)), NAMES, "train")
+    assert index.slide_ids == ("s0", "s1")
+    assert index.slides.tolist() == [0] + [1] * 6
+    assert index.corners.tolist() == [[64, 0], [0, 0], [64, 0], [128, 0], [0, 64], [64, 64], [128, 64]]
+    np.testing.assert_allclose(index.fractions[:, 2], (index.corners.sum(axis=1) + 2) / 1000)
+    for name in ("slides", "corners", "fractions", "weights"):
+        np.testing.assert_array_equal(getattr(index, name), getattr(other, name))
+    assert [index.draw(SIZE, 0, 0, k) for k in range(20)] == [other.draw(SIZE, 0, 0, k) for k in range(20)]
+
+
+def test_index_without_anything_to_learn_is_refused(tmp_path: Path) -> None:
+    path = write_tiles(tmp_path / "tiles.parquet", np.arange(8))
+    with pytest.raises(TrainingError, match=r"no column for the classes \['fat'\]"):
+        read_index(path, ("gland", "fat"), "train")
+    with pytest.raises(TrainingError, match="no known pixel .* in the split 'test'"):
+        read_index(path, NAMES, "test")
+    with pytest.raises(TrainingError, match="no known pixel"):
+        read_index(write_tiles(tmp_path / "empty.parquet", np.arange(1), ("gland",)), ("gland",), "val")
+
+
+@given(st.integers(-40, 400), st.integers(-40, 400), st.integers(1, 300), st.integers(1, 300))
+def test_a_patch_that_hangs_over_comes_back_inside(x: int, y: int, width: int, height: int) -> None:
+    lattice, roi = Lattice(width, height, Mpp.square(1)), Roi(x, y, 32, 48)
+    moved = inside(roi, lattice)
+    assert moved.shape == roi.shape
+    for start, before, length, size in ((moved.x, x, width, 32), (moved.y, y, height, 48)):
+        if length < size:
+            assert abs((start + size / 2) - length / 2) <= 1
+        else:
+            assert 0 <= start <= length - size
+            assert start == before or not 0 <= before <= length - size
+
+
+def test_image_and_truth_agree_on_every_patch(sources: dict[str, Source]) -> None:
+    stream = stream_of(sources)
+    for position in range(40):
+        image, mask = stream.patch(0, position)
+        assert image.shape == (SIZE, SIZE, 3) and mask.shape == (SIZE, SIZE)
+        known = mask != IGNORED
+        assert known.mean() > 0.5
+        assert ((image[..., 0] < 128) == (mask == 1))[known].mean() > 0.97
+
+
+def test_without_augmentation_a_patch_is_the_slide_itself(sources: dict[str, Source]) -> None:
+    stream = stream_of(sources, strengths=Augmentation())
+    for position in range(10):
+        place = stream.index.draw(SIZE, 3, 1, position)
+        source = stream.sources[place.slide_id]
+        image, mask = stream.patch(1, position)
+        roi = inside(place.roi, source.lattice)
+        np.testing.assert_array_equal(image, source.slide.read(roi, source.lattice))
+        np.testing.assert_array_equal(mask, source.truth.read(roi, source.lattice))
+
+
+def test_every_patch_is_changed_in_its_own_way(sources: dict[str, Source]) -> None:
+    stream = stream_of(sources, strengths=Augmentation(brightness=0.5))
+    patches = [stream.patch(epoch, position) for epoch in (0, 1) for position in range(15)]
+    darkest = [image[..., 2].min() for image, _ in patches]
+    assert len(set(darkest)) > 20
+
+
+def test_patches_on_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
+    slide = open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs")
+    sources = {"s": source_of(slide, 1.2, tmp_path / "labels.png")}
+    stream = PatchStream(cells(sources, 256), sources, replace(STRENGTHS, stain=0.0), 256, seed=0)
+    for image, mask in (stream.patch(0, position) for position in range(6)):
+        clear = (mask != IGNORED) & (np.abs(image[..., 0].astype(int) - 128) > 25)
+        assert clear.mean() > 0.5
+        assert ((image[..., 0] < 128) == (mask == 1))[clear].mean() > 0.97
+
+
+def test_batches_are_the_patches_in_their_order_for_any_number_of_threads(sources: dict[str, Source]) -> None:
+    positions = [0, 1, 2, 11, 10, 9, 30, 31, 32, 33]
+    stream = stream_of(sources)
+    expected = [stream.patch(2, position) for position in positions]
+    for threads in (1, 3):
+        batches = list(stream_of(sources, threads).batches(2, positions, 4))
+        assert [len(images) for images, _ in batches] == [4, 4, 2]
+        assert batches[0][0].dtype == np.uint8 and batches[0][1].shape == (4, SIZE, SIZE)
+        np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), [image for image, _ in expected])
+        np.testing.assert_array_equal(np.concatenate([masks for _, masks in batches]), [mask for _, mask in expected])
+    assert not reader_threads()
+
+
+def test_threads_work_ahead_but_not_far(sources: dict[str, Source]) -> None:
+    stream = Counted(cells(sources), sources, STRENGTHS, SIZE, seed=3, threads=2)
+    batches = stream.batches(0, range(1000), 3)
+    next(batches)
+    deadline = time.monotonic() + 30
+    while len(stream.prepared) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(stream.prepared) == list(range(9)), "one batch taken, two ahead"
+
+
+def test_a_failure_is_raised_in_its_turn(sources: dict[str, Source], tmp_path: Path) -> None:
+    broken = source_of(sources["b"].slide, 1.0, tmp_path / "broken.png", dark=9)
+    stream = stream_of({**sources, "b": broken}, threads=2)
+    names = [stream.index.draw(SIZE, 3, 0, position).slide_id for position in range(100)]
+    healthy = [position for position, name in enumerate(names) if name == "a"][:6]
+    batches = stream.batches(0, [*healthy, names.index("b"), *healthy], 3)
+    assert len(next(batches)[0]) == len(next(batches)[0]) == 3
+    with pytest.raises(AnnotationError, match=r"broken\.png.*labels of value 9"):
+        next(batches)
+    assert not reader_threads()
+
+
+def test_stopping_early_leaves_no_thread(sources: dict[str, Source]) -> None:
+    for images, _ in stream_of(sources, threads=3).batches(0, range(10_000), 4):
+        assert len(reader_threads()) == 3 and len(images) == 4
+        break
+    assert not reader_threads()

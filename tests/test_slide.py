@@ -1,0 +1,187 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ScaleError, SlideError
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.phantom import render, write_slide
+from pipeline.slide import Slide, open_slide
+
+WIDTH, HEIGHT, MPP = 1403, 1021, 0.5
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return render(3, WIDTH, HEIGHT, MPP)[0]
+
+
+@pytest.fixture(scope="module")
+def slide(image: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Slide:
+    """A pyramid whose levels have fractional downsamples, since its sides are odd."""
+    path = tmp_path_factory.mktemp("slide") / "odd.tiff"
+    write_slide(image, path, MPP)
+    return open_slide(path)
+
+
+def in_pieces(slide: Slide, roi: Roi, lattice: Lattice, width: int, height: int) -> np.ndarray:
+    pixels = np.zeros((*roi.shape, 3), np.uint8)
+    for y in range(roi.y, roi.bottom, height):
+        for x in range(roi.x, roi.right, width):
+            piece = Roi(x, y, width, height).intersect(roi)
+            pixels[piece.within(roi).slices()] = slide.read(piece, lattice)
+    return pixels
+
+
+def test_a_slide_says_what_it_is(slide: Slide) -> None:
+    assert (slide.base.width, slide.base.height) == (WIDTH, HEIGHT)
+    assert slide.base.mpp.x == pytest.approx(MPP, rel=1e-4)
+    assert len(slide.levels) >= 3
+    assert slide.levels[0] == slide.base
+    for level in slide.levels:
+        assert level.width * level.mpp.x == pytest.approx(WIDTH * slide.base.mpp.x)
+        assert level.height * level.mpp.y == pytest.approx(HEIGHT * slide.base.mpp.y)
+
+
+def test_some_level_has_a_fractional_downsample(slide: Slide) -> None:
+    downsamples = openslide.OpenSlide(str(slide.path)).level_downsamples
+    assert any(value != round(value) for value in downsamples)
+
+
+def test_the_base_is_what_openslide_reads(slide: Slide) -> None:
+    roi = Roi(100, 50, 301, 202)
+    reference = openslide.OpenSlide(str(slide.path)).read_region((100, 50), 0, (301, 202)).convert("RGB")
+    assert (slide.read(roi, slide.base) == np.asarray(reference)).all()
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([0.3, 0.5, 0.61, 1.0, 1.24, 2.0, 3.7, 8.0]),
+    st.integers(-40, 500),
+    st.integers(-40, 400),
+    st.integers(1, 300),
+    st.integers(1, 200),
+    st.integers(17, 150),
+    st.integers(17, 150),
+)
+def test_pieces_are_the_whole(
+    slide: Slide, mpp: float, x: int, y: int, width: int, height: int, piece_width: int, piece_height: int
+) -> None:
+    lattice, roi = slide.base.at(Mpp.square(mpp)), Roi(x, y, width, height)
+    whole = slide.read(roi, lattice)
+    assert whole.shape == (height, width, 3)
+    assert (whole == in_pieces(slide, roi, lattice, piece_width, piece_height)).all()
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "tcga-cr-7395-01a-01-ts1.svs"])
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.7, 1.24])
+def test_pieces_are_the_whole_on_real_slides(shared_data: Path, name: str, mpp: float) -> None:
+    real = open_slide(shared_data / "slides" / name, 0.25 if "tcga" in name else None)
+    lattice = real.base.at(Mpp.square(mpp))
+    roi = Roi(200, 301, 417, 333)
+    assert (real.read(roi, lattice) == in_pieces(real, roi, lattice, 97, 131)).all()
+
+
+def area_average(image: np.ndarray, scale: float, roi: Roi) -> np.ndarray:
+    """Slow reference: each pixel is the mean of the image over its own area."""
+    result = np.zeros((*roi.shape, 3))
+    for row in range(roi.height):
+        for column in range(roi.width):
+            total, weight = np.zeros(3), 0.0
+            top, left = (roi.y + row) * scale, (roi.x + column) * scale
+            for y in range(int(top), int(np.ceil(top + scale))):
+                for x in range(int(left), int(np.ceil(left + scale))):
+                    share = (min(y + 1, top + scale) - max(y, top)) * (min(x + 1, left + scale) - max(x, left))
+                    total, weight = total + share * image[y, x], weight + share
+            result[row, column] = total / weight
+    return result
+
+
+@pytest.mark.parametrize("mpp", [0.7, 0.83, 1.0])
+def test_a_coarser_scale_is_an_average_over_area(slide: Slide, mpp: float) -> None:
+    base, roi = slide.read(slide.base.roi, slide.base).astype(float), Roi(31, 17, 23, 12)
+    lattice = slide.base.at(Mpp.square(mpp))
+    only_base = Slide(slide.path, slide.base, slide.levels[:1], slide.vendor, slide.objective, slide._handle)
+    reference = area_average(base, lattice.mpp.x / slide.base.mpp.x, roi)
+    assert np.abs(only_base.read(roi, lattice) - reference).max() <= 2
+
+
+def test_fiducials_come_back_in_place(tmp_path: Path) -> None:
+    """A dark square at a known place is found there at every scale, far from the origin too."""
+    image = np.full((2501, 3701, 3), 240, np.uint8)
+    centres = [(100.0, 80.0), (3600.0, 100.0), (140.0, 2400.0), (3580.0, 2380.0)]
+    for x, y in centres:
+        image[int(y) - 24 : int(y) + 24, int(x) - 24 : int(x) + 24] = 20
+    write_slide(image, tmp_path / "marks.tiff", 0.25)
+    slide = open_slide(tmp_path / "marks.tiff")
+    for mpp in (0.25, 0.4, 0.5, 0.77, 1.0, 2.0):
+        lattice = slide.base.at(Mpp.square(mpp))
+        dark = 240.0 - slide.read(lattice.roi, lattice)[..., 1]
+        rows, columns = np.mgrid[: lattice.height, : lattice.width] + 0.5
+        for x, y in centres:
+            near = (abs(columns * mpp / 0.25 - x) < 60) & (abs(rows * mpp / 0.25 - y) < 60)
+            found_x = (columns * dark)[near].sum() / dark[near].sum() * mpp / 0.25
+            found_y = (rows * dark)[near].sum() / dark[near].sum() * mpp / 0.25
+            assert abs(found_x - x) < 1.1, mpp
+            assert abs(found_y - y) < 1.1, mpp
+
+
+def test_outside_the_scan_is_white(slide: Slide) -> None:
+    assert (slide.read(Roi(-50, -70, 40, 60), slide.base) == 255).all()
+    assert (slide.read(Roi(WIDTH + 1, HEIGHT + 1, 40, 60), slide.base) == 255).all()
+
+
+def test_a_slide_travels_between_processes(slide: Slide) -> None:
+    slide.read(Roi(0, 0, 10, 20), slide.base)
+    copy = pickle.loads(pickle.dumps(slide))
+    assert copy == slide
+    assert (copy.read(Roi(5, 6, 70, 80), slide.base) == slide.read(Roi(5, 6, 70, 80), slide.base)).all()
+
+
+def test_the_digest_sees_a_change(image: np.ndarray, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.tiff", tmp_path / "b.tiff"
+    write_slide(image[:400, :500], first, MPP)
+    write_slide(255 - image[:400, :500], second, MPP)
+    assert open_slide(first).digest() == open_slide(first).digest() != open_slide(second).digest()
+
+
+def test_a_missing_scale_is_refused_and_may_be_given(shared_data: Path) -> None:
+    path = shared_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
+    with pytest.raises(ScaleError, match="`mpp` column"):
+        open_slide(path)
+    assert open_slide(path, 0.25).base.mpp == Mpp(0.25, 0.25)
+
+
+def test_an_absurd_scale_is_refused(shared_data: Path) -> None:
+    with pytest.raises(ScaleError, match=r"352\.7"):
+        open_slide(shared_data / "slides" / "boxes.tiff")
+
+
+@pytest.mark.parametrize(
+    "name", ["cmu_trunc50.svs", "cmu_zeroed_tile.svs", "histolab-broken.svs", "oom.tif", "unopenable.tiff", "unreadable.svs"]
+)
+def test_a_damaged_file_is_one_clear_error(shared_data: Path, name: str) -> None:
+    with pytest.raises(SlideError, match=name):
+        damaged = open_slide(shared_data / "damaged" / name, 0.5)
+        damaged.read(damaged.base.roi, damaged.base)
+
+
+def test_a_slide_is_read_again_after_a_failure(shared_data: Path) -> None:
+    damaged = open_slide(shared_data / "damaged" / "cmu_zeroed_tile.svs")
+    good = Roi(0, 0, 200, 150)
+    before = damaged.read(good, damaged.base)
+    with pytest.raises(SlideError, match="level 0"):
+        damaged.read(damaged.base.roi, damaged.base)
+    assert (damaged.read(good, damaged.base) == before).all()
+
+
+def test_a_missing_file_and_a_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="no such file"):
+        open_slide(tmp_path / "none.svs")
+    (tmp_path / "text.svs").write_text("no slide")
+    with pytest.raises(SlideError, match="no known format"):
+        open_slide(tmp_path / "text.svs")

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from pipeline.config import TissueSettings
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.phantom import GLASS, render, write_slide
+from pipeline.slide import open_slide
+from pipeline.tissue import Tissue, find_tissue, outlined
+
+MPP = 2.0
+BLUE, GREEN, BLACK = (35, 60, 170), (30, 140, 70), (25, 25, 28)
+
+
+@pytest.fixture(scope="module")
+def phantom() -> tuple[np.ndarray, np.ndarray]:
+    """A piece of tissue on glass, and where it is."""
+    image, truth = render(5, 1501, 1203, MPP, spread=0.6)
+    return image, truth != GLASS
+
+
+def tissue_of(image: np.ndarray, folder: Path) -> Tissue:
+    write_slide(image, folder / "slide.tiff", MPP)
+    return find_tissue(open_slide(folder / "slide.tiff"), TissueSettings())
+
+
+def agreement(tissue: Tissue, truth: np.ndarray) -> float:
+    """Dice of the mask against the truth, at the mask's scale."""
+    step = tissue.lattice.mpp.x / MPP
+    rows = np.minimum((np.arange(tissue.lattice.height) + 0.5) * step, truth.shape[0] - 1).astype(int)
+    columns = np.minimum((np.arange(tissue.lattice.width) + 0.5) * step, truth.shape[1] - 1).astype(int)
+    sampled = truth[np.ix_(rows, columns)]
+    return 2 * (tissue.mask & sampled).sum() / (tissue.mask.sum() + sampled.sum())
+
+
+def test_tissue_is_found(phantom, tmp_path: Path) -> None:
+    image, truth = phantom
+    assert agreement(tissue_of(image, tmp_path), truth) > 0.95
+
+
+def test_pale_tissue_is_found(phantom, tmp_path: Path) -> None:
+    image, truth = phantom
+    pale = (245 - (245 - image.astype(float)) * 0.3).astype(np.uint8)
+    assert agreement(tissue_of(pale, tmp_path), truth) > 0.9
+
+
+def test_a_tinted_glass_is_glass(phantom, tmp_path: Path) -> None:
+    image, truth = phantom
+    tinted = (image * np.array([1.0, 0.985, 0.955])).astype(np.uint8)
+    assert agreement(tissue_of(tinted, tmp_path), truth) > 0.95
+
+
+@pytest.mark.parametrize("ink", [BLUE, GREEN, BLACK], ids=["blue", "green", "black"])
+def test_pen_is_no_tissue(phantom, tmp_path: Path, ink: tuple[int, int, int]) -> None:
+    image, truth = phantom
+    marked = image.copy()
+    marked[60:90, 100:1400] = ink
+    marked[60:1100, 40:75] = ink
+    far = ~ndimage.binary_dilation(truth, iterations=30)
+    marked[~far] = image[~far]
+    assert agreement(tissue_of(marked, tmp_path), truth) > 0.93
+
+
+def test_a_black_border_is_no_tissue(phantom, tmp_path: Path) -> None:
+    image, truth = phantom
+    framed = image.copy()
+    framed[:50], framed[-40:], framed[:, :45], framed[:, -60:] = 6, 6, 6, 6
+    inside = truth.copy()
+    inside[:50], inside[-40:], inside[:, :45], inside[:, -60:] = False, False, False, False
+    assert agreement(tissue_of(framed, tmp_path), inside) > 0.93
+
+
+def test_a_slide_without_tissue_has_none(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(241, 2.5, (900, 1300, 3)).clip(0, 255).astype(np.uint8)
+    tissue = tissue_of(noise, tmp_path)
+    assert tissue.mask.sum() == 0
+    assert tissue.area_um2 == 0
+
+
+def test_a_slide_that_is_all_tissue_is_all_tissue(phantom, tmp_path: Path) -> None:
+    image, truth = phantom
+    rows, columns = np.nonzero(ndimage.binary_erosion(truth, iterations=120))
+    y, x = int(rows.mean()), int(columns.mean())
+    crop, inside = image[y - 150 : y + 150, x - 200 : x + 200], truth[y - 150 : y + 150, x - 200 : x + 200]
+    assert inside.mean() > 0.95
+    assert tissue_of(crop, tmp_path).mask.mean() > 0.95
+
+
+@pytest.mark.parametrize("patient", ["01", "03", "08", "10"])
+def test_real_fields_on_glass_are_found(shared_data: Path, patient: str) -> None:
+    """What experts annotated (the class `Region...`) is tissue; the glass between the fields is none."""
+    import json
+
+    from shapely.geometry import shape
+
+    slide = open_slide(shared_data / "glas" / f"glas-patient-{patient}.tiff")
+    tissue = find_tissue(slide, TissueSettings())
+    outlines = json.loads((shared_data / "glas" / f"glas-patient-{patient}.geojson").read_text())["features"]
+    fields = [shape(item["geometry"]) for item in outlines if item["properties"]["classification"]["name"][:6] == "Region"]
+    boxes = [Roi(*(int(v) for v in (b[0], b[1], b[2] - b[0], b[3] - b[1]))) for b in (f.bounds for f in fields)]
+    shares = [tissue.fraction(box, slide.base) for box in boxes]
+    assert np.mean(shares) > 0.85
+    known = sum(box.area for box in boxes) * slide.base.mpp.area_um2
+    assert tissue.area_um2 < 1.25 * known
+
+
+def test_a_fraction_is_of_the_rectangle(phantom) -> None:
+    mask = np.zeros((100, 150), bool)
+    mask[20:60, 30:130] = True
+    tissue = Tissue(mask, Lattice(150, 100, Mpp.square(8)))
+    base = Lattice(2400, 1600, Mpp.square(0.5))
+    assert tissue.fraction(Roi(30 * 16, 20 * 16, 1600, 640), base) == 1
+    assert tissue.fraction(Roi(0, 0, 30 * 16, 1600), base) == 0
+    assert tissue.fraction(Roi(0, 20 * 16, 60 * 16, 640), base) == 0.5
+    assert tissue.fraction(Roi(5000, 5000, 10, 20), base) == 0
+
+
+def test_the_picture_shows_the_outline(phantom, tmp_path: Path) -> None:
+    tissue = tissue_of(phantom[0], tmp_path)
+    picture = outlined(open_slide(tmp_path / "slide.tiff"), tissue)
+    assert picture.shape == (1203, 1501, 3)
+    line = (picture == (0, 160, 60)).all(axis=-1)
+    assert 0.001 < line.mean() < 0.05

@@ -1,0 +1,397 @@
+"""Runs and models in real SQLite stores, looked at through MLflow's own client."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import __version__
+from pipeline.errors import CheckpointError, TrackingError
+from pipeline.tracking import Run, resolve_model
+
+
+@pytest.fixture(autouse=True)
+def _no_store_from_outside(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory):
+    """One SQLite store for all runs of this file: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('a store') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def start(shared_store, tmp_path):
+    """Starts, or continues, this test's run."""
+    return lambda output="out": Run.start(tmp_path / output, "tests", "a run", shared_store)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of a tiny network with random weights, its halo and stride measured."""
+    torch = pytest.importorskip("torch")
+    from pipeline.checkpoint import save
+    from pipeline.classes import Class, Classes
+    from pipeline.network import ModelSpec, build_network
+
+    torch.manual_seed(5)
+    classes = Classes((Class("rest", (0, 0, 0)), Class("gland", (255, 0, 0))))
+    spec = ModelSpec(architecture="fcn", classes=classes, mpp=1.0, patch_size=32, width=4, depth=2, stride=4, halo=16)
+    folder = tmp_path_factory.mktemp("trained") / "my model"
+    save(folder, spec, build_network(spec))
+    return folder
+
+
+def look(run):
+    return run.store.client.get_run(run.run_id)
+
+
+def read_file(run, name):
+    return Path(run.store.client.download_artifacts(run.run_id, name)).read_text()
+
+
+def history(run, key):
+    return [(metric.step, metric.value) for metric in run.store.client.get_metric_history(run.run_id, key)]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import pipeline.tracking
+assert "mlflow" not in sys.modules, "importing the module imported MLflow"
+output, model = Path(sys.argv[1]), Path(sys.argv[2])
+with pipeline.tracking.Run.start(output, "fullfield", "demo") as run, run.child("train") as stage:
+    stage.log_metrics({"loss": 0.5})
+    stage.log_model(model, ["rest", "gland"], "fullfield", "newest")
+import mlflow
+from mlflow.telemetry import get_telemetry_client
+assert get_telemetry_client() is None
+assert "torch" not in sys.modules, "the client needs no torch"
+print(run.run_id)
+"""
+
+
+def test_the_default_store_lies_in_the_output_and_says_nothing(trained, tmp_path):
+    output, elsewhere = tmp_path / "run s", tmp_path / "cwd"
+    elsewhere.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", SCRIPT, str(output), str(trained)]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(item.name for item in output.iterdir()) == ["mlartifacts", "mlflow.db", "run.json"]
+    assert list(elsewhere.iterdir()) == []
+    record = json.loads((output / "run.json").read_text())
+    assert record["run_id"] == done.stdout.strip()  # nothing else was printed
+
+    run = Run.start(output, "fullfield", "demo")
+    assert run.run_id == record["run_id"]
+    assert look(run).info.artifact_uri.startswith((output / "mlartifacts").as_uri())
+    assert resolve_model("models:/fullfield@newest", f"sqlite:///{output / 'mlflow.db'}").is_relative_to(output)
+    moved_output_begins_anew(run, output, tmp_path / "copy")
+
+
+def moved_output_begins_anew(run, output, copy):
+    shutil.copytree(output, copy)
+    before = sorted(output.rglob("*"))
+    moved = Run.start(copy, "fullfield", "demo")
+    assert moved.run_id != run.run_id
+    with moved:
+        moved.log_text("note.txt", "here")
+    assert list(copy.glob("mlartifacts/*/artifacts/note.txt"))
+    assert sorted(output.rglob("*")) == before  # nothing went to the place that it was copied from
+    assert Run.start(copy, "fullfield", "demo").run_id == moved.run_id
+
+
+def test_running_again_continues_the_run_and_its_stages(start):
+    with start() as run, run.child("tile") as tile, run.child("train") as train:
+        assert look(run).info.status == look(train).info.status == "RUNNING"
+        train.log_metrics({"loss": 1.0}, step=0)
+    assert look(run).info.status == look(tile).info.status == "FINISHED"
+    with start() as again, again.child("train") as train_again:
+        train_again.log_metrics({"loss": 0.5}, step=1)
+        assert look(again).info.status == "RUNNING"
+    assert (again.run_id, train_again.run_id) == (run.run_id, train.run_id)
+    assert look(again).info.status == "FINISHED"
+    assert history(train, "loss") == [(0, 1.0), (1, 0.5)]
+    nested = run.store.client.search_runs([run.experiment_id], f"tags.`mlflow.parentRunId` = '{run.run_id}'")
+    assert sorted(child.info.run_name for child in nested) == ["tile", "train"]
+    assert start("another").run_id != run.run_id
+
+
+def test_a_run_that_is_gone_is_begun_anew(start, tmp_path):
+    first = start()
+    first.store.client.delete_run(first.run_id)
+    second = start()
+    assert second.run_id != first.run_id
+    record = tmp_path / "out" / "run.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "run_id": "0" * 32}))
+    third = start()
+    record.write_text(json.dumps({**content, "store": "http://elsewhere"}))
+    fourth = start()
+    record.write_text(record.read_text()[:20])
+    fifth = start()
+    assert len({run.run_id for run in (first, second, third, fourth, fifth)}) == 5
+    assert start().run_id == fifth.run_id
+    assert not list(record.parent.glob("*.partial"))
+
+
+def test_how_a_run_ended_is_told(start):
+    with pytest.raises(ValueError, match="no gland"), start() as run:
+        raise ValueError("no gland at http://me:secret@host/x")
+    found = look(run)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["fullfield.error"] == "ValueError: no gland at http://***@host/x"
+    with pytest.raises(KeyboardInterrupt), start() as run:
+        raise KeyboardInterrupt
+    assert look(run).info.status == "KILLED"
+    with start() as run:
+        pass
+    assert look(run).info.status == "FINISHED"
+    assert "fullfield.error" not in look(run).data.tags
+
+
+def test_a_dying_store_does_not_hide_the_error_of_the_run(start):
+    with pytest.raises(ValueError, match="mine") as caught, start() as run:
+        run.store.client.delete_run(run.run_id)
+        raise ValueError("mine")
+    assert "could not be marked as FAILED" in caught.value.__notes__[0]
+
+
+def test_a_run_says_where_it_comes_from(start):
+    tags = look(start()).data.tags
+    assert tags["fullfield.version"] == __version__
+    assert tags["mlflow.source.type"] == "LOCAL"
+    package = Path(__file__).parents[1] / "pipeline"
+    git = ["git", "-C", str(package)]
+    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "tracking.py"], capture_output=True).returncode == 0
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    expected = head.stdout.strip() if tracked and head.returncode == 0 else None
+    assert tags.get("mlflow.source.git.commit") == expected
+
+
+def test_several_runs_are_open_at_once_and_mlflow_stays_as_it_was(start):
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    with start("one") as one, start("two") as two, one.child("train") as train, two.child("train") as other:
+        train.log_metrics({"loss": 1.0})
+        other.log_metrics({"loss": 2.0})
+        assert mlflow.active_run() is None
+    assert (history(train, "loss"), history(other, "loss")) == ([(0, 1.0)], [(0, 2.0)])
+    assert mlflow.get_tracking_uri() == uri
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_parameters_are_flat_and_a_changed_one_is_told(start):
+    nested = {"training": {"sizes": [8, 16], "resume": None, "exact": True}, "Region*": "x" * 7000}
+    run = start()
+    run.log_params(nested)
+    run.log_params({f"many.{i}": i for i in range(250)})
+    params = look(run).data.params
+    assert params["training.sizes"] == "[8, 16]"
+    assert (params["training.resume"], params["training.exact"]) == ("null", "true")
+    assert params["Region_"] == "x" * 6000
+    assert params["many.249"] == "249"
+    run.log_params(nested)
+    assert not [tag for tag in look(run).data.tags if tag.startswith("changed.")]
+    run.log_params({**nested, "training": {"sizes": [4]}})
+    assert look(run).data.params["training.sizes"] == "[8, 16]"
+    assert look(run).data.tags["changed.training.sizes"] == "[4]"
+    run.log_params(nested)
+    assert "changed.training.sizes" not in look(run).data.tags
+
+
+def test_metrics_keep_their_steps_under_names_that_mlflow_allows(start):
+    run = start()
+    for step in range(3):
+        run.log_metrics({"dice Region*": step / 4, "absent": None, "N/A": 1, "../up": 2, "Drüse": 3}, step)
+    assert history(run, "dice Region_") == [(0, 0.0), (1, 0.25), (2, 0.5)]
+    assert set(look(run).data.metrics) == {"dice Region_", "N/A", "___up", "Drüse"}
+    run.log_metrics({f"m{i}": np.float32(i) for i in range(1200)})
+    assert len(look(run).data.metrics) == 1204
+
+
+def test_files_tables_and_references_are_found_in_the_run(start, tmp_path):
+    run = start()
+    run.log_config("tracking:\n  uri: https://me:secret@host/x\n", "d" * 64)
+    assert read_file(run, "config.yaml") == "tracking:\n  uri: https://***@host/x\n"
+    assert look(run).data.tags["config.digest"] == "d" * 64
+    rows = [{"slide": "a, b", "dice": 0.5}, {"slide": "ü", "dice": None}]
+    run.log_table("slides.csv", rows)
+    assert list(csv.DictReader(io.StringIO(read_file(run, "slides.csv")))) == [
+        {"slide": "a, b", "dice": "0.5"},
+        {"slide": "ü", "dice": ""},
+    ]
+    picture = tmp_path / "über 100%.png"
+    for content in ("old", "new"):
+        picture.write_text(content)
+        run.log_file(picture, "slides/über 1")
+    assert read_file(run, f"slides/über 1/{picture.name}") == "new"
+    canvas = tmp_path / "canvas.zarr"
+    (canvas / "c" / "0").mkdir(parents=True)
+    (canvas / "c" / "0" / "0").write_bytes(bytes(300))
+    (canvas / "zarr.json").write_bytes(bytes(20))
+    run.log_reference("canvas #1", canvas)
+    assert json.loads(read_file(run, "references/canvas _1.json")) == {"uri": canvas.as_uri(), "bytes": 320, "files": 2}
+    with pytest.raises(TrackingError, match="nowhere.png"):
+        run.log_file(tmp_path / "nowhere.png")
+
+
+def test_a_data_set_is_noted_once(start, tmp_path):
+    run = start()
+    for _ in range(2):
+        run.log_dataset("slide 1", "c" * 64, tmp_path / "s.svs", "training")
+    (used,) = look(run).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("slide 1", "c" * 36)
+    assert json.loads(used.dataset.source) == {"uri": (tmp_path / "s.svs").as_uri()}
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+
+
+def test_the_load_of_the_machine_is_recorded_and_continued(start, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    for _ in range(2):
+        with start() as run:
+            time.sleep(1)
+    steps = [step for step, _ in history(run, "system/cpu_utilization_percentage")]
+    assert len(steps) >= 2
+    assert steps == sorted(set(steps))
+
+
+def test_a_model_is_stored_as_code_and_weights_and_found_by_every_name(start, trained, shared_store, tmp_path):
+    run = start()
+    stage = run.child("train")
+    assert stage.log_model(trained, ["rest", "gland"], "tiny", "newest") == "models:/tiny/1"
+    assert stage.log_model(trained, ["rest", "gland"], "tiny", "newest") == "models:/tiny/1"  # it is there already
+    names = ["models:/tiny@newest", "models:/tiny/1", f"runs:/{stage.run_id}", f"runs:/{stage.run_id}/model"]
+    (place,) = {resolve_model(name, shared_store) for name in [*names, f"runs:/{run.run_id}"]}
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == {
+        path.name: path.read_bytes() for path in trained.iterdir()
+    }
+    model = place.parents[1]
+    assert resolve_model(str(model)) == place
+    assert resolve_model(str(trained)) == trained
+    endings = {path.suffix for path in model.rglob("*") if path.is_file()}
+    assert endings <= {"", ".py", ".typed", ".yaml", ".json", ".txt", ".safetensors"}
+    assert f"torch=={sys.modules['torch'].__version__.partition('+')[0]}" in (model / "requirements.txt").read_text()
+
+    changed = shutil.copytree(trained, tmp_path / "changed")
+    (changed / "model.yaml").write_text((trained / "model.yaml").read_text() + "# retrained\n")
+    assert stage.log_model(changed, ["rest", "gland"], "tiny", "newest") == "models:/tiny/2"
+    assert resolve_model("models:/tiny@newest", shared_store) != place
+    assert resolve_model("models:/tiny/1", shared_store) == place
+    run.log_file(trained, "best")
+    plain = resolve_model(f"runs:/{run.run_id}/best/{trained.name}", shared_store)
+    assert (plain / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
+
+
+def test_the_served_model_answers_as_the_engine_does(start, trained, shared_store):
+    import mlflow
+
+    from pipeline.engine import load_engine
+
+    start().log_model(trained, ["rest", "gland"], "served", "newest")
+    folder = resolve_model("models:/served@newest", shared_store).parents[1]
+    served = mlflow.pyfunc.load_model(str(folder))
+    patches = np.random.default_rng(0).integers(0, 256, (3, 24, 36, 3), np.uint8)
+    probabilities = served.predict(patches)
+    assert (probabilities.shape, probabilities.dtype) == ((3, 2, 24, 36), np.float32)
+    np.testing.assert_allclose(probabilities, load_engine(trained)(patches), atol=1e-6)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+    odd = patches[:1, :21, :34]  # no multiple of the stride: continued with glass
+    filled = np.full((1, 24, 36, 3), 255, np.uint8)
+    filled[:, :21, :34] = odd
+    np.testing.assert_allclose(served.predict(odd), load_engine(trained)(filled)[:, :, :21, :34], atol=1e-6)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="uint8"):
+        served.predict(patches.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("models:/known@best", "aliases newest"),
+        ("models:/unknown@newest", "known"),
+        ("models:/known/77", "77"),
+        ("models:/known", "models:/NAME@ALIAS"),
+        ("runs:/0123456789abcdef0123456789abcdef/model", "0123456789abcdef0123456789abcdef"),
+        ("no/such/folder", "no such folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(reference, said, start, trained, shared_store):
+    start().log_model(trained, ["rest", "gland"], "known", "newest")
+    with pytest.raises(TrackingError, match=said) as caught:
+        resolve_model(reference, shared_store)
+    assert caught.value.subject == reference
+
+
+def test_what_is_no_model_is_refused_before_anything_is_stored(start, trained, tmp_path, shared_store):
+    run = start()
+    with pytest.raises(CheckpointError):
+        run.log_model(tmp_path, ["rest"], "never", "newest")
+    for alias in ("latest", "v3"):
+        with pytest.raises(TrackingError, match="keeps to itself"):
+            run.log_model(trained, ["rest", "gland"], "never", alias)
+    with pytest.raises(TrackingError, match="without a model"):
+        resolve_model(f"runs:/{run.run_id}", shared_store)
+
+
+def test_a_model_needs_a_store_that_exists(tmp_path):
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
+        resolve_model("models:/fullfield@newest")
+    with pytest.raises(TrackingError, match="no such file"):
+        resolve_model("models:/fullfield@newest", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_does_not_answer_is_an_error_within_seconds(tmp_path, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}/")
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match="refused") as caught:
+        Run.start(tmp_path, "tests", "a run")
+    assert time.monotonic() - began < 15
+    assert "secret" not in str(caught.value)
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    with socket.create_server(("127.0.0.1", port)):  # takes the call, and stays silent
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        with pytest.raises(TrackingError, match="timed out"):
+            Run.start(tmp_path, "tests", "a run")
+
+
+def test_a_store_that_is_no_database_is_an_error_at_once(tmp_path):
+    (tmp_path / "mlflow.db").write_text("This is no database, however long one looks at it. " * 40)
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match=r"mlflow\.db"):
+        Run.start(tmp_path, "tests", "a run")
+    with pytest.raises(TrackingError, match="in its path"):
+        Run.start(tmp_path / "100%", "tests", "a run")
+    assert time.monotonic() - began < 10
+
+
+def test_the_command_that_opens_the_page_names_the_store(start, shared_store):
+    run = start()
+    command = run.open_command()
+    assert command.endswith(f"ui --workers 1 --backend-store-uri '{shared_store}'")
+    assert command.startswith(("mlflow ", sys.executable))
+
+
+def test_a_store_from_the_environment_is_used(shared_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared_store)
+    run = Run.start(tmp_path / "out", "tests", "a run")
+    assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["run.json"]
+    beside = Path(shared_store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    assert look(run).info.artifact_uri.startswith(beside.as_uri())

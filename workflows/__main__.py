@@ -1,0 +1,191 @@
+"""The command line: `fullfield --help`. Each verb's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import __version__
+from pipeline.errors import FullfieldError
+from pipeline.progress import console
+
+app = typer.Typer(
+    name="fullfield",
+    help="Segments whole microscope slides: trained on patches, exact on gigapixels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Shows what a configuration file may say.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),
+]
+Model = Annotated[str, typer.Option(help="A model's folder, `runs:/ID/model`, or `models:/name@alias`.", show_default=False)]
+MppOption = Annotated[
+    float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=0.05, max=20)
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fullfield {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("runs/demo")) -> None:
+    """Make phantom slides, train on them, segment one that was never seen, and log it all.
+
+    Writes the phantom cohort and every result below OUTPUT. Example: `fullfield demo --output runs/demo`
+    """
+    from workflows.demo import demo as verb
+
+    raise typer.Exit(verb(output))
+
+
+@app.command()
+def run(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Tile, train, segment and evaluate, as one MLflow run; continue where an earlier call stopped.
+
+    Reads CONFIG and the cohort that it names; writes all results below its `output`.
+    Example: `fullfield run workflows/configs/glas.yaml cohort.manifest=glas/cohort.csv training.epochs=10`
+    """
+    from workflows.run import run as verb
+
+    raise typer.Exit(verb(config, overrides or []))
+
+
+@app.command()
+def tile(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Divide annotated slides into cells and count what there is to learn from.
+
+    Reads slides and annotations; writes OUTPUT/cohort.csv (the splits) and OUTPUT/tiles.parquet (a row a cell).
+    Example: `fullfield tile workflows/configs/glas.yaml`
+    """
+    from workflows.tile import tile as verb
+
+    raise typer.Exit(verb(config, overrides or []))
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train the network on patches of the training slides.
+
+    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml and weights.safetensors).
+    Example: `fullfield train workflows/configs/glas.yaml training.max_minutes=15`
+    """
+    from workflows.train import train as verb
+
+    raise typer.Exit(verb(config, overrides or []))
+
+
+@app.command()
+def segment(
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Whole-slide scans of any OpenSlide format.")],
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    mpp: MppOption = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; 0 for this process.", min=0)] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, instead of local workers.")] = None,
+) -> None:
+    """Segment slides with a trained model. What is done is skipped; what was interrupted is finished.
+
+    Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv. The exit code is 1
+    where a slide failed. Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
+    """
+    from workflows.segment import segment as verb
+
+    raise typer.Exit(verb(slides, model, output, mpp, workers, scheduler))
+
+
+@app.command()
+def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Hold the segmented slides of a run against their annotations.
+
+    Reads OUTPUT/slides; writes OUTPUT/metrics.json, OUTPUT/metrics.csv and pictures of truth beside prediction.
+    Example: `fullfield evaluate workflows/configs/glas.yaml`
+    """
+    from workflows.evaluate import evaluate as verb
+
+    raise typer.Exit(verb(config, overrides or []))
+
+
+@app.command()
+def inspect(
+    slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a thumbnail with the tissue outlined (PNG).")] = None,
+    mpp: MppOption = None,
+) -> None:
+    """Say what a slide is: vendor, size, levels, micrometres per pixel, objective, area of tissue.
+
+    Example: `fullfield inspect slide.svs --picture slide.png`
+    """
+    from workflows.inspect import inspect as verb
+
+    verb(slide, as_json, picture, mpp)
+
+
+@app.command()
+def verify(
+    slide: Annotated[Path | None, typer.Argument(metavar="[SLIDE]", help="Your slide; without one, a phantom.")] = None,
+    *,
+    model: Model,
+    mpp: MppOption = None,
+) -> None:
+    """Prove on your own slide that tiles, stitched, are what one forward pass over the whole gives.
+
+    Prints the largest difference of probability and the number of labels that differ. The exit code is 1 where the
+    difference is above 1e-5 or a label differs. Example: `fullfield verify slide.svs --model runs/demo/model`
+    """
+    from workflows.verify import verify as verb
+
+    raise typer.Exit(verb(slide, model, mpp))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a configuration file."""
+    import json
+
+    from pipeline.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@config_app.command("example")
+def config_example() -> None:
+    """Print a complete configuration with comments. Example: `fullfield config example > my.yaml`"""
+    typer.echo((Path(__file__).parent / "configs" / "example.yaml").read_text(encoding="utf-8"), nl=False)
+
+
+def main() -> None:
+    """Run the command line; an expected error is one message and exit code 1, Ctrl-C is 130."""
+    try:
+        app()
+    except FullfieldError as error:
+        console.print(f"[bold red]{type(error).__name__}[/] ", end="")
+        console.print(str(error), markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command continues where this one ended.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`fullfield inspect SLIDE`: what a slide is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from pipeline.config import TissueSettings
+from pipeline.errors import ScaleError
+from pipeline.export import write_png
+from pipeline.progress import console
+from pipeline.slide import Slide, open_slide
+from pipeline.tissue import Tissue, find_tissue, outlined, thumbnail
+
+_UM2_PER_MM2 = 1e6
+
+
+def inspect(path: Path, as_json: bool, picture: Path | None, mpp: float | None) -> None:
+    """Print what a slide says of itself and how much tissue it has; write a picture where one is asked for."""
+    slide, problem = _open(path, mpp)
+    tissue = None if problem else find_tissue(slide, TissueSettings())
+    facts = _facts(slide, tissue, problem)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        console.print(_table(facts))
+    if picture is not None:
+        write_png(picture, _picture(slide, tissue))
+
+
+def _picture(slide: Slide, tissue: Tissue | None) -> np.ndarray:
+    if tissue is None:
+        return thumbnail(slide)
+    return outlined(slide, tissue)
+
+
+def _open(path: Path, mpp: float | None) -> tuple[Slide, ScaleError | None]:
+    """The slide; where it does not state its scale, with the error, and as if a pixel were a micrometre wide."""
+    try:
+        return open_slide(path, mpp), None
+    except ScaleError as error:
+        return open_slide(path, 1.0), error
+
+
+def _facts(slide: Slide, tissue: Tissue | None, problem: ScaleError | None) -> dict[str, Any]:
+    return {
+        "slide": str(slide.path),
+        "vendor": slide.vendor,
+        "width": slide.base.width,
+        "height": slide.base.height,
+        "levels": [{"width": level.width, "height": level.height} for level in slide.levels],
+        "mpp": None if problem else [slide.base.mpp.x, slide.base.mpp.y],
+        "objective": slide.objective,
+        "tissue_mm2": None if tissue is None else tissue.area_um2 / _UM2_PER_MM2,
+        "tissue_share": None if tissue is None else float(tissue.mask.mean()),
+        "problem": None if problem is None else str(problem),
+        "digest": slide.digest(),
+    }
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    levels = ", ".join(f"{level['width']} x {level['height']}" for level in facts["levels"])
+    rows = {
+        "slide": facts["slide"],
+        "vendor": facts["vendor"],
+        "size": f"{facts['width']} x {facts['height']} px",
+        "levels": f"{len(facts['levels'])}: {levels}",
+        "mpp": "not known" if facts["mpp"] is None else "{:.4f} x {:.4f} um/px".format(*facts["mpp"]),
+        "objective": "not stated" if facts["objective"] is None else f"{facts['objective']:g}x",
+        "tissue": "-" if facts["tissue_mm2"] is None else f"{facts['tissue_mm2']:.2f} mm2 ({facts['tissue_share']:.0%})",
+        "problem": facts["problem"],
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value)
+    return table

@@ -1,0 +1,36 @@
+"""`fullfield run CONFIG`: tile, train, segment and evaluate as one MLflow run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import Config, load_config
+from pipeline.progress import console
+from pipeline.workspace import Workspace, open_workspace
+from workflows.evaluate import evaluate_cohort
+from workflows.segment import segment_cohort
+from workflows.tile import tile_cohort
+from workflows.train import train_model
+
+
+def run(path: Path, overrides: Sequence[str]) -> int:
+    """Run a configuration file; the exit code is 1 where a slide failed."""
+    return run_config(load_config(path, overrides))
+
+
+def run_config(config: Config) -> int:
+    """Run every stage, each of which skips what is done; returns 1 where a slide failed, else 0."""
+    with open_workspace(config) as workspace:
+        _log_inputs(workspace)
+        failures = [stage(workspace) for stage in (tile_cohort, train_model, segment_cohort, evaluate_cohort)]
+        command = workspace.run.open_command()
+    console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
+    return 1 if any(failures) else 0
+
+
+def _log_inputs(workspace: Workspace) -> None:
+    config = workspace.config
+    workspace.run.log_config(config.to_yaml(), config.digest())
+    workspace.run.log_params(config.model_dump(mode="json", exclude={"classes"}))
+    workspace.run.log_file(config.output / "cohort.csv")

@@ -1,0 +1,113 @@
+"""`fullfield segment SLIDE...`: segments slides with a trained model, exactly, and finishes what was interrupted."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import checkpoint
+from pipeline.cluster import Cluster, connect
+from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
+from pipeline.errors import CohortError
+from pipeline.files import write_csv
+from pipeline.progress import console, progress
+from pipeline.registry import resolve_model
+from pipeline.segmentation import Row, SlideJob, segment_slides
+
+if TYPE_CHECKING:
+    from pipeline.workspace import Workspace
+
+
+def segment(
+    slides: Sequence[Path], model: str, output: Path, mpp: float | None, workers: int | None, scheduler: str | None
+) -> int:
+    """Segment slides; the exit code is 1 where one failed."""
+    folder = resolve_model(model)
+    checkpoint.load_spec(folder)
+    ids = [slide.stem for slide in slides]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise CohortError(
+            "fullfield segment", f"slides that share the name {', '.join(twice)}", "names that differ", "Use two outputs."
+        )
+    jobs = [
+        SlideJob(slide.stem, slide, mpp, folder, output / "slides" / slide.stem, SegmentationSettings(), TissueSettings())
+        for slide in slides
+    ]
+    with connect(ClusterSettings(workers=workers, scheduler=scheduler)) as cluster:
+        console.print(f"Work is done by {cluster.description}")
+        rows = run_jobs(jobs, cluster, output)
+    return report(rows, output)
+
+
+def segment_cohort(workspace: Workspace) -> int:
+    """Segment the slides of a run's splits with the run's model; returns how many failed."""
+    config = workspace.config
+    jobs = [
+        SlideJob(
+            case.slide_id,
+            case.slide,
+            case.mpp,
+            workspace.model,
+            workspace.output / "slides" / case.slide_id,
+            config.segmentation,
+            config.tissue,
+        )
+        for case in workspace.cases
+        if case.split in config.segmentation.splits
+    ]
+    with workspace.run.child("segment") as run:
+        rows = run_jobs(jobs, workspace.cluster, workspace.output)
+        run.log_table("slides.csv", [asdict(row) for row in rows])
+        run.log_metrics({"megapixels": sum(row.megapixels for row in rows), "failed": count_failed(rows)})
+        for job, row in zip(sorted(jobs, key=lambda job: job.slide_id), rows, strict=True):
+            if row.status == "done":
+                run.log_file(job.folder / "overlay.png", f"slides/{job.slide_id}")
+                run.log_file(job.folder / "measurements.csv", f"slides/{job.slide_id}")
+                run.log_reference(f"{job.slide_id}.segmentation", job.folder / "segmentation.ome.zarr")
+    return report(rows, workspace.output)
+
+
+def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path) -> list[Row]:
+    """Segment and keep `slides.csv` up to date as slides end; returns the rows of these jobs, by slide_id."""
+    rows, started, megapixels = dict[str, Row](), time.monotonic(), 0.0
+    with progress("segment: blocks", 0) as bar:
+        for step in segment_slides(jobs, cluster):
+            megapixels += step.megapixels
+            bar.grow(step.blocks)
+            if step.row is not None:
+                rows[step.row.slide_id] = step.row
+                _write_rows(output / "slides.csv", rows)
+            speed = megapixels / (time.monotonic() - started)
+            bar.advance(step.blocks_done, f"{len(rows)} of {len(jobs)} slides, {speed:.1f} Mpx/s")
+    return [rows[name] for name in sorted(rows)]
+
+
+def count_failed(rows: Sequence[Row]) -> int:
+    """How many slides failed."""
+    return sum(row.status == "failed" for row in rows)
+
+
+def report(rows: Sequence[Row], output: Path) -> int:
+    """Print a line for each slide that failed and one for all; returns 1 where one failed, else 0."""
+    for row in rows:
+        if row.status == "failed":
+            console.print(f"failed: {row.slide_id}: {row.reason}", markup=False)
+    failed = count_failed(rows)
+    console.print(f"segment: {len(rows) - failed} slides done, {failed} failed; see {output / 'slides.csv'}")
+    return 1 if failed else 0
+
+
+def _write_rows(path: Path, rows: dict[str, Row]) -> None:
+    """Write the rows, and keep those of other slides that were there."""
+    names = [field.name for field in fields(Row)]
+    kept = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = {row["slide_id"]: row for row in csv.DictReader(file) if list(row) == names}
+    every = {**kept, **{name: asdict(row) for name, row in rows.items()}}
+    write_csv(path, names, [every[name] for name in sorted(every)])

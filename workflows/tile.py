@@ -1,0 +1,135 @@
+"""`fullfield tile CONFIG`: divides slides into cells and counts what there is to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+from rich.table import Table
+
+from pipeline.cohort import SPLITS, Case
+from pipeline.config import Config, load_config
+from pipeline.errors import AnnotationError, SlideError
+from pipeline.geometry import Mpp
+from pipeline.grid import Grid
+from pipeline.progress import console, progress
+from pipeline.slide import open_slide
+from pipeline.tissue import find_tissue
+from pipeline.tracking import Run
+from pipeline.workspace import Workspace, case_truth, fingerprint, open_workspace
+
+Row = dict[str, Any]
+_STAMP = b"fullfield"
+
+
+def tile(path: Path, overrides: Sequence[str]) -> int:
+    """Run the stage by itself; the exit code is 1 where a slide could not be read."""
+    with open_workspace(load_config(path, overrides)) as workspace:
+        return tile_cohort(workspace)
+
+
+def tile_cohort(workspace: Workspace) -> int:
+    """Write tiles.parquet, a row a cell, unless it is there already; then show what there is to learn from.
+
+    A slide that cannot be read is named and left out; returns how many were. Raises AnnotationError where annotations cannot
+    be used, all of them in one message.
+    """
+    config, stamp = workspace.config, fingerprint(workspace.config, workspace.cases, "tiles")
+    unreadable = list[str]()
+    with workspace.run.child("tile") as run:
+        if _stamp(workspace.tiles) == stamp:
+            console.print("tile: done already")
+        else:
+            rows, unreadable = _count(workspace, run)
+            _write(workspace.tiles, rows, config, "" if unreadable else stamp)
+        areas = _areas(workspace.tiles, config)
+        run.log_metrics({f"mm2 {split} {name}": area for (split, name), area in areas.items()})
+        run.log_file(workspace.tiles)
+    for message in unreadable:
+        console.print(f"tile: left out {message}", markup=False)
+    console.print(_area_table(areas, config))
+    return len(unreadable)
+
+
+def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
+    """The rows of all slides, which are logged as the run's data, and what is wrong with slides that have none."""
+    rows, unreadable, unusable = list[Row](), list[str](), list[str]()
+    for case in workspace.cases:
+        workspace.cluster.submit(case, tile_case, case, workspace.config)
+    with progress("tile: slides", len(workspace.cases)) as bar:
+        for outcome in workspace.cluster:
+            if outcome.error is None:
+                digest, found = outcome.value
+                rows += found
+                run.log_dataset(outcome.key.slide_id, digest, outcome.key.slide, outcome.key.split)
+            elif isinstance(outcome.error, SlideError):
+                unreadable.append(f"{outcome.key.slide_id}: {outcome.error}")
+            elif isinstance(outcome.error, AnnotationError):
+                unusable.append(str(outcome.error))
+            else:
+                raise outcome.error
+            bar.advance()
+    if unusable:
+        found = "\n  - ".join(["these problems:", *sorted(unusable)])
+        raise AnnotationError(str(workspace.config.cohort.manifest), found, "annotations that can be read", "Correct them.")
+    return sorted(rows, key=lambda row: (row["slide_id"], row["y"], row["x"])), unreadable
+
+
+def tile_case(case: Case, config: Config) -> tuple[str, list[Row]]:
+    """A slide's digest, and its cells with enough tissue: the share of each that is known and of every class."""
+    slide = open_slide(case.slide, case.mpp)
+    lattice, size = slide.base.at(Mpp.square(config.network.mpp)), config.tiles.patch_size
+    tissue = find_tissue(slide, config.tissue)
+    truth = case_truth(case, config) if case.annotation is not None else None
+    rows = []
+    for cell in Grid(lattice, size, halo=0, stride=1):
+        roi = cell.write_roi
+        share = tissue.fraction(roi, lattice)
+        if share < config.tiles.min_tissue:
+            continue
+        counts = np.bincount(truth.read(roi, lattice).ravel(), minlength=256) if truth else np.zeros(256)
+        fractions = counts / (size * size)
+        classes = {name: float(fractions[index]) for index, name in enumerate(config.class_list.names)}
+        place = {"slide_id": case.slide_id, "patient": case.patient, "split": case.split, "x": roi.x, "y": roi.y}
+        rows.append({**place, "tissue": share, "known": sum(classes.values()), **classes})
+    return slide.digest(), rows
+
+
+def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str) -> None:
+    texts, places = ("slide_id", "patient", "split"), ("x", "y")
+    columns = [pa.field(name, pa.string()) for name in texts] + [pa.field(name, pa.int64()) for name in places]
+    columns += [pa.field(name, pa.float64()) for name in ("tissue", "known", *config.class_list.names)]
+    table = pa.Table.from_pylist(list(rows), schema=pa.schema(columns, metadata={_STAMP: stamp}))
+    partial = path.with_name(path.name + ".partial")
+    parquet.write_table(table, partial)
+    partial.replace(path)
+
+
+def _stamp(path: Path) -> str | None:
+    """What the table was made from, None where there is none."""
+    if not path.exists():
+        return None
+    metadata = parquet.read_schema(path).metadata or {}
+    return str(metadata.get(_STAMP, b"").decode())
+
+
+def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:
+    """Area in mm2 for every split and class."""
+    table, areas = parquet.read_table(path), {}
+    cell_mm2 = (config.tiles.patch_size * config.network.mpp) ** 2 / 1e6
+    splits = np.asarray(table["split"].to_pylist(), dtype=object)
+    for split in SPLITS:
+        for name in config.class_list.names:
+            areas[split, name] = float(np.asarray(table[name])[splits == split].sum() * cell_mm2)
+    return areas
+
+
+def _area_table(areas: dict[tuple[str, str], float], config: Config) -> Table:
+    table = Table("class", *(f"{split}, mm2" for split in SPLITS), title="Annotated area", title_justify="left")
+    for name in config.class_list.names:
+        table.add_row(name, *(f"{areas[split, name]:.3f}" for split in SPLITS))
+    return table
