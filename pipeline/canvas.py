@@ -23,9 +23,10 @@ import numpy as np
 
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CanvasError
+from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
-from pipeline.shards import ZSTD_LEVEL, Place, ShardedArray
+from pipeline.shards import Place, ShardedArray
 
 if TYPE_CHECKING:
     import zarr
@@ -95,8 +96,8 @@ class Canvas:
         return Roi(place[1] * size, place[0] * size, size, size).intersect(self.lattice.roi)
 
     def block_rows(self) -> Iterator[list[Roi]]:
-        """All that is examined, cut into blocks of at most 1024 pixels a side, one row of blocks after the other."""
-        step = self.chunk * _largest_divisor(self.write_size // self.chunk, _LARGEST_BLOCK // self.chunk, 1)
+        """All that is examined, cut into blocks of some 1024 pixels a side, one row of blocks after the other."""
+        step = self.chunk * _largest_divisor(self.write_size // self.chunk, max(_LARGEST_BLOCK // self.chunk, 1), 1)
         for row, places in groupby(self.done(), key=lambda place: place[0]):
             columns = [column for _, column in places]
             for y in range(row * self.write_size, self.tile_roi((row, 0)).bottom, step):
@@ -136,8 +137,9 @@ class Canvas:
         A coarse label is the most frequent of its four (the lowest, where two are equal), not counting the unexamined;
         a coarse probability is the mean over the examined ones. What an earlier, interrupted call left is replaced.
         """
-        self.label_shards(0).remove_partial_files()
-        self.probability_shards(0).remove_partial_files()
+        for level in range(len(self.levels)):
+            self.label_shards(level).remove_partial_files()
+            self.probability_shards(level).remove_partial_files()
         for level in range(1, len(self.levels)):
             for place in sorted({(row // 2, column // 2) for row, column in self.label_shards(level - 1).places()}):
                 self._build_shard(level, place)
@@ -182,32 +184,17 @@ def create_canvas(path: Path, lattice: Lattice, classes: Classes, write_size: in
     `identity` says what the output is made from (model, configuration, slide); it is compared when the canvas is opened
     again. Raises CanvasError where something is at `path` already.
     """
-    import zarr
-    from zarr.codecs import ZstdCodec
-
     if path.exists():
         raise CanvasError(str(path), "an output that exists", "none", "Open it to go on, or delete it to start again.")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     canvas = Canvas(partial, lattice, classes, write_size)
-    root = zarr.create_group(
-        partial, zarr_format=3, attributes={"ome": image_metadata(canvas.levels, classes), "fullfield": dict(identity)}
-    )
-    root.create_group("labels", attributes={"ome": {"version": "0.5", "labels": ["classes"]}})
-    root.create_group(_LABELS, attributes={"ome": label_metadata(canvas.levels, classes)})
+    _create_group(partial, {"ome": image_metadata(canvas.levels, classes), "fullfield": dict(identity)})
+    _create_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["classes"]}})
+    _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes)})
     for level in range(len(canvas.levels)):
-        for shards, axes in ((canvas.probability_shards(level), "cyx"), (canvas.label_shards(level), "yx")):
-            channels = shards.shape[:-2]
-            root.create_array(
-                str(shards.folder.relative_to(partial)),
-                shape=shards.shape,
-                dtype="uint8",
-                shards=(*channels, shards.shard, shards.shard),
-                chunks=(*channels, shards.chunk, shards.chunk),
-                compressors=ZstdCodec(level=ZSTD_LEVEL),
-                fill_value=shards.fill,
-                dimension_names=tuple(axes),
-            )
+        canvas.probability_shards(level).create("cyx")
+        canvas.label_shards(level).create("yx")
     partial.rename(path)
     return Canvas(path, lattice, classes, write_size)
 
@@ -283,6 +270,11 @@ def _largest_divisor(number: int, largest: int, smallest: int) -> int:
     """The largest divisor of `number` up to `largest`; `number` itself where that is below `smallest`."""
     divisor = next(candidate for candidate in range(min(largest, number), 0, -1) if number % candidate == 0)
     return divisor if divisor >= smallest else number
+
+
+def _create_group(folder: Path, attributes: dict[str, Any]) -> None:
+    description = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    write_text(folder / "zarr.json", json.dumps(description, indent=2))
 
 
 def _zarr_array(folder: Path) -> zarr.Array[Any]:

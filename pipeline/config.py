@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.classes import Class, Classes
 from pipeline.errors import ConfigError
@@ -152,6 +152,13 @@ class TrackingSettings(Section):
     experiment: str = "fullfield"
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\- ]+$")] = "fullfield"
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$")] = "newest"
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str) -> str:
+        if alias == "latest" or re.fullmatch(r"v\d+", alias):
+            raise ValueError("should not be `latest` or a version such as `v1`, which MLflow keeps to itself")
+        return alias
 
 
 class Config(Section):

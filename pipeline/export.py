@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFont
@@ -103,12 +103,17 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 def _encoded_tiles(canvas: Canvas, level: int, tile: int) -> Iterator[bytes]:
     """The tiles of a level, row by row, each compressed; the many that were not examined are compressed once."""
-    empty = zlib.compress(bytes([IGNORED]) * tile**2)
+    empty = _compressed(np.full((tile, tile), IGNORED, np.uint8))
     lattice = canvas.levels[level]
     for y in range(0, lattice.height, tile):
         for x in range(0, lattice.width, tile):
             labels = canvas.read_labels(Roi(x, y, tile, tile), level)
-            yield empty if np.all(labels == IGNORED) else zlib.compress(labels.tobytes())
+            yield empty if np.all(labels == IGNORED) else _compressed(labels)
+
+
+def _compressed(labels: np.ndarray) -> bytes:
+    """Deflate as TIFF has it; this library is twice as fast as Python's own and no worse."""
+    return bytes(imagecodecs.deflate_encode(labels.tobytes(), level=6))
 
 
 def _ome(canvas: Canvas) -> dict[str, object]:

@@ -117,11 +117,12 @@ def _png_header(path: Path) -> tuple[int, int, str]:
 
 def _read(path: Path, stamp: tuple[int, int], window: Window) -> NDArray[Any]:
     """The values of a window. `stamp` makes sure that a changed file is opened anew."""
-    if not _is_tiff(path):
-        rows, columns = window.toslices()
-        return _png_pixels(path, stamp)[rows, columns]
-    with _reading:
-        values: NDArray[Any] = _tiff_dataset(path, stamp).read(1, window=window)
+    values: NDArray[Any]
+    if _is_tiff(path):
+        with _reading:
+            values = _tiff_dataset(path, stamp).read(1, window=window)
+    else:
+        values = _png_pixels(path, stamp)[window.toslices()]
     return values
 
 
@@ -153,4 +154,4 @@ def _unreadable(path: Path, error: OSError) -> AnnotationError:
 
 def _damaged(path: Path, error: Exception) -> AnnotationError:
     remedy = "Export the label image again; one too large for a PNG should be a tiled TIFF."
-    return AnnotationError(str(path), f"an image that cannot be read ({error})", _EXPECTED, remedy)
+    return AnnotationError(str(path), f"an image that cannot be read ({error.__cause__ or error})", _EXPECTED, remedy)

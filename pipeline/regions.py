@@ -159,15 +159,15 @@ class _Block:
         for index in skip:
             labels[labels == index] = IGNORED
         ids, count = measure.label(labels, background=IGNORED, connectivity=1, return_num=True)
-        flat = ids.ravel()
+        starts = np.flatnonzero(np.diff(ids.ravel(), prepend=-1))
+        owners, lengths = ids.ravel()[starts], np.diff(starts, append=ids.size)
         confidence = canvas.read_probabilities(roi).max(axis=0).ravel()
-        classes = np.zeros(count + 1, np.uint8)
-        classes[flat] = labels.ravel()
-        touching = np.zeros(count + 1, bool)
+        sums = np.add.reduceat(confidence, starts, dtype=np.int64)
+        pixels, weights = (np.bincount(owners, values, minlength=count + 1) for values in (lengths, sums))
+        classes, touching = np.zeros(count + 1, np.uint8), np.zeros(count + 1, bool)
+        classes[owners] = labels.ravel()[starts]
         for line in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
             touching[line] = True
-        pixels = np.bincount(flat, minlength=count + 1)
-        weights = np.bincount(flat, confidence, minlength=count + 1)
         return cls(roi, first, labels, ids.astype(np.int32) - 1, pixels[1:], weights[1:], classes[1:], touching[1:])
 
     @cached_property

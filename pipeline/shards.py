@@ -6,9 +6,10 @@ and read here, chunk by chunk, and not through zarr-python: that takes twice the
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,11 +19,10 @@ import imagecodecs
 import numpy as np
 
 from pipeline.errors import CanvasError
+from pipeline.files import write_text
 from pipeline.geometry import Roi
 
-ZSTD_LEVEL = 1
-"""Zstandard's level: higher ones save some 3 % of bytes and cost twice the time."""
-
+_ZSTD_LEVEL = 1  # higher ones save some 3 % of bytes and cost twice the time
 _ABSENT = np.uint64(2**64 - 1)  # offset and length, in a shard's index, of a chunk that holds nothing but the fill value
 _CHECKSUM_BYTES = 4
 
@@ -54,6 +54,32 @@ class ShardedArray:
         found = rows.glob("*/*") if rows.is_dir() else ()
         return sorted((int(file.parent.name), int(file.name)) for file in found if file.name.isdigit())
 
+    def create(self, axes: Sequence[str]) -> None:
+        """Make the folder and the description that Zarr readers look for; `axes` names the dimensions."""
+        channels = self.shape[:-2]
+        codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}]
+        index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        sharding = {
+            "chunk_shape": [*channels, self.chunk, self.chunk],
+            "codecs": codecs,
+            "index_codecs": index_codecs,
+            "index_location": "end",
+        }
+        grid = {"chunk_shape": [*channels, self.shard, self.shard]}
+        description = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": self.shape,
+            "data_type": "uint8",
+            "fill_value": self.fill,
+            "chunk_grid": {"name": "regular", "configuration": grid},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": list(axes),
+            "attributes": {},
+        }
+        write_text(self.folder / "zarr.json", json.dumps(description, indent=2))
+
     def encode(self, pixels: np.ndarray) -> bytes:
         """One compressed chunk; pixels missing at right and bottom, past the edge of the array, become `fill`."""
         rows, columns = pixels.shape[-2:]
@@ -61,7 +87,7 @@ class ShardedArray:
             whole = np.full((*self.shape[:-2], self.chunk, self.chunk), self.fill, np.uint8)
             whole[..., :rows, :columns] = pixels
             pixels = whole
-        return bytes(imagecodecs.zstd_encode(pixels.tobytes(), level=ZSTD_LEVEL))
+        return bytes(imagecodecs.zstd_encode(pixels.tobytes(), level=_ZSTD_LEVEL))
 
     def store(self, place: Place, chunks: Mapping[Place, bytes]) -> None:
         """Write one shard, whole or not at all: its chunks, an index of where each is, a checksum of the index."""
@@ -133,7 +159,8 @@ class ShardedArray:
 
 
 def _torn(path: Path) -> CanvasError:
-    return CanvasError(str(path), "a damaged shard", "a whole one", "Delete this file and run again: it is made anew.")
+    remedy = "Delete this slide's output and segment it again."
+    return CanvasError(str(path), "a damaged shard", "a whole one", remedy)
 
 
 def _cells(roi: Roi, size: int) -> Iterator[Place]:

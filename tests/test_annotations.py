@@ -3,6 +3,7 @@
 import json
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,7 @@ def test_a_coarse_view_of_large_labels_is_read_in_blocks(tmp_path: Path, monkeyp
     np.testing.assert_array_equal(truth.read(Roi(0, 0, 12, 7), lattice), LABELS[1:21:3, 1:36:3])
 
 
-@pytest.mark.parametrize(("mpp", "fits"), [(None, False), (0.8, False), (1.0, True)])
+@pytest.mark.parametrize(("mpp", "fits"), [(None, False), (0.8, False), (0.944, False), (1.0, True)])
 def test_labels_must_have_the_slides_extent(tmp_path: Path, mpp: float | None, fits: bool) -> None:
     half = np.zeros((12, 18), np.uint8)  # the slide is 18.5 x 11.5 um: within a pixel of 1 um, either way
     Image.fromarray(half).save(tmp_path / "l.png")
@@ -361,16 +362,34 @@ def test_pictures_that_are_no_labels(tmp_path: Path, file: str) -> None:
         open_truth(path, BASE, naming(), None).read(BASE.roi, BASE)
 
 
-def test_a_picture_damaged_inside_says_so_when_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pyramid.tif", "strips.tif"])  # deflate and LZW
+def test_a_picture_damaged_inside_says_so_when_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "l.tif"
-    WRITERS["pyramid.tif"](path, LABELS)
+    WRITERS[kind](path, LABELS)
     data = bytearray(path.read_bytes())
     with tifffile.TiffFile(path) as tiff:
         start = tiff.pages[0].dataoffsets[0]
-    data[start : start + 40] = bytes(40)
+    data[start : start + 40] = b"\xaa" * 40
     path.write_bytes(data)
     with pytest.raises(AnnotationError, match="cannot be read"):
         open_truth(path, BASE, naming(), None).read(BASE.roi, BASE)
+
+
+def test_a_png_too_large_to_hold_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(LABELS).save(tmp_path / "l.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", LABELS.size // 3)
+    with pytest.raises(AnnotationError, match="tiled TIFF"):
+        open_truth(tmp_path / "l.png", BASE, naming(), None)
+
+
+@pytest.mark.parametrize("kind", ["grey.png", "pyramid.tif"])
+def test_threads_share_a_truth(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / kind, LABELS)
+    truth = open_truth(tmp_path / kind, BASE, naming(), None)
+    rois = [Roi(n % 30, n % 19, 7, 4) for n in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        for roi, seen in zip(rois, pool.map(lambda roi: truth.read(roi, BASE), rois), strict=True):
+            np.testing.assert_array_equal(seen, LABELS[roi.slices()])
 
 
 def test_the_kind_of_file_is_told_by_its_content(tmp_path: Path) -> None:

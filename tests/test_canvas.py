@@ -90,9 +90,10 @@ def test_unexamined_pixels_are_ignored_and_rois_may_reach_outside(tmp_path: Path
     assert not canvas.is_done((2, 1))
 
 
-def test_blocks_cover_what_is_examined_once(tmp_path: Path) -> None:
-    canvas = make(tmp_path, width=5000, height=2200, write_size=2048)
-    assert canvas.chunk == 512
+@pytest.mark.parametrize(("write_size", "chunk", "block"), [(2048, 512, 1024), (1500, 500, 500), (2062, 2062, 2062)])
+def test_blocks_cover_what_is_examined_once(tmp_path: Path, write_size: int, chunk: int, block: int) -> None:
+    canvas = make(tmp_path, width=5000, height=2200, write_size=write_size)
+    assert canvas.chunk == chunk
     seen = np.zeros(canvas.lattice.shape, int)
     for place in ((0, 0), (0, 2), (1, 1)):
         roi = canvas.tile_roi(place)
@@ -100,12 +101,12 @@ def test_blocks_cover_what_is_examined_once(tmp_path: Path) -> None:
     for row in canvas.block_rows():
         assert len({roi.y for roi in row}) == 1
         for roi in row:
-            assert max(roi.shape) <= 1024
+            assert max(roi.shape) <= block
             seen[roi.slices()] += 1
     assert np.array_equal(seen, canvas.read_labels(canvas.lattice.roi) != IGNORED)
 
 
-@pytest.mark.parametrize("write_size", [64, 75, 1021])
+@pytest.mark.parametrize("write_size", [64, 75, 1031])
 def test_pyramid_equals_a_slow_one(tmp_path: Path, write_size: int) -> None:
     canvas = make(tmp_path, width=1061, height=133, write_size=write_size)
     probabilities = scores(canvas)

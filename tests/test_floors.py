@@ -12,11 +12,11 @@ FLOORS = [
     "errors",
     "classes geometry files progress contours",
     "config outlines label_image stencil shards",
-    "slide grid annotations cohort tracking cluster ngff store registry",
+    "slide grid annotations cohort cluster ngff store",
     "tissue canvas augment network phantom",
     "footprint patches checkpoint metrics",
-    "engine training",
-    "prediction regions measurement export",
+    "engine training registry",
+    "prediction regions measurement export tracking",
     "validation exactness segmentation workspace",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

@@ -1,17 +1,20 @@
 """Tiled equals whole, for every architecture; what is not local is refused, and the layers at fault are named."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from monai.networks import nets
 from scipy.ndimage import zoom
 from torch import nn
 
 from pipeline.classes import Class, Classes
-from pipeline.footprint import Footprint, with_footprint
+from pipeline.errors import NetworkError
+from pipeline.footprint import Footprint, assert_exact, measure, with_footprint
 from pipeline.network import ModelSpec, activation, build_network
 
 CLASSES = Classes((Class("Gland", (200, 40, 40)), Class("Stroma", (40, 200, 40)), Class("Fat", (240, 240, 80))))
@@ -50,21 +53,29 @@ class Trial:
     spec: ModelSpec
     network: nn.Module
     image: torch.Tensor
-    whole: torch.Tensor
+    bias: torch.Tensor | float = 0.0
+
+    def answer(self, image: torch.Tensor) -> torch.Tensor:
+        """Probabilities; the bias sees to it that every class wins somewhere."""
+        with torch.inference_mode():
+            return activation(self.network(image) - self.bias)
+
+    @cached_property
+    def whole(self) -> torch.Tensor:
+        return self.answer(self.image)
 
     def tile(self, top: int, left: int, size: int, halo: int) -> tuple[tuple[slice, slice], torch.Tensor]:
         """The rows and columns of the answer that a tile of `size` px writes, and what it writes there."""
         bottom, right = min(top + size, self.image.shape[2]), min(left + size, self.image.shape[3])
         y, x, scale = max(top - halo, 0), max(left - halo, 0), self.spec.output_stride
-        with torch.inference_mode():
-            found = activation(self.network(self.image[:, :, y : bottom + halo, x : right + halo]))
+        found = self.answer(self.image[:, :, y : bottom + halo, x : right + halo])
         crop = found[:, :, (top - y) // scale :, (left - x) // scale :]
         rows, columns = slice(top // scale, bottom // scale), slice(left // scale, right // scale)
         return (rows, columns), crop[:, :, : rows.stop - rows.start, : columns.stop - columns.start]
 
-    def tiled(self, halo: int) -> torch.Tensor:
-        """The answer put together from tiles of 5 strides, an odd number, so that origins are no multiples of two strides."""
-        answer, size = torch.full_like(self.whole, torch.nan), 5 * self.spec.stride
+    def tiled(self, halo: int, strides: int) -> torch.Tensor:
+        """The answer put together from tiles of so many strides."""
+        answer, size = torch.full_like(self.whole, torch.nan), strides * self.spec.stride
         for top in range(0, self.image.shape[2], size):
             for left in range(0, self.image.shape[3], size):
                 (rows, columns), found = self.tile(top, left, size, halo)
@@ -86,14 +97,19 @@ def picture(count: int, height: int, width: int, seed: int) -> torch.Tensor:
 def trial(name: str) -> Trial:
     torch.manual_seed(0)
     network = build_network(KNOWN[name][0])
-    for step in range(12):  # so that the running statistics are those of pictures, not those of an unused layer
-        network.train()(picture(2, 64, 96, step))
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the plain mean over all steps, so that three are enough
+    with torch.no_grad():
+        for step in range(3):
+            network.train()(picture(4, 64, 96, step))
     model = with_footprint(KNOWN[name][0], network.eval())
     stride, halo = model.stride, model.halo
     height, width = 2 * halo + 11 * stride, (halo + 11 * stride if name in LIGHT else 2 * stride)
     image = picture(1, height, width, 99)
     with torch.inference_mode():
-        return Trial(model, network, image, activation(network(image)))
+        bias = network(image).mean(dim=(0, 2, 3), keepdim=True)
+    return Trial(model, network, image, bias)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -105,38 +121,159 @@ def test_halo_and_stride_are_those_known(name: str) -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_tiles_give_what_one_forward_pass_gives(name: str) -> None:
     case = trial(name)
-    tiled = case.tiled(case.spec.halo)
+    strides = 5 if name in LIGHT else 13  # odd, so that origins are no multiples of two strides
+    tiled, labels = case.tiled(case.spec.halo, strides), case.whole.argmax(dim=1)
     assert (tiled - case.whole).abs().max() < 1e-5
-    assert torch.equal(tiled.argmax(dim=1), case.whole.argmax(dim=1))
-    assert case.whole.std(dim=(2, 3)).min() > 1e-3  # an answer that could be wrong
+    assert torch.equal(tiled.argmax(dim=1), labels)
+    assert torch.bincount(labels.flatten()).min() > 0.01 * labels.numel()  # an answer that could be wrong
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_tiles_off_the_stride_are_wrong(name: str) -> None:
     case = trial(name)
     stride, halo = case.spec.stride, case.spec.halo
-    for offset, exact in ((0, True), (stride, True), (stride // 2, False)):
+    for offset, exact in ((stride, True), (stride // 2, False)):
         place, found = case.tile(halo + offset, 0, 2 * stride, halo)
         difference = (found - case.whole[:, :, *place]).abs().max()
         assert difference < 1e-5 if exact else difference > 1e-3
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", LIGHT)
 def test_one_stride_less_of_halo_is_too_little(name: str) -> None:
     case = trial(name)
-    assert (case.tiled(case.spec.halo - case.spec.stride) - case.whole).abs().max() > 1e-5
+    assert (case.tiled(case.spec.halo - case.spec.stride, strides=5) - case.whole).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_nothing_beyond_the_halo_matters(name: str) -> None:
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_last_stride_within_the_halo_matters_and_nothing_beyond(name: str) -> None:
     case = trial(name)
-    start = case.spec.halo + 4 * case.spec.stride
-    stop, scale = start + 3 * case.spec.stride, case.spec.output_stride
-    changed = case.image.clone()
-    changed[:, :, : start - case.spec.halo] = 1e3
-    changed[:, :, stop + case.spec.halo :] = -1e3
-    with torch.inference_mode():
-        found = activation(case.network(changed))
-    difference = (found - case.whole)[:, :, start // scale : stop // scale].abs().max()
-    assert difference < 1e-5
-    assert (found - case.whole).abs().max() > 0.1
+    stride, halo, scale = case.spec.stride, case.spec.halo, case.spec.output_stride
+    start, stop = halo + 2 * stride, halo + 5 * stride
+    write, felt = slice(start // scale, stop // scale), 1e-4 if name in LIGHT else 0.0
+    for kept, least, most in ((halo, 0.0, 1e-5), (halo - stride, felt, 1.0)):
+        changed = case.image.clone()
+        # The far end of a footprint is weak (below rounding in a ResNet), but such bright pixels are felt there.
+        changed[:, :, : start - kept] *= 1e3
+        changed[:, :, stop + kept :] *= 1e3
+        difference = (case.answer(changed) - case.whole)[:, :, write].abs().max()
+        assert least <= difference < most
+
+
+@pytest.mark.parametrize(
+    ("layers", "known"),
+    [
+        ([nn.Conv2d(3, 2, 1)], Footprint(0, 1, 1)),
+        ([nn.Conv2d(3, 2, 3, padding=5, dilation=5)], Footprint(5, 1, 1)),
+        ([nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 5, padding=2)], Footprint(3, 1, 1)),
+        ([nn.ZeroPad2d((0, 0, 7, 0)), nn.Conv2d(3, 2, (8, 1))], Footprint(7, 1, 1)),  # looks upward only
+        ([nn.ZeroPad2d((0, 6, 0, 0)), nn.Conv2d(3, 2, (1, 7))], Footprint(6, 1, 1)),  # looks to the right only
+        ([nn.MaxPool2d(2), nn.Conv2d(3, 2, 3, padding=1), nn.Upsample(scale_factor=2)], Footprint(2, 2, 1)),
+        ([nn.MaxPool2d((4, 1)), nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=(4, 1))], Footprint(0, 4, 1)),
+        ([nn.AvgPool2d(4), nn.Conv2d(3, 2, 1)], Footprint(0, 4, 4)),
+        ([nn.Conv2d(3, 2, 4, stride=4), nn.PixelShuffle(1), nn.Upsample(scale_factor=2)], Footprint(0, 4, 2)),
+    ],
+)
+def test_footprints_that_follow_by_hand(layers: list[nn.Module], known: Footprint) -> None:
+    network = nn.Sequential(*layers)
+    assert measure(network) == known
+    assert_exact(network, known)
+
+
+def test_weights_that_are_zero_do_not_hide_what_a_network_may_look_at() -> None:
+    network = build_network(spec("fcn"))
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter)
+    assert measure(network) == KNOWN["fcn"][1]
+
+
+class AddsItsMean(nn.Conv2d):
+    """Adds the mean of the whole image to one class, and hides NaN."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer = super().forward(image)
+        return torch.cat([answer[:, :1] + answer.nan_to_num().mean(dim=(2, 3), keepdim=True), answer[:, 1:]], dim=1)
+
+
+class CountsRows(nn.Conv2d):
+    """Adds to one class what depends on the row's number: every eighth row differs."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer = super().forward(image)
+        rows = (torch.arange(answer.shape[2]) % 8 == 0).float()[:, None]
+        return torch.cat([answer[:, :1] + rows, answer[:, 1:]], dim=1)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "UNet": (
+        lambda: nets.UNet(2, 3, 2, (8, 16, 32), (2, 2), num_res_units=2),
+        ("model.0.conv.unit0.adn.N (InstanceNorm2d)", "and 3 more"),
+    ),
+    "BasicUNet": (
+        lambda: nets.BasicUNet(2, 3, 2, (8, 8, 8, 8, 8, 8)),
+        ("conv_0.conv_0.adn.N (InstanceNorm2d)", "and 12 more"),
+    ),
+    "SegResNet": (
+        lambda: nets.SegResNet(spatial_dims=2, init_filters=8, in_channels=3, out_channels=2),
+        ("down_layers.0.1.norm1 (GroupNorm)", "and 19 more"),
+    ),
+    "AttentionUnet": (
+        lambda: nets.AttentionUnet(2, 3, 2, (8, 16, 32), (2, 2)),
+        ("model.1.submodule.1.merge.adn.N (InstanceNorm2d), model.1.merge.adn.N (InstanceNorm2d);",),
+    ),
+    "DynUNet": (
+        lambda: nets.DynUNet(2, 3, 2, (3, 3, 3), (1, 2, 2), (2, 2), filters=(8, 16, 32)),
+        ("input_block.norm1 (InstanceNorm2d)", "and 4 more"),
+    ),
+    "efficientnet": (
+        lambda: nets.FlexibleUNet(3, 2, "efficientnet-b0", pretrained=False),
+        ("encoder._blocks.0.0._se_adaptpool (AdaptiveAvgPool2d)", "and 10 more"),
+    ),
+    "unpadded": (lambda: nn.Conv2d(3, 2, 3), ("254 x 62 for 256 x 64",)),
+    "dense": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2)), ("no answer for an image of",)),
+    "stride 3": (lambda: nn.Sequential(nn.MaxPool2d(3), nn.Conv2d(3, 2, 1)), ("no power of two",)),
+    "not finite": (lambda: nn.Sequential(nn.Conv2d(3, 2, 1), nn.Threshold(9e9, torch.inf)), ("not finite",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_local_is_refused_by_name(name: str) -> None:
+    build, words = REFUSED[name]
+    with pytest.raises(NetworkError) as caught:
+        measure(build())
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nets.BasicUNet(2, 3, 2, (8, 8, 8, 8, 8, 8), norm="batch", upsample="nontrainable"),  # corners aligned
+        lambda: AddsItsMean(3, 2, 3, padding=1),
+        lambda: CountsRows(3, 2, 3, padding=1),
+    ],
+    ids=["scales by the image's size", "hides NaN", "counts rows"],
+)
+def test_what_nan_does_not_show_the_cross_check_finds(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = build()
+    with pytest.raises(NetworkError, match="differ from one forward pass"):
+        assert_exact(network, measure(network))
+
+
+@pytest.mark.parametrize("wrong", [Footprint(24, 8, 1), Footprint(32, 4, 1), Footprint(0, 8, 1)], ids=str)
+def test_the_cross_check_finds_a_wrong_footprint(wrong: Footprint) -> None:
+    with pytest.raises(NetworkError, match=r"differ from one forward pass|no answer"):
+        assert_exact(trial("fcn").network, wrong)
+
+
+def test_measuring_leaves_everything_as_it_was() -> None:
+    torch.manual_seed(3)
+    network = build_network(spec("fcn")).train()
+    frozen = next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    random, momenta = torch.get_rng_state(), {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
+    with_footprint(spec("fcn"), network)
+    assert torch.equal(random, torch.get_rng_state()) and torch.is_grad_enabled()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [layer for layer in network.modules() if not layer.training] == [frozen]
+    assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == momenta
+    assert not any(layer._forward_hooks for layer in network.modules())

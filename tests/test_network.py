@@ -68,9 +68,7 @@ def test_sizes_at_each_layer(model: ModelSpec, divisors: list[int], height: int,
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("model", ALL[4:], ids=NAMES[4:])
-def test_monai_networks_halve_as_often_as_the_depth_says_and_come_back(
-    model: ModelSpec, height: int, width: int
-) -> None:
+def test_monai_networks_halve_as_often_as_the_depth_says_and_come_back(model: ModelSpec, height: int, width: int) -> None:
     sizes = layer_sizes(build_network(model), height, width)
     assert set(sizes) == {(height >> level, width >> level) for level in range(model.depth + 1)}
     assert sizes[-1] == (height, width)

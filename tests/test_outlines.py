@@ -148,6 +148,7 @@ def test_outlines_without_area_are_dropped_and_counted(tmp_path: Path, ring: Any
         ('{"type": "Topology"}', "Topology"),
         ("[1, 2]", "1 in a list"),
         ('{"a": 1}', "None"),
+        ('{"type": ["Feature"]}', "['Feature']"),
         (json.dumps([feature("Polygon", SQUARE), feature("Polygon", [[["x", 1], [2, 2], [3, 3]]])]), "object 2"),
         (json.dumps(feature("Polygon", [[1, 2, 3]])), "object 1"),
         (json.dumps({"type": "Feature", "geometry": {"type": "Polygon"}}), "object 1"),
