@@ -135,7 +135,7 @@ def _check_files(folder: Path) -> None:
 def _check_fit(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     wrong = [f"no {name}" for name in expected if name not in found]
     wrong += [f"unknown {name}" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
+    for name in (name for name in expected if name in found):
         if (found[name].shape, found[name].dtype) != (expected[name].shape, expected[name].dtype):
             wrong.append(f"{name} of {_describe(found[name])} for {_describe(expected[name])}")
     if wrong:

@@ -110,6 +110,11 @@ class Lattice:
         height = math.ceil(self.height * self.mpp.y / mpp.y - _SLACK)
         return Lattice(max(width, 1), max(height, 1), mpp)
 
+    def shrink(self, factor: int) -> Lattice:
+        """The lattice of pixels `factor` times as large; its last pixels may reach past this one's."""
+        mpp = Mpp(self.mpp.x * factor, self.mpp.y * factor)
+        return Lattice(-(-self.width // factor), -(-self.height // factor), mpp)
+
     def scale_to(self, other: Lattice) -> tuple[float, float]:
         """(x, y) factors that turn this lattice's coordinates into those of `other`."""
         return self.mpp.x / other.mpp.x, self.mpp.y / other.mpp.y

@@ -155,7 +155,7 @@ def plan_slide(job: SlideJob) -> Plan:
             return Plan((), finished=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        lattice = opened.slide.base.at(Mpp.square(opened.spec.mpp * opened.spec.output_stride))
+        lattice = opened.grid.lattice.shrink(opened.spec.output_stride)
         write_size = opened.grid.write_size // opened.spec.output_stride
         canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity)
     done = set(canvas.done())

@@ -27,6 +27,7 @@ MPP_RANGE = (0.05, 20.0)
 _READABLE = "a scan of a format that OpenSlide reads"
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
 _FRACTIONAL_COST = 8  # measured: 120 ns a pixel where a whole downsample takes 15
+_MOST_PIXELS = 1 << 25  # level pixels in memory at once: a scan without a pyramid is no trap
 _SNAP = 0.05  # pixels of drift over a whole slide below which a scale counts as a whole number
 _BLOCK = 64  # level pixels; a level with a fractional downsample is fetched in such blocks
 _WEIGHT_BITS = 8  # 255 * 2**8 and its rounding still fit in 16 bits
@@ -75,8 +76,16 @@ class Slide:
         Raises SlideError where the scan cannot be read; the next read opens it anew.
         """
         level = self.best_level(lattice.mpp)
-        x = _sampling(roi.x, roi.width, lattice.mpp.x / self.levels[level].mpp.x, lattice.width)
-        y = _sampling(roi.y, roi.height, lattice.mpp.y / self.levels[level].mpp.y, lattice.height)
+        scale_x, scale_y = lattice.scale_to(self.levels[level])
+        rows = max(int(_MOST_PIXELS / (roi.width * scale_x * scale_y)), 1)
+        bands = (Roi(roi.x, y, roi.width, rows).intersect(roi) for y in range(roi.y, roi.bottom, rows))
+        parts = [self._read_band(level, band, lattice) for band in bands]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_band(self, level: int, roi: Roi, lattice: Lattice) -> np.ndarray:
+        scale_x, scale_y = lattice.scale_to(self.levels[level])
+        x = _sampling(roi.x, roi.width, scale_x, lattice.width)
+        y = _sampling(roi.y, roi.height, scale_y, lattice.height)
         pixels = self._read_level(level, Roi(x.start, y.start, x.length, y.length))
         return _resample_rows(_resample_rows(pixels, y).swapaxes(0, 1), x).swapaxes(0, 1)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.classes import IGNORED
-from pipeline.geometry import Mpp
 from pipeline.grid import Grid, Tile
 from pipeline.metrics import confusion
 from pipeline.patches import Source
@@ -29,7 +28,7 @@ def validate(sources: Iterable[Source], engine: Engine) -> np.ndarray:
     total = np.zeros((len(spec.classes), len(spec.classes) + 1), np.int64)
     for source in sources:
         grid = Grid(source.lattice, _TILE, spec.halo, spec.stride)
-        truths = _known_tiles(source, grid, spec.mpp * spec.output_stride, spec.output_stride)
+        truths = _known_tiles(source, grid, spec.output_stride)
         tiles = [tile for tile, _ in truths]
         for (_, truth), (_, probabilities) in zip(truths, predict(source.slide, grid, tiles, engine), strict=True):
             labels = probabilities.argmax(axis=0).astype(np.uint8)
@@ -37,7 +36,7 @@ def validate(sources: Iterable[Source], engine: Engine) -> np.ndarray:
     return total
 
 
-def _known_tiles(source: Source, grid: Grid, mpp: float, output_stride: int) -> list[tuple[Tile, np.ndarray]]:
-    lattice = source.slide.base.at(Mpp.square(mpp))
+def _known_tiles(source: Source, grid: Grid, output_stride: int) -> list[tuple[Tile, np.ndarray]]:
+    lattice = source.lattice.shrink(output_stride)
     found = ((tile, source.truth.read(tile.target(output_stride), lattice)) for tile in grid)
     return [(tile, truth) for tile, truth in found if (truth != IGNORED).any()]

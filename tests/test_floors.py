@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
-    "classes geometry files progress contours",
+    "classes geometry files progress contours polygons",
     "config outlines label_image stencil shards",
     "slide grid annotations cohort cluster ngff store",
-    "tissue canvas augment network phantom",
-    "footprint patches checkpoint metrics",
+    "tissue canvas augment network histology",
+    "footprint patches checkpoint metrics phantom",
     "engine training registry",
     "prediction regions measurement export tracking",
     "validation exactness segmentation workspace",

@@ -1,6 +1,6 @@
 """Tiled equals whole, for every architecture; what is not local is refused, and the layers at fault are named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -44,6 +44,15 @@ KNOWN = {
     "resnet50": (resnet("resnet50"), Footprint(288, 32, 1)),
 }
 LIGHT = [name for name in KNOWN if not name.startswith("resnet")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Strips are too small to share: beside other work, threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass
@@ -263,6 +272,13 @@ def test_what_nan_does_not_show_the_cross_check_finds(build: Callable[[], nn.Mod
 def test_the_cross_check_finds_a_wrong_footprint(wrong: Footprint) -> None:
     with pytest.raises(NetworkError, match=r"differ from one forward pass|no answer"):
         assert_exact(trial("fcn").network, wrong)
+
+
+def test_an_answer_of_nan_is_not_exact() -> None:
+    network = nn.Conv2d(3, 2, 1)
+    nn.init.constant_(network.weight, torch.nan)
+    with pytest.raises(NetworkError, match="by nan in probability"):
+        assert_exact(network, Footprint(0, 1, 1))
 
 
 def test_measuring_leaves_everything_as_it_was() -> None:

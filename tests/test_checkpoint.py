@@ -1,0 +1,202 @@
+"""What is saved comes back bit for bit; what is broken, mixed or a pickle is refused."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pipeline import checkpoint
+from pipeline.classes import Class, Classes
+from pipeline.errors import CheckpointError
+from pipeline.network import ModelSpec, build_network
+
+LINEAGE = {"run": "b1946ac9", "epoch": 7, "dice": {"Gland": 0.91}, "place": "Zürich"}
+
+
+def spec(architecture: str = "fcn", **changes: Any) -> ModelSpec:
+    classes = Classes((Class("Drüse", (200, 40, 40)), Class("Stroma", (40, 200, 40))))
+    values = {"classes": classes, "mpp": 0.4942, "patch_size": 64, "width": 4, "depth": 3, "halo": 32, "stride": 8}
+    return ModelSpec(architecture=architecture, **{**values, **changes})
+
+
+def network(model: ModelSpec, seed: int = 0) -> torch.nn.Module:
+    """A network whose batch statistics are no longer those of a new one."""
+    torch.manual_seed(seed)
+    built = build_network(model)
+    with torch.no_grad():
+        built.train()(torch.randn(2, 3, 32, 64))
+    return built
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path / "model", spec(), network(spec()), LINEAGE)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        spec(),
+        spec(downsample="stride", upsample="transpose"),
+        spec("heatmap", output_stride=8),
+        spec("unet"),
+        spec("basic_unet", depth=4),
+        spec("flexible_unet", depth=5, encoder="resnet10"),
+    ],
+    ids=lambda model: model.architecture,
+)
+def test_a_model_comes_back_bit_for_bit(model: ModelSpec, tmp_path: Path) -> None:
+    before = network(model)
+    checkpoint.save(tmp_path / "deep" / "model", model, before, LINEAGE)
+    assert before.training
+    found, after = checkpoint.load(tmp_path / "deep" / "model")
+    assert found == model == checkpoint.load_spec(tmp_path / "deep" / "model")
+    assert not after.training and after.state_dict().keys() == before.state_dict().keys()
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]) and value.dtype == after.state_dict()[name].dtype
+    image = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert torch.equal(before.eval()(image), after(image))
+
+
+def test_lineage_comes_back_and_may_be_absent(saved: Path, tmp_path: Path) -> None:
+    assert checkpoint.load_lineage(saved) == LINEAGE
+    checkpoint.save(tmp_path / "other", spec(), network(spec()))
+    assert checkpoint.load_lineage(tmp_path / "other") == {}
+
+
+def test_the_digest_is_that_of_the_content(saved: Path, tmp_path: Path) -> None:
+    first = checkpoint.digest(saved)
+    assert len(first) == 64
+    assert checkpoint.digest(shutil.copytree(saved, tmp_path / "copy")) == first
+    checkpoint.save(tmp_path / "again", spec(), network(spec()), LINEAGE)
+    assert checkpoint.digest(tmp_path / "again") == first
+    checkpoint.save(tmp_path / "weights", spec(), network(spec(), seed=1), LINEAGE)
+    checkpoint.save(tmp_path / "spec", spec(mpp=0.5), network(spec()), LINEAGE)
+    assert len({first, checkpoint.digest(tmp_path / "weights"), checkpoint.digest(tmp_path / "spec")}) == 3
+
+
+def test_saving_again_replaces_all_of_it(saved: Path) -> None:
+    checkpoint.save(saved, spec(mpp=2.0), network(spec(), seed=1))
+    assert checkpoint.load_spec(saved).mpp == 2.0 and checkpoint.load_lineage(saved) == {}
+    assert sorted(item.name for item in saved.parent.iterdir()) == ["model"]
+
+
+class Unsaveable(torch.nn.Module):
+    """Fails in the middle of a save."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise OSError("no space left on device")
+
+
+def test_a_save_that_fails_leaves_the_earlier_model(saved: Path) -> None:
+    before = checkpoint.digest(saved)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(saved, spec(), Unsaveable())
+    assert checkpoint.digest(saved) == before
+    checkpoint.save(saved, spec(mpp=2.0), network(spec()))
+    assert checkpoint.load_spec(saved).mpp == 2.0 and len(list(saved.parent.iterdir())) == 1
+
+
+def test_a_save_that_was_cut_between_its_renames_loses_nothing(saved: Path) -> None:
+    before = checkpoint.digest(saved)
+    saved.rename(saved.with_name("model.old.partial"))
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(saved, spec(), Unsaveable())
+    assert checkpoint.digest(saved) == before
+
+
+def test_a_folder_with_other_things_is_not_overwritten(saved: Path) -> None:
+    notes = saved / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(CheckpointError, match="other files"):
+        checkpoint.save(saved, spec(), network(spec()))
+    with pytest.raises(CheckpointError, match="other files"):
+        checkpoint.save(notes, spec(), network(spec()))
+    assert notes.read_text() == "mine"
+
+
+def _edit(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = yaml.safe_load((folder / "model.yaml").read_text())
+        for key, value in changes.items():
+            (content["spec"] if key in content["spec"] else content)[key] = value
+        (folder / "model.yaml").write_text(yaml.safe_dump(content))
+
+    return edit
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "weights.safetensors")
+        change(weights)
+        save_file(weights, folder / "weights.safetensors")
+
+    return edit
+
+
+def _cut(folder: Path) -> None:
+    whole = (folder / "weights.safetensors").read_bytes()
+    (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda folder: (folder / "model.yaml").unlink(), "no model.yaml"),
+        (lambda folder: (folder / "weights.safetensors").unlink(), "no weights.safetensors"),
+        (lambda folder: (folder / "weights.safetensors").rename(folder / "weights.pth"), "the pickle weights.pth"),
+        (lambda folder: (folder / "model.yaml").write_text("spec: ["), "broken YAML"),
+        (lambda folder: (folder / "model.yaml").write_bytes(b"\xff\xfe\x00"), "broken YAML"),
+        (lambda folder: (folder / "model.yaml").write_text("- spec"), "found list"),
+        (lambda folder: (folder / "model.yaml").write_text("!!python/object/apply:os.getcwd []"), "broken YAML"),
+        (_edit(note="x"), "the keys fullfield, lineage, note, spec"),
+        (_edit(lineage=[1]), "the lineage"),
+        (_edit(mpp=-1), "`mpp`"),
+        (_edit(architecture="vgg"), "written by Fullfield 0"),
+        (_edit(spec={"mpp": 1.0}), "no key `architecture`"),
+        (_edit(width=8), "body.encode.0.conv.weight of 4x3x3x3 float32 for 8x3x3x3 float32; .* more"),
+        (_weights(lambda weights: weights.pop("head.conv.weight")), "found no head.conv.weight;"),
+        (_weights(lambda weights: weights.update(extra=torch.zeros(2))), "found unknown extra;"),
+        (_weights(lambda weights: weights.update({"head.conv.bias": torch.zeros(3)})), "head.conv.bias of 3 float32 for 2"),
+        (
+            _weights(lambda weights: weights.update({"head.conv.bias": torch.zeros(2).half()})),
+            "head.conv.bias of 2 float16 for 2 float32",
+        ),
+        (_weights(dict.clear), "no body.encode.0.conv.weight; .* more"),
+        (_cut, "a broken file"),
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b""), "a broken file"),
+    ],
+)
+def test_a_damaged_model_is_refused(saved: Path, damage: Callable[[Path], None], word: str) -> None:
+    damage(saved)
+    with pytest.raises(CheckpointError, match=word) as caught:
+        checkpoint.load(saved)
+    assert str(saved) in caught.value.subject and caught.value.remedy
+
+
+def test_a_pickle_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(network(spec()).state_dict(), path)
+    for read in (checkpoint.load, checkpoint.load_spec, checkpoint.load_lineage, checkpoint.digest):
+        with pytest.raises(CheckpointError, match="found a pickle; .* none is loaded"):
+            read(path)
+
+
+def test_a_spec_and_a_digest_need_no_torch(saved: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline import checkpoint; folder = Path(sys.argv[1]);"
+        "print(checkpoint.load_spec(folder).mpp, checkpoint.digest(folder), checkpoint.load_lineage(folder)['epoch']);"
+        "sys.exit(bool({'torch', 'monai', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0.4942", checkpoint.digest(saved), "7"]
