@@ -94,7 +94,7 @@ def _local_cluster(workers: int | None) -> Any:
 
     count = workers or 1
     with dask.config.set({"distributed.nanny.pre-spawn-environ": _environment(max(cores() // count, 1))}):
-        return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="ERROR")
+        return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL")
 
 
 def _environment(threads: int) -> dict[str, str]:

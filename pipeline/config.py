@@ -62,7 +62,7 @@ class ClassSettings(Section):
 
 
 class AnnotationSettings(Section):
-    """How outlines become truth. `rest` is the class of known pixels that no outline claims; null: nothing is known there."""
+    """How outlines become truth. `rest` is the class of known pixels under no outline; null: nothing is known there."""
 
     known: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

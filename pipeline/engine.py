@@ -36,7 +36,7 @@ class TorchEngine:
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine."""
         with torch.inference_mode():
-            images = normalise(torch.from_numpy(windows).to(self.device), self.spec)
+            images = normalise(torch.tensor(windows, device=self.device), self.spec)
             probabilities: np.ndarray = activation(self.network(images)).cpu().numpy()
         return probabilities
 

@@ -1,16 +1,16 @@
 """The exceptions that Fullfield raises on purpose.
 
-    FullfieldError
-    |-- ConfigError          a configuration file or an override
-    |-- CohortError          a manifest, its rows, its splits
-    |-- SlideError           a slide that cannot be opened or read
-    |   `-- ScaleError       a slide whose micrometres per pixel are missing or absurd
-    |-- AnnotationError      an outline file or a label image
-    |-- NetworkError         a network that cannot be built, or is not local
-    |-- CheckpointError      a trained model that cannot be loaded
-    |-- CanvasError          an output that does not belong to this run
-    |-- TrainingError        nothing to learn from, or a loss that is not finite
-    `-- TrackingError        MLflow does not answer as expected
+FullfieldError
+|-- ConfigError          a configuration file or an override
+|-- CohortError          a manifest, its rows, its splits
+|-- SlideError           a slide that cannot be opened or read
+|   `-- ScaleError       a slide whose micrometres per pixel are missing or absurd
+|-- AnnotationError      an outline file or a label image
+|-- NetworkError         a network that cannot be built, or is not local
+|-- CheckpointError      a trained model that cannot be loaded
+|-- CanvasError          an output that does not belong to this run
+|-- TrainingError        nothing to learn from, or a loss that is not finite
+`-- TrackingError        MLflow does not answer as expected
 """
 
 

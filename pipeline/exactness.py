@@ -59,7 +59,7 @@ def compare(slide: Slide, grid: Grid, window: Roi, engine: Engine) -> Comparison
     they are not the slide's, cannot reach the window.
     """
     spec = engine.spec
-    surroundings = window.grow(2 * grid.halo).intersect(grid.padded.roi)
+    surroundings = _whole_strides(window.grow(2 * grid.halo).intersect(grid.padded.roi), grid.stride)
     whole = engine(slide.read(surroundings, grid.lattice)[None])[0]
     place = window.shrink(spec.output_stride)
     whole = whole[(slice(None), *place.within(surroundings.shrink(spec.output_stride)).slices())]
@@ -67,6 +67,11 @@ def compare(slide: Slide, grid: Grid, window: Roi, engine: Engine) -> Comparison
     tiled = _stitched(predict(slide, grid, tiles, engine), whole.shape, place, spec.output_stride)
     flips = int((tiled.argmax(axis=0) != whole.argmax(axis=0)).sum())
     return Comparison(window, place.area, float(np.abs(tiled - whole).max()), flips)
+
+
+def _whole_strides(roi: Roi, stride: int) -> Roi:
+    """A rectangle that starts on the stride, made larger at right and bottom until it ends there too."""
+    return Roi(roi.x, roi.y, round_up(roi.width, stride), round_up(roi.height, stride))
 
 
 def _stitched(

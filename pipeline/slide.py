@@ -270,7 +270,7 @@ def _whole_weights(weights: np.ndarray) -> np.ndarray:
 
 
 def _resample_rows(pixels: np.ndarray, sampling: _Sampling) -> np.ndarray:
-    """Weighted sums of rows: (source rows, columns, 3) uint8 to (rows, columns, 3) uint8. Whole numbers: no rounding noise."""
+    """Weighted sums of rows, (source rows, columns, 3) to (rows, columns, 3) uint8, in whole numbers: no rounding noise."""
     rows, sources = sampling.weights.shape
     if rows == sources == sampling.weights.nnz:
         return pixels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 from monai.losses.dice import DiceLoss
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from pipeline.classes import IGNORED
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec, normalise
+
+_CALIBRATION_BATCHES = 12
 
 Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
 """epoch -> batches of images (N, S, S, 3) uint8 RGB and masks (N, S, S) uint8, IGNORED where nothing is known."""
@@ -49,6 +52,7 @@ class Trainer:
             self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.dice = DiceLoss(batch=True)
+        self.recent = deque[np.ndarray](maxlen=_CALIBRATION_BATCHES)
 
     def fit(self, batches: Batches) -> Iterator[Epoch]:
         """Train epoch by epoch; the caller validates and saves `averaged()` between two of them.
@@ -62,9 +66,15 @@ class Trainer:
             planned = self._affordable(number, time.monotonic() - started)
 
     def averaged(self) -> torch.nn.Module:
-        """The network with averaged weights, which is the one to keep."""
+        """The network with averaged weights, which is the one to keep.
+
+        Its batch norms get the statistics of these very weights over the latest batches (Izmailov et al. 2018, Averaging
+        Weights Leads to Wider Optima): running ones are those of other weights, and of the last few batches alone.
+        """
         module: torch.nn.Module = self.average.module
-        return module
+        images = (normalise(torch.from_numpy(batch).to(self.device), self.spec) for batch in self.recent)
+        update_bn(images, module)
+        return module.eval()
 
     def _affordable(self, done: int, elapsed: float) -> int:
         """How many epochs there will be, at the pace of those `done`."""
@@ -79,6 +89,7 @@ class Trainer:
         for images, masks in batches:
             rate = self._set_rate(number + len(losses) / steps, planned)
             losses.append(self._step(images, masks))
+            self.recent.append(images)
         if not math.isfinite(sum(losses)):
             found = f"a loss of {sum(losses)} in epoch {number + 1}"
             raise TrainingError("training", found, "a finite loss", "Lower training.learning_rate.")

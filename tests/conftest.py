@@ -15,5 +15,6 @@ def shared_data() -> Path:
         pytest.skip(f"no real slides at {_SHARED}")
     return _SHARED
 
+
 settings.register_profile("fullfield", deadline=None, max_examples=60)
 settings.load_profile("fullfield")

@@ -17,8 +17,7 @@ def double(value: int) -> int:
 
 
 def count(stop: int) -> Iterator[int]:
-    for number in range(stop):
-        yield number
+    yield from range(stop)
     if stop == 3:
         raise SlideError("slide.svs", "3", "another number", "Take it.")
 
@@ -66,8 +65,7 @@ def test_a_stream_yields_in_order_and_raises(cluster) -> None:
     assert list(cluster.stream(count, 5)) == [0, 1, 2, 3, 4]
     received = []
     with pytest.raises(SlideError):
-        for number in cluster.stream(count, 3):
-            received.append(number)
+        received.extend(cluster.stream(count, 3))
     assert received == [0, 1, 2]
 
 
@@ -86,14 +84,17 @@ def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.Monke
 def test_an_address_is_used() -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local:
-        with connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster:
-            cluster.submit("a", double, 21)
-            assert [outcome.value for outcome in cluster] == [42]
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster,
+    ):
+        cluster.submit("a", double, 21)
+        assert [outcome.value for outcome in cluster] == [42]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_this_process_keeps_its_memory_when_it_does_the_work() -> None:
-    code = "from pipeline.cluster import keep_memory; from tests.test_cluster import arena_growth; keep_memory(); print(arena_growth())"
+    imports = "from pipeline.cluster import keep_memory; from tests.test_cluster import arena_growth"
+    code = f"{imports}; keep_memory(); print(arena_growth())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 90_000_000

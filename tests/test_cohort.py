@@ -23,7 +23,8 @@ def test_columns_have_defaults_and_paths_are_relative(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
-    text = "slide,patient,split,annotation,mpp\na.svs,P1,train,,\nb.svs,P1,val,,\nc.svs,P2,trian,x.xml,no\na.svs,P1,train,,\n,,train,,"
+    rows = ["a.svs,P1,train,,", "b.svs,P1,val,,", "c.svs,P2,trian,x.xml,no", "a.svs,P1,train,,", ",,train,,"]
+    text = "\n".join(["slide,patient,split,annotation,mpp", *rows])
     with pytest.raises(CohortError) as caught:
         read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
     message = str(caught.value)

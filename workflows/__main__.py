@@ -100,6 +100,7 @@ def segment(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for the results.")],
     mpp: MppOption = None,
+    tile_size: Annotated[int, typer.Option(help="Pixels of a tile, without its halo.", min=32, max=16384)] = 1024,
     workers: Annotated[int | None, typer.Option(help="Worker processes; 0 for this process.", min=0)] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, instead of local workers.")] = None,
 ) -> None:
@@ -108,9 +109,11 @@ def segment(
     Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv. The exit code is 1
     where a slide failed. Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
+    from pipeline.config import ClusterSettings, SegmentationSettings
     from workflows.segment import segment as verb
 
-    raise typer.Exit(verb(slides, model, output, mpp, workers, scheduler))
+    settings = SegmentationSettings(tile_size=tile_size)
+    raise typer.Exit(verb(slides, model, output, mpp, settings, ClusterSettings(workers=workers, scheduler=scheduler)))
 
 
 @app.command()

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def segment(
-    slides: Sequence[Path], model: str, output: Path, mpp: float | None, workers: int | None, scheduler: str | None
+    slides: Sequence[Path],
+    model: str,
+    output: Path,
+    mpp: float | None,
+    settings: SegmentationSettings,
+    where: ClusterSettings,
 ) -> int:
     """Segment slides; the exit code is 1 where one failed."""
     folder = resolve_model(model)
@@ -35,10 +40,10 @@ def segment(
             "fullfield segment", f"slides that share the name {', '.join(twice)}", "names that differ", "Use two outputs."
         )
     jobs = [
-        SlideJob(slide.stem, slide, mpp, folder, output / "slides" / slide.stem, SegmentationSettings(), TissueSettings())
+        SlideJob(slide.stem, slide, mpp, folder, output / "slides" / slide.stem, settings, TissueSettings())
         for slide in slides
     ]
-    with connect(ClusterSettings(workers=workers, scheduler=scheduler)) as cluster:
+    with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output)
     return report(rows, output)

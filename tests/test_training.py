@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from pipeline.classes import IGNORED, Class, Classes
+from pipeline.config import TrainingSettings
+from pipeline.errors import TrainingError
+from pipeline.network import ModelSpec, build_network
+from pipeline.training import Trainer
+
+CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Dark", (0, 0, 0))))
+SPEC = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=32, width=4, depth=2)
+
+
+def trainer(seed: int = 0, **values: object) -> Trainer:
+    torch.manual_seed(seed)
+    settings = TrainingSettings(epochs=3, patches_per_epoch=16, batch_size=4, learning_rate=1e-2, weight_average=0.5)
+    return Trainer(SPEC, build_network(SPEC), settings.model_copy(update=values), seed)
+
+
+def batches(epoch: int):
+    """Dark squares on a light ground, and where they are; a stripe of which nothing is known."""
+    rng = np.random.default_rng(epoch)
+    for _ in range(4):
+        images = rng.integers(180, 255, (4, 32, 48, 3), dtype=np.uint8)
+        masks = np.zeros((4, 32, 48), np.uint8)
+        for image, mask in zip(images, masks, strict=True):
+            y, x = rng.integers(0, 16), rng.integers(0, 30)
+            image[y : y + 14, x : x + 16] //= 3
+            mask[y : y + 14, x : x + 16] = 1
+        masks[:, :, 44:] = IGNORED
+        yield images, masks
+
+
+def test_it_learns() -> None:
+    epochs = list(trainer(epochs=12).fit(batches))
+    assert epochs[-1].loss < 0.35 * epochs[0].loss
+    assert [epoch.number for epoch in epochs] == list(range(1, 13))
+
+
+def test_what_is_learned_is_right() -> None:
+    model = trainer(epochs=12)
+    list(model.fit(batches))
+    images, masks = next(batches(99))
+    with torch.inference_mode():
+        from pipeline.network import normalise
+
+        labels = model.averaged()(normalise(images, SPEC)).argmax(1).numpy()
+    assert (labels == masks)[masks != IGNORED].mean() > 0.97
+
+
+def test_one_seed_gives_one_result() -> None:
+    first, second, third = trainer(), trainer(), trainer(seed=1)
+    losses = [[epoch.loss for epoch in model.fit(batches)] for model in (first, second, third)]
+    assert losses[0] == losses[1] != losses[2]
+    for a, b in zip(first.averaged().parameters(), second.averaged().parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_unknown_counts_for_nothing() -> None:
+    model = trainer()
+    logits = torch.randn(2, 2, 8, 12, requires_grad=True)
+    truth = torch.randint(0, 2, (2, 8, 12))
+    truth[:, :, 5:] = IGNORED
+    model._loss(logits, truth).backward()
+    assert logits.grad[:, :, :, 5:].abs().max() == 0
+    assert logits.grad[:, :, :, :5].abs().min() > 0
+    model._loss(logits, torch.full_like(truth, IGNORED)).backward()
+
+
+def test_the_loss_is_dice_and_cross_entropy() -> None:
+    logits, truth = torch.randn(3, 2, 8, 12), torch.randint(0, 2, (3, 8, 12))
+    shares = logits.softmax(1)
+    dice = []
+    for index in range(2):
+        is_class = (truth == index).float()
+        overlap = (shares[:, index] * is_class).sum()
+        dice.append(1 - 2 * overlap / (shares[:, index].sum() + is_class.sum()))
+    expected = torch.stack(dice).mean() + functional.cross_entropy(logits, truth)
+    assert trainer()._loss(logits, truth).item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_the_rate_warms_up_and_anneals() -> None:
+    model = trainer(epochs=10, warmup_epochs=2.0)
+    rates = [model._set_rate(progress, 10) for progress in np.arange(0, 10, 0.25)]
+    assert rates[0] < 0.1 * max(rates)
+    assert rates.index(max(rates)) == 8
+    assert rates[8:] == sorted(rates[8:], reverse=True)
+    assert rates[-1] < 0.01 * max(rates)
+
+
+def test_time_ends_the_training_with_an_annealed_rate() -> None:
+    epochs = list(trainer(epochs=100_000, max_minutes=0.05).fit(batches))
+    assert 1 <= len(epochs) < 100_000
+    assert epochs[-1].learning_rate < 0.5 * max(epoch.learning_rate for epoch in epochs)
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    model = trainer()
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="learning_rate"):
+        list(model.fit(batches))
+
+
+def test_the_average_forgets_the_start() -> None:
+    model = trainer(epochs=6, weight_average=0.9)
+    start = [value.clone() for value in model.network.parameters()]
+    list(model.fit(batches))
+    pairs = zip(start, model.network.parameters(), model.averaged().parameters(), strict=True)
+    far, near = np.array([((a - c).norm().item(), (b - c).norm().item()) for a, b, c in pairs]).sum(axis=0)
+    assert 0 < near < far

@@ -1,0 +1,268 @@
+"""The commands, as a user calls them: in processes of their own, on phantoms, real slides and damaged ones."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+from PIL import Image
+
+from pipeline.canvas import open_canvas
+from pipeline.classes import IGNORED
+from pipeline.engine import load_engine
+from pipeline.geometry import Mpp
+from pipeline.grid import Grid
+from pipeline.phantom import make_cohort, make_phantom
+from pipeline.slide import open_slide
+
+FULLFIELD = [sys.executable, "-m", "workflows"]
+ROOT = Path(__file__).parents[1]
+
+
+def fullfield(*arguments: object, code: int = 0) -> str:
+    """Run a command; returns what it printed, both streams."""
+    done = subprocess.run(
+        [*FULLFIELD, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cohort of three small phantoms, a configuration, and the results of `fullfield run` on it."""
+    folder = tmp_path_factory.mktemp("project")
+    manifest = make_cohort(folder / "cohort", seed=3, slides=3, width=1501, height=1203, mpp=1.0)
+    config = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
+    config["output"], config["cohort"]["manifest"] = str(folder / "out"), str(manifest)
+    config["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 8, "depth": 2}
+    config["tiles"]["patch_size"] = 64
+    config["training"] = {
+        "epochs": 4,
+        "patches_per_epoch": 64,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "weight_average": 0.8,
+    }
+    config["segmentation"] = {"tile_size": 96}
+    config["cluster"] = {"workers": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "log.txt").write_text(fullfield("run", folder / "config.yaml"))
+    return folder
+
+
+def slide_folder(project: Path) -> Path:
+    return project / "out" / "slides" / "phantom-03"
+
+
+def whole_pass(model: Path, slide: Path, mpp: float | None = None) -> np.ndarray:
+    """Labels of one forward pass over a whole slide."""
+    engine, scan = load_engine(model), open_slide(slide, mpp)
+    grid = Grid(scan.base.at(Mpp.square(engine.spec.mpp)), 64, engine.spec.halo, engine.spec.stride)
+    labels = engine(scan.read(grid.padded.roi, grid.lattice)[None])[0].argmax(0).astype(np.uint8)
+    return labels[: grid.lattice.height, : grid.lattice.width]
+
+
+def test_a_run_leaves_everything(project: Path) -> None:
+    for name in ("config.yaml", "cohort.csv", "tiles.parquet", "slides.csv", "metrics.json", "metrics.csv", "mlflow.db"):
+        assert (project / "out" / name).is_file(), name
+    assert {path.name for path in (project / "out" / "model").iterdir()} == {"model.yaml", "weights.safetensors"}
+    expected = "segmentation.ome.zarr segmentation.ome.tif regions.geojson measurements.csv overlay.png tissue.png truth.png"
+    assert {path.name for path in slide_folder(project).iterdir()} == {*expected.split(), "provenance.json"}
+    assert not list((project / "out").rglob("*.partial"))
+    assert not list((project / "out").rglob("*.pkl"))
+    assert "mlflow ui" in (project / "log.txt").read_text()
+
+
+def test_the_labels_are_those_of_one_forward_pass(project: Path) -> None:
+    canvas = open_canvas(slide_folder(project) / "segmentation.ome.zarr")
+    labels = canvas.read_labels(canvas.lattice.roi)
+    reference = whole_pass(project / "out" / "model", project / "cohort" / "phantom-03.tiff")
+    examined = labels != IGNORED
+    assert examined.mean() > 0.6
+    assert (labels == reference)[examined].all()
+    assert (tifffile.imread(slide_folder(project) / "segmentation.ome.tif") == labels).all()
+
+
+def test_the_figures_are_right(project: Path) -> None:
+    scores = json.loads((project / "out" / "metrics.json").read_text())
+    assert set(scores) == {"val", "test"}
+    canvas = open_canvas(slide_folder(project) / "segmentation.ome.zarr")
+    labels = canvas.read_labels(canvas.lattice.roi)
+    from pipeline.annotations import open_truth
+    from pipeline.config import load_config
+    from pipeline.workspace import class_map
+
+    config = load_config(project / "config.yaml")
+    base = open_slide(project / "cohort" / "phantom-03.tiff").base
+    truth = open_truth(project / "cohort" / "phantom-03.geojson", base, class_map(config), None)
+    known = truth.read(canvas.lattice.roi, canvas.lattice)
+    labels[labels == IGNORED] = 0
+    for index, name in enumerate(canvas.classes.names):
+        both = ((labels == index) & (known == index)).sum()
+        dice = 2 * both / ((labels == index) & (known != IGNORED)).sum().__add__((known == index).sum())
+        assert scores["test"]["pooled"][name]["dice"] == pytest.approx(dice, abs=1e-6)
+        assert scores["test"]["phantom-03"][name]["dice"] == pytest.approx(dice, abs=1e-6)
+
+
+def test_running_again_continues_and_changes_nothing(project: Path) -> None:
+    import mlflow
+
+    model = (project / "out" / "model" / "weights.safetensors").read_bytes()
+    log = fullfield("run", project / "config.yaml")
+    assert log.count("done already") == 2
+    assert (project / "out" / "model" / "weights.safetensors").read_bytes() == model
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'out' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("fullfield demo").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["evaluate", "out", "segment", "tile", "train"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    train = next(run for run in runs if run.info.run_name == "train")
+    assert len(client.get_metric_history(train.info.run_id, "loss")) == 4
+
+
+def test_another_training_into_the_same_folder_is_refused(project: Path) -> None:
+    log = fullfield("train", project / "config.yaml", "training.learning_rate=0.5", code=1)
+    assert "CheckpointError" in log
+    assert "Choose another `output`" in log
+
+
+def test_the_registered_model_answers_like_the_engine(project: Path) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'out' / 'mlflow.db'}")
+    patch = open_slide(project / "cohort" / "phantom-03.tiff")
+    lattice = patch.base.at(Mpp.square(4.0))
+    pixels = patch.read(lattice.roi, lattice)[None, :96, :128]
+    served = mlflow.pyfunc.load_model("models:/fullfield-demo@newest").predict(pixels)
+    assert np.abs(served - load_engine(project / "out" / "model")(pixels)).max() < 1e-6
+
+
+def test_verify_proves_it_and_sees_a_wrong_halo(project: Path, tmp_path: Path) -> None:
+    slide = project / "cohort" / "phantom-03.tiff"
+    assert "exact: tiled equals whole" in fullfield("verify", slide, "--model", project / "out" / "model")
+    broken = shutil.copytree(project / "out" / "model", tmp_path / "model")
+    text = (broken / "model.yaml").read_text()
+    spec = yaml.safe_load(text)
+    halo = spec["spec"]["halo"] if "spec" in spec else spec["halo"]
+    (broken / "model.yaml").write_text(text.replace(f"halo: {halo}", "halo: 0"))
+    assert "NOT exact" in fullfield("verify", slide, "--model", broken, code=1)
+
+
+def test_damaged_slides_fail_and_the_healthy_one_does_not(project: Path, shared_data: Path, tmp_path: Path) -> None:
+    healthy = project / "cohort" / "phantom-02.tiff"
+    damaged = sorted((shared_data / "damaged").iterdir())
+    log = fullfield(
+        "segment", *damaged, healthy, "--model", project / "out" / "model", "--output", tmp_path, "--mpp", 1.0,
+        "--workers", 1, code=1,
+    )  # fmt: skip
+    with (tmp_path / "slides.csv").open() as file:
+        rows = {row["slide_id"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        **{path.stem: "failed" for path in damaged},
+        "phantom-02": "done",
+    }
+    for path in damaged:
+        assert path.name in rows[path.stem]["reason"]
+        assert sum(path.stem in line for line in log.splitlines()) == 1
+    assert (tmp_path / "slides" / "phantom-02" / "provenance.json").exists()
+
+
+def test_a_slide_without_scale_is_refused_and_works_with_one(project: Path, shared_data: Path, tmp_path: Path) -> None:
+    slide = shared_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
+    command = ("segment", slide, "--model", project / "out" / "model", "--output", tmp_path, "--workers", 0)
+    log = fullfield(*command, code=1)
+    assert "--mpp" in log
+    assert not (tmp_path / "slides").exists()
+    fullfield(*command, "--mpp", 0.25)
+    with (tmp_path / "slides.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["done"]
+
+
+def test_other_results_are_not_mixed_in(project: Path, tmp_path: Path) -> None:
+    slide = project / "cohort" / "phantom-02.tiff"
+    shutil.copy(slide, tmp_path / "slide.tiff")
+    command = (
+        "segment",
+        tmp_path / "slide.tiff",
+        "--model",
+        project / "out" / "model",
+        "--output",
+        tmp_path / "o",
+        "--workers",
+        0,
+    )
+    fullfield(*command)
+    make_phantom(tmp_path / "slide.tiff", seed=77, width=1501, height=1203, mpp=1.0)
+    log = fullfield(*command, code=1)
+    assert "made by another run" in log
+    assert "slide" in log
+
+
+def test_a_killed_segmentation_is_finished_alike(project: Path, tmp_path: Path) -> None:
+    """Client, scheduler and worker are killed twice; what is then finished is what one forward pass gives."""
+    slide, model = tmp_path / "big.tiff", project / "out" / "model"
+    make_phantom(slide, seed=5, width=3001, height=2403, mpp=1.0)
+    command = ("segment", slide, "--model", model, "--output", tmp_path, "--workers", 1, "--tile-size", 96)
+    folder = tmp_path / "slides" / "big"
+    shards = folder / "segmentation.ome.zarr" / "labels" / "classes" / "0" / "c"
+    for least in (1, 9):
+        process = subprocess.Popen(
+            [*FULLFIELD, *map(str, command)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while len([path for path in shards.rglob("*") if path.is_file()]) < least and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (folder / "provenance.json").exists()
+    fullfield(*command)
+    canvas = open_canvas(folder / "segmentation.ome.zarr")
+    labels = canvas.read_labels(canvas.lattice.roi)
+    examined = labels != IGNORED
+    assert examined.mean() > 0.6
+    assert (labels == whole_pass(model, slide))[examined].all()
+
+
+def test_inspect_says_what_a_slide_is(project: Path, tmp_path: Path) -> None:
+    slide = project / "cohort" / "phantom-01.tiff"
+    facts = json.loads(fullfield("inspect", slide, "--json", "--picture", tmp_path / "slide.png"))
+    assert (facts["width"], facts["height"]) == (1501, 1203)
+    assert facts["mpp"] == pytest.approx([1.0, 1.0], rel=1e-3)
+    assert 0.2 < facts["tissue_share"] < 0.95
+    assert Image.open(tmp_path / "slide.png").size == (1501, 1203)
+    assert "generic-tiff" in fullfield("inspect", slide)
+
+
+def test_inspect_tells_of_a_missing_scale(shared_data: Path) -> None:
+    facts = json.loads(fullfield("inspect", shared_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs", "--json"))
+    assert facts["mpp"] is None
+    assert "--mpp" in facts["problem"]
+
+
+def test_the_example_configuration_is_printed() -> None:
+    assert yaml.safe_load(fullfield("config", "example"))["network"]["mpp"] == 1.0
+    assert "properties" in json.loads(fullfield("config", "schema"))
+
+
+@pytest.mark.parametrize("command", ["run", "tile", "train", "evaluate"])
+def test_a_bad_override_is_one_line_and_exit_code_1(project: Path, command: str) -> None:
+    log = fullfield(command, project / "config.yaml", "network.mpp=0", code=1)
+    assert "`network.mpp`" in log
+    assert "Traceback" not in log
+
+
+def test_a_model_that_is_none_is_named(project: Path, tmp_path: Path) -> None:
+    log = fullfield(
+        "segment", project / "cohort" / "phantom-01.tiff", "--model", tmp_path, "--output", tmp_path / "o", code=1
+    )
+    assert str(tmp_path) in log
+    assert "Traceback" not in log
