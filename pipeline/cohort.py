@@ -42,7 +42,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     columns = [name.strip() for name in reader.fieldnames or []]
     problems = _column_problems(columns)
     cases: list[Case] = []
-    if not problems:
+    if "slide" in columns:
         reader.fieldnames = columns
         for row in reader:
             _add_case(row, path.parent, reader.line_num, cases, problems)

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.classes import Class, Classes
 from pipeline.errors import ConfigError
 
+TILE_COLUMNS = ("slide_id", "patient", "split", "x", "y", "tissue", "known")
+"""Columns of the table of tiles; each class has one more."""
+
 Split = Literal["train", "val", "test"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -181,6 +184,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _known_names(self) -> Config:
         names = [item.name for item in self.classes]
+        taken = sorted(set(names) & set(TILE_COLUMNS))
+        if taken:
+            raise ValueError(f"classes should not be called {taken}, which are columns of the table of tiles")
         if len(set(names)) != len(names):
             raise ValueError(f"class names should differ, found {names}")
         for key in ("rest", "unnamed"):

@@ -23,7 +23,7 @@ from pipeline.annotations import Truth
 from pipeline.augment import Augmentation, augment
 from pipeline.errors import TrainingError
 from pipeline.geometry import Lattice, Roi
-from pipeline.slide import Slide
+from pipeline.slide import Pixels
 
 _AHEAD = 2  # batches that are prepared or waiting to be taken
 _AUGMENTING = 1  # tells a patch's second random stream from its first; numpy takes a 0 at the end of a seed for nothing
@@ -36,7 +36,7 @@ Patch = tuple[np.ndarray, np.ndarray]
 class Source:
     """A slide, its truth, and the lattice on which the model sees it."""
 
-    slide: Slide
+    slide: Pixels
     truth: Truth
     lattice: Lattice
 

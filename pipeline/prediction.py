@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.grid import Grid, Tile
-from pipeline.slide import Slide
+from pipeline.slide import Pixels
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _READ_AHEAD = 2  # windows that wait in memory for the network
 
 
-def predict(slide: Slide, grid: Grid, tiles: Iterable[Tile], engine: Engine) -> Iterator[tuple[Tile, np.ndarray]]:
+def predict(slide: Pixels, grid: Grid, tiles: Iterable[Tile], engine: Engine) -> Iterator[tuple[Tile, np.ndarray]]:
     """Each tile with its probabilities, (classes, height, width) float32, the halo cropped away.
 
     The place of the array in the output is `tile.target(output_stride)`. The next windows are read while the network runs.
@@ -30,7 +30,7 @@ def predict(slide: Slide, grid: Grid, tiles: Iterable[Tile], engine: Engine) -> 
         yield tile, engine(window[None])[0, :, rows, columns]
 
 
-def _read_ahead(slide: Slide, grid: Grid, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, np.ndarray]]:
+def _read_ahead(slide: Pixels, grid: Grid, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, np.ndarray]]:
     waiting: deque[tuple[Tile, Future[np.ndarray]]] = deque()
     remaining = iter(tiles)
     with ThreadPoolExecutor(1, "reader") as reader:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import openslide
@@ -32,6 +32,13 @@ _SNAP = 0.05  # pixels of drift over a whole slide below which a scale counts as
 _BLOCK = 64  # level pixels; a level with a fractional downsample is fetched in such blocks
 _WEIGHT_BITS = 8  # 255 * 2**8 and its rounding still fit in 16 bits
 _DIGEST_SAMPLES, _DIGEST_BYTES = 64, 65536
+
+
+class Pixels(Protocol):
+    """Whatever shows a slide's pixels."""
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """See Slide.read."""
 
 
 @dataclass

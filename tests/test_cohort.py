@@ -45,6 +45,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     ("text", "part"),
     [
         ("slide,stain\na.svs,HE\n", "unknown column 'stain'"),
+        ("slide,stain\nz.svs,HE\n", "unknown column 'stain'(.|\n)*no such slide"),
         ("patient\nP1\n", "no column 'slide'"),
         ("slide\n", "no slides"),
         ("", "no column 'slide'"),

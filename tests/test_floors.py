@@ -16,7 +16,7 @@ FLOORS = [
     "tissue canvas augment network histology",
     "footprint patches checkpoint metrics phantom",
     "engine training registry",
-    "prediction regions measurement export tracking",
+    "prediction regions measurement export tracking memory",
     "validation exactness segmentation workspace",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

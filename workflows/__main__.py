@@ -10,7 +10,6 @@ import typer
 
 from pipeline import __version__
 from pipeline.errors import FullfieldError
-from pipeline.progress import console
 
 app = typer.Typer(
     name="fullfield",
@@ -182,11 +181,10 @@ def main() -> None:
     try:
         app()
     except FullfieldError as error:
-        console.print(f"[bold red]{type(error).__name__}[/] ", end="")
-        console.print(str(error), markup=False)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("Stopped. The same command continues where this one ended.")
+        print("Stopped. The same command continues where this one ended.", file=sys.stderr)
         sys.exit(130)
 
 

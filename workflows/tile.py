@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pyarrow import parquet
 from rich.table import Table
 
 from pipeline.cohort import SPLITS, Case
-from pipeline.config import Config, load_config
+from pipeline.config import TILE_COLUMNS, Config, load_config
 from pipeline.errors import AnnotationError, SlideError
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
@@ -23,6 +24,17 @@ from pipeline.tracking import Run
 from pipeline.workspace import Workspace, case_truth, fingerprint, open_workspace
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a slide holds: its rows, and what there is to say of its annotations (repaired, left out)."""
+
+    digest: str
+    rows: list[Row]
+    remarks: tuple[str, ...]
+
+
 _STAMP = b"fullfield"
 
 
@@ -63,9 +75,11 @@ def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
     with progress("tile: slides", len(workspace.cases)) as bar:
         for outcome in workspace.cluster:
             if outcome.error is None:
-                digest, found = outcome.value
-                rows += found
-                run.log_dataset(outcome.key.slide_id, digest, outcome.key.slide, outcome.key.split)
+                case, found = outcome.key, outcome.value
+                rows += found.rows
+                run.log_dataset(case.slide_id, found.digest, case.slide, case.split)
+                for remark in found.remarks:
+                    console.print(f"tile: {case.slide_id}: {remark}", markup=False)
             elif isinstance(outcome.error, SlideError):
                 unreadable.append(f"{outcome.key.slide_id}: {outcome.error}")
             elif isinstance(outcome.error, AnnotationError):
@@ -79,8 +93,8 @@ def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
     return sorted(rows, key=lambda row: (row["slide_id"], row["y"], row["x"])), unreadable
 
 
-def tile_case(case: Case, config: Config) -> tuple[str, list[Row]]:
-    """A slide's digest, and its cells with enough tissue: the share of each that is known and of every class."""
+def tile_case(case: Case, config: Config) -> Found:
+    """Count one slide: a row for each cell with enough tissue, with the share of it that is known and of every class."""
     slide = open_slide(case.slide, case.mpp)
     lattice, size = slide.base.at(Mpp.square(config.network.mpp)), config.tiles.patch_size
     tissue = find_tissue(slide, config.tissue)
@@ -96,13 +110,13 @@ def tile_case(case: Case, config: Config) -> tuple[str, list[Row]]:
         classes = {name: float(fractions[index]) for index, name in enumerate(config.class_list.names)}
         place = {"slide_id": case.slide_id, "patient": case.patient, "split": case.split, "x": roi.x, "y": roi.y}
         rows.append({**place, "tissue": share, "known": sum(classes.values()), **classes})
-    return slide.digest(), rows
+    return Found(slide.digest(), rows, truth.remarks if truth else ())
 
 
 def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str) -> None:
-    texts, places = ("slide_id", "patient", "split"), ("x", "y")
-    columns = [pa.field(name, pa.string()) for name in texts] + [pa.field(name, pa.int64()) for name in places]
-    columns += [pa.field(name, pa.float64()) for name in ("tissue", "known", *config.class_list.names)]
+    kinds = {"slide_id": pa.string(), "patient": pa.string(), "split": pa.string(), "x": pa.int64(), "y": pa.int64()}
+    names = (*TILE_COLUMNS, *config.class_list.names)
+    columns = [pa.field(name, kinds.get(name, pa.float64())) for name in names]
     table = pa.Table.from_pylist(list(rows), schema=pa.schema(columns, metadata={_STAMP: stamp}))
     partial = path.with_name(path.name + ".partial")
     parquet.write_table(table, partial)

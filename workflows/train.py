@@ -76,13 +76,14 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
 
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
+    from pipeline.memory import remembered
     from pipeline.training import Trainer
     from pipeline.validation import validate
 
     torch.manual_seed(config.seed)
     network = build_network(model_spec(config))
     spec = with_footprint(model_spec(config), network)
-    sources = {case.slide_id: open_source(case, config) for case in cases}
+    sources = remembered({case.slide_id: open_source(case, config) for case in cases})
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
     trainer, best = Trainer(spec, network, config.training, config.seed), -1.0

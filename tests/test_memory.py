@@ -1,0 +1,49 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.geometry import Mpp, Roi
+from pipeline.memory import remembered
+from pipeline.patches import Source
+from pipeline.phantom import render, write_slide
+from pipeline.slide import open_slide
+
+
+class Counted:
+    """A slide that counts how often it is read."""
+
+    def __init__(self, slide):
+        self.slide, self.reads = slide, 0
+
+    def read(self, roi, lattice):
+        self.reads += 1
+        return self.slide.read(roi, lattice)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    write_slide(render(6, 1201, 903, 1.0)[0], tmp_path / "slide.tiff", 1.0)
+    slide = open_slide(tmp_path / "slide.tiff")
+    return Source(Counted(slide), None, slide.base.at(Mpp.square(1.7)))
+
+
+@pytest.mark.parametrize("roi", [Roi(0, 0, 60, 50), Roi(200, 190, 300, 280), Roi(600, 450, 200, 170), Roi(-20, -30, 90, 70)])
+def test_the_bytes_are_those_of_the_slide(source: Source, roi: Roi) -> None:
+    kept = remembered({"a": source})["a"].slide
+    for lattice in (source.lattice, source.lattice.at(Mpp.square(4))):
+        assert (kept.read(roi, lattice) == source.slide.slide.read(roi, lattice)).all()
+
+
+def test_nothing_is_read_twice(source: Source) -> None:
+    kept = remembered({"a": source})["a"].slide
+    first = kept.read(Roi(10, 20, 400, 300), source.lattice)
+    reads = source.slide.reads
+    assert (kept.read(Roi(10, 20, 400, 300), source.lattice) == first).all()
+    kept.read(Roi(50, 30, 200, 100), source.lattice)
+    assert source.slide.reads == reads
+
+
+def test_what_does_not_fit_is_not_kept(source: Source) -> None:
+    large = replace(source, lattice=source.lattice.at(Mpp.square(0.02)))
+    assert remembered({"a": source, "b": large})["a"].slide is source.slide
