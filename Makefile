@@ -10,6 +10,9 @@ demo: .venv/.demo
 test: .venv/.test lint
 	$(BIN)/python -m pytest
 
+bench: .venv/.demo
+	$(BIN)/python -m benchmarks.bench
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -18,7 +21,7 @@ lint: .venv/.test
 # torch comes first and by itself: with an open range pip may take a build for GPUs that is gigabytes larger.
 .venv/.demo: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
 	touch $@
 

@@ -20,6 +20,7 @@ from queue import Empty, Queue
 from typing import Any, Protocol
 
 from pipeline.config import ClusterSettings
+from pipeline.errors import ClusterError
 
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
@@ -44,6 +45,9 @@ class Cluster(Protocol):
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """Run function(*arguments) somewhere; its Outcome will carry `key`."""
 
+    def cancel(self, key: Any) -> None:
+        """Drop the tasks of `key` that have not begun; none of them has an Outcome any more."""
+
     def __iter__(self) -> Iterator[Outcome]:
         """Outcomes in the order in which tasks end, until none is under way."""
 
@@ -58,14 +62,24 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
         keep_memory()
         yield _Here()
         return
+    if settings.scheduler is not None:
+        with _client(settings.scheduler) as client:
+            yield _Dask(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
+        return
     from distributed import Client
 
-    if settings.scheduler is not None:
-        with Client(settings.scheduler, timeout="30s") as client:
-            yield _Dask(client, f"Dask at {settings.scheduler}")
-        return
     with _local_cluster(settings.workers) as local, Client(local) as client:
         yield _Dask(client, f"{len(local.workers)} local Dask worker(s), dashboard {local.dashboard_link}")
+
+
+def _client(scheduler: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout="20s")
+    except (OSError, ValueError) as error:
+        remedy = "Start one with `dask scheduler`, or leave `cluster.scheduler` out for workers on this machine."
+        raise ClusterError(f"cluster.scheduler {scheduler}", f"no answer ({error})", "a Dask scheduler", remedy) from error
 
 
 def cores() -> int:
@@ -93,11 +107,19 @@ def _local_cluster(workers: int | None) -> Any:
     from distributed import LocalCluster
 
     count = workers or 1
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": _environment(max(cores() // count, 1))}):
-        return LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL")
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": worker_environment(max(cores() // count, 1))}):
+        # No limit of memory: tasks return numbers, so there is nothing to spill, and a worker that keeps its memory for the
+        # next activation would be paused for ever.
+        return LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            silence_logs="CRITICAL",
+        )
 
 
-def _environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """Environment of a worker process, in place before its first allocation."""
     tunables = {"mmap_max": 0, "trim_threshold": _KEEP_BYTES, "top_pad": _TOP_PAD_BYTES, "arena_max": 1}
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -118,6 +140,9 @@ class _Here:
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         self._waiting.append((key, function, arguments))
+
+    def cancel(self, key: Any) -> None:
+        self._waiting = deque(task for task in self._waiting if task[0] != key)
 
     def __iter__(self) -> Iterator[Outcome]:
         while self._waiting:
@@ -148,11 +173,18 @@ class _Dask:
         self._keys[future] = key
         self._ended.add(future)
 
+    def cancel(self, key: Any) -> None:
+        futures = [future for future, its_key in self._keys.items() if its_key == key]
+        for future in futures:
+            del self._keys[future]
+        self._client.cancel(futures)
+
     def __iter__(self) -> Iterator[Outcome]:
         while self._keys:
             future = next(self._ended)
-            key, error = self._keys.pop(future), future.exception()
-            yield Outcome(key, None if error else future.result(), error)
+            if future in self._keys:
+                key, error = self._keys.pop(future), future.exception()
+                yield Outcome(key, None if error else future.result(), error)
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         topic, records = f"{function.__name__}-{uuid.uuid4().hex}", Queue[Any]()

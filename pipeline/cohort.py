@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import CohortError
 from pipeline.files import write_csv
+from pipeline.geometry import MPP_RANGE
 
 COLUMNS = ("slide", "slide_id", "annotation", "patient", "split", "mpp")
 SPLITS = ("train", "val", "test")
@@ -37,7 +38,10 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     """
     if not path.is_file():
         raise CohortError(str(path), "no such file", "a CSV manifest", "Correct the path in `cohort.manifest`.")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CohortError(str(path), f"other letters ({error})", "UTF-8", "Save it as CSV UTF-8.") from error
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     columns = [name.strip() for name in reader.fieldnames or []]
     problems = _column_problems(columns)
@@ -45,7 +49,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     if "slide" in columns:
         reader.fieldnames = columns
         for row in reader:
-            _add_case(row, path.parent, reader.line_num, cases, problems)
+            _add_case(row, path.parent.absolute(), reader.line_num, cases, problems)
         problems += _cohort_problems(cases)
     if problems:
         found = "\n  - ".join(["these problems:", *problems])
@@ -109,12 +113,12 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: no such slide: {slide}")
     if annotation and not (folder / annotation).is_file():
         problems.append(f"line {line}: no such annotation: {folder / annotation}")
-    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
+    if slide_id in (".", "..", "pooled") or "/" in slide_id or "\\" in slide_id:
         problems.append(f"line {line}: slide_id {slide_id!r} cannot name a folder")
     if values.get("split", "") not in ("", *SPLITS):
         problems.append(f"line {line}: split {values['split']!r} is none of {', '.join(SPLITS)}")
-    if mpp and not _is_positive(mpp):
-        problems.append(f"line {line}: mpp {mpp!r} is no number above 0")
+    if mpp and not _is_scale(mpp):
+        problems.append(f"line {line}: mpp {mpp!r} is no number from {MPP_RANGE[0]} to {MPP_RANGE[1]}")
         mpp = ""
     cases.append(
         Case(
@@ -171,8 +175,8 @@ def _apportion(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
-def _is_positive(text: str) -> bool:
+def _is_scale(text: str) -> bool:
     try:
-        return 0 < float(text) < float("inf")
+        return MPP_RANGE[0] <= float(text) <= MPP_RANGE[1]
     except ValueError:
         return False

@@ -61,7 +61,7 @@ class ClassSettings(Section):
     name: Annotated[str, Field(min_length=1)]
     color: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
     annotations: tuple[str, ...] = ()
-    values: tuple[int, ...] = ()
+    values: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
 
 class AnnotationSettings(Section):
@@ -130,7 +130,7 @@ class TrainingSettings(Section):
 class SegmentationSettings(Section):
     """Which splits are segmented by `run`, and how."""
 
-    splits: tuple[Split, ...] = ("val", "test")
+    splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("val", "test")
     tile_size: Annotated[int, Field(ge=32, le=16384)] = 1024
     min_region_um2: NotNegative = 50.0
 
@@ -170,7 +170,7 @@ class Config(Section):
     output: Path
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     cohort: CohortSettings
-    classes: Annotated[tuple[ClassSettings, ...], Field(min_length=1, max_length=254)]
+    classes: Annotated[tuple[ClassSettings, ...], Field(min_length=2, max_length=254)]
     annotations: AnnotationSettings = AnnotationSettings()
     tissue: TissueSettings = TissueSettings()
     network: NetworkSettings
@@ -189,6 +189,11 @@ class Config(Section):
             raise ValueError(f"classes should not be called {taken}, which are columns of the table of tiles")
         if len(set(names)) != len(names):
             raise ValueError(f"class names should differ, found {names}")
+        claimed = [f"annotation {name!r}" for item in self.classes for name in item.annotations or (item.name,)]
+        claimed += [f"label value {value}" for item in self.classes for value in item.values]
+        twice = sorted({item for item in claimed if claimed.count(item) > 1})
+        if twice:
+            raise ValueError(f"each should belong to one class only: {', '.join(twice)}")
         for key in ("rest", "unnamed"):
             name = getattr(self.annotations, key)
             if name is not None and name not in names:

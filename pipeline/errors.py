@@ -10,6 +10,7 @@ FullfieldError
 |-- CheckpointError      a trained model that cannot be loaded
 |-- CanvasError          an output that does not belong to this run
 |-- TrainingError        nothing to learn from, or a loss that is not finite
+|-- ClusterError         a Dask scheduler does not answer
 `-- TrackingError        MLflow does not answer as expected
 """
 
@@ -62,6 +63,10 @@ class CanvasError(FullfieldError):
 
 class TrainingError(FullfieldError):
     """There is nothing to learn from, or the loss is not finite."""
+
+
+class ClusterError(FullfieldError):
+    """A Dask scheduler does not answer."""
 
 
 class TrackingError(FullfieldError):

@@ -91,13 +91,14 @@ def _windows(grid: Grid, tissue: Tissue) -> list[Roi]:
     """Squares of one and a half tiles, from the middle of one tile over the next."""
     lattice, half = grid.lattice, round_up(grid.write_size // 2, grid.stride)
     size = grid.write_size + half
+    last_x = max(lattice.width - size, 0) // grid.stride * grid.stride
+    last_y = max(lattice.height - size, 0) // grid.stride * grid.stride
     starts = [
-        Roi(x + half, y + half, size, size)
-        for y in range(0, max(lattice.height - size, 1), grid.write_size)
-        for x in range(0, max(lattice.width - size, 1), grid.write_size)
+        Roi(min(x + half, last_x), min(y + half, last_y), size, size)
+        for y in range(0, max(last_y, 1), grid.write_size)
+        for x in range(0, max(last_x, 1), grid.write_size)
     ]
     fullest = max(starts, key=lambda roi: tissue.fraction(roi.intersect(lattice.roi), lattice))
-    x = max(lattice.width - size, 0) // grid.stride * grid.stride
-    y = max(lattice.height - size, 0) // grid.stride * grid.stride
-    corners = [Roi(0, 0, size, size), Roi(x, y, lattice.width - x, lattice.height - y), fullest]
+    end = Roi(last_x, last_y, lattice.width - last_x, lattice.height - last_y)
+    corners = [Roi(0, 0, size, size), end, fullest]
     return [roi.intersect(lattice.roi) for roi in corners]

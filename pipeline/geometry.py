@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+MPP_RANGE = (0.05, 20.0)
+"""Micrometres per pixel that a scan, or a model, can have."""
+
 _SLACK = 1e-6  # pixels: rounding noise of a product of floats, not a part of a pixel
 
 

@@ -26,7 +26,7 @@ class Bar:
         self.done += steps
         if self._live is not None and self._task is not None:
             self._live.update(self._task, advance=steps, note=note)
-        elif time.monotonic() - self._printed > _LINE_SECONDS or self.done == self.total:
+        elif steps and (time.monotonic() - self._printed > _LINE_SECONDS or self.done == self.total):
             self._printed = time.monotonic()
             console.print(f"{self.title}: {self.done}/{self.total}, {self._left()}{note and ', ' + note}")
 

@@ -68,6 +68,11 @@ class Row:
     seconds: float
     megapixels: float
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the slide was done already."""
+        return self.status == "done" and self.megapixels == 0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -121,6 +126,7 @@ class _Active:
         """The slide is over; what is still out for it no longer counts."""
         if self.over:
             return Step(self.job)
+        self.cluster.cancel(self.job.slide_id)
         reason = str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
         return self._ended("failed", reason)
 
@@ -151,10 +157,11 @@ def plan_slide(job: SlideJob) -> Plan:
     path = job.folder / CANVAS
     if path.exists():
         canvas = open_canvas(path, identity)
-        if (job.folder / PROVENANCE).exists():
+        if is_finished(job):
             return Plan((), finished=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
+        (job.folder / PROVENANCE).unlink(missing_ok=True)
         lattice = opened.grid.lattice.shrink(opened.spec.output_stride)
         write_size = opened.grid.write_size // opened.spec.output_stride
         canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity)
@@ -165,6 +172,15 @@ def plan_slide(job: SlideJob) -> Plan:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
             blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
     return Plan(tuple(tuple(block) for block in blocks.values()), finished=False)
+
+
+def is_finished(job: SlideJob) -> bool:
+    """Whether the job's folder holds a finished segmentation that is this job's, not another run's."""
+    try:
+        provenance = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return bool(provenance["identity"] == _Opened(job).identity())
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
@@ -219,7 +235,6 @@ class _Opened:
             "classes": ", ".join(self.spec.classes.names),
             "tile_size": str(self.grid.write_size),
             "tissue": json.dumps(self.job.tissue.model_dump(), sort_keys=True),
-            "min_region_um2": str(self.job.settings.min_region_um2),
         }
 
     def provenance(self, canvas: Canvas, tissue: Tissue) -> dict[str, object]:
@@ -230,7 +245,7 @@ class _Opened:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "identity": self.identity(),
             "model_spec": self.spec.to_dict(),
-            "exact": True,
+            "min_region_um2": self.job.settings.min_region_um2,
             "mpp": asdict(canvas.lattice.mpp),
             "width": canvas.lattice.width,
             "height": canvas.lattice.height,

@@ -19,10 +19,7 @@ from PIL import Image
 from scipy import sparse
 
 from pipeline.errors import ScaleError, SlideError
-from pipeline.geometry import Lattice, Mpp, Roi
-
-MPP_RANGE = (0.05, 20.0)
-"""Micrometres per pixel that a scan can have."""
+from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
 
 _READABLE = "a scan of a format that OpenSlide reads"
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
@@ -109,13 +106,14 @@ class Slide:
         return min(costs, key=lambda index: costs[index])
 
     def digest(self) -> str:
-        """A SHA-256 over the file's size and 64 samples of 64 KiB spread over it, as hexadecimal digits.
+        """A SHA-256 over the file's size, OpenSlide's quick hash and 64 samples of 64 KiB, as hexadecimal digits.
 
-        It takes milliseconds where a full hash of a scan takes minutes, and sees every change of length, of the header and
-        of the file's metadata; an edit of a few bytes between two samples escapes it.
+        It takes milliseconds where a full hash of a scan takes minutes. An edit of a few bytes between two samples escapes
+        it, and so may one in the other files of a scan that has several (MIRAX, VMS).
         """
         size = self.path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
+        quickhash = self._handle.get().properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")
+        digest = hashlib.sha256(f"{size} {quickhash}".encode())
         with self.path.open("rb") as file:
             for start in sorted({size * k // _DIGEST_SAMPLES for k in range(_DIGEST_SAMPLES)}):
                 file.seek(start)

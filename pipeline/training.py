@@ -31,12 +31,13 @@ Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch achieved: the mean loss, the last learning rate, and the seconds it took."""
+    """What one epoch achieved: the mean loss, the last learning rate, the seconds it took; and how many are `planned`."""
 
     number: int
     loss: float
     learning_rate: float
     seconds: float
+    planned: int
 
 
 class Trainer:
@@ -93,7 +94,7 @@ class Trainer:
         if not math.isfinite(sum(losses)):
             found = f"a loss of {sum(losses)} in epoch {number + 1}"
             raise TrainingError("training", found, "a finite loss", "Lower training.learning_rate.")
-        return Epoch(number + 1, float(np.mean(losses)), rate, time.monotonic() - started)
+        return Epoch(number + 1, float(np.mean(losses)), rate, time.monotonic() - started, planned)
 
     def _set_rate(self, progress: float, planned: int) -> float:
         warm, settings = self.settings.warmup_epochs, self.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,15 +28,17 @@ def validate(sources: Iterable[Source], engine: Engine) -> np.ndarray:
     total = np.zeros((len(spec.classes), len(spec.classes) + 1), np.int64)
     for source in sources:
         grid = Grid(source.lattice, _TILE, spec.halo, spec.stride)
-        truths = _known_tiles(source, grid, spec.output_stride)
-        tiles = [tile for tile, _ in truths]
-        for (_, truth), (_, probabilities) in zip(truths, predict(source.slide, grid, tiles, engine), strict=True):
+        lattice = source.lattice.shrink(spec.output_stride)
+        for tile, probabilities in predict(source.slide, grid, _known_tiles(source, grid), engine):
             labels = probabilities.argmax(axis=0).astype(np.uint8)
-            total += confusion(truth, labels, len(spec.classes))
+            total += confusion(source.truth.read(tile.target(spec.output_stride), lattice), labels, len(spec.classes))
     return total
 
 
-def _known_tiles(source: Source, grid: Grid, output_stride: int) -> list[tuple[Tile, np.ndarray]]:
-    lattice = source.lattice.shrink(output_stride)
-    found = ((tile, source.truth.read(tile.target(output_stride), lattice)) for tile in grid)
-    return [(tile, truth) for tile, truth in found if (truth != IGNORED).any()]
+def _known_tiles(source: Source, grid: Grid) -> Iterator[Tile]:
+    """The tiles in which something is known."""
+    known = source.truth.base.cover(source.truth.known_roi(), source.lattice)
+    for tile in grid:
+        inside = tile.write_roi.intersect(known)
+        if inside.area and (source.truth.read(inside, source.lattice) != IGNORED).any():
+            yield tile

@@ -9,20 +9,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import parquet
+
+from pipeline import checkpoint
 from pipeline.annotations import ClassMap, Truth, open_truth
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import Config
+from pipeline.errors import CheckpointError
 from pipeline.files import write_text
 from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
 from pipeline.patches import Source
 from pipeline.progress import console
+from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
 from pipeline.tracking import Run
 
-_STAGES = ("cohort", "classes", "annotations", "tissue", "network", "tiles", "training", "seed")
-"""The sections of a configuration on which a model depends, in the order in which stages use them."""
+TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
+"""Keys of the metadata of the table of tiles."""
+
+_TILED = ("classes", "annotations", "tissue", "tiles")
+"""Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,13 @@ class Workspace:
 def open_workspace(config: Config) -> Iterator[Workspace]:
     """Read the cohort, deal out the splits and write them, then connect to MLflow and to the cluster.
 
-    Raises CohortError, ConfigError, NetworkError or TrackingError before anything expensive begins.
+    Raises CohortError, ConfigError, NetworkError or TrackingError before anything expensive begins, and CheckpointError,
+    before anything is written, where the folder holds a model of another configuration.
     """
+    config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     cases = deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
+    _check_model(config.output / "model", training_inputs(config, cases))
     config.output.mkdir(parents=True, exist_ok=True)
     write_manifest(config.output / "cohort.csv", cases)
     write_text(config.output / "config.yaml", config.to_yaml())
@@ -97,6 +108,12 @@ def open_source(case: Case, config: Config) -> Source:
     return Source(slide, case_truth(case, config), slide.base.at(Mpp.square(config.network.mpp)))
 
 
+def slide_job(case: Case, config: Config) -> SlideJob:
+    """What it takes to segment a case with the run's own model."""
+    folder, model = config.output / "slides" / case.slide_id, config.output / "model"
+    return SlideJob(case.slide_id, case.slide, case.mpp, model, folder, config.segmentation, config.tissue)
+
+
 def case_truth(case: Case, config: Config) -> Truth:
     """What is known of a case. Raises AnnotationError."""
     if case.annotation is None:
@@ -126,15 +143,44 @@ def rest_index(config: Config) -> int | None:
     return None if rest is None else config.class_list.index(rest)
 
 
-def fingerprint(config: Config, cases: Sequence[Case], last: str) -> str:
-    """A SHA-256 over the cases and the sections of the configuration up to `last`: what a stage's result depends on."""
-    sections = _STAGES[: _STAGES.index(last) + 1]
-    content = {name: config.model_dump(mode="json")[name] for name in (*sections, "seed")}
-    content["cohort"] = [[case.slide_id, case.patient, case.split, _file_stamp(case)] for case in cases]
+def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
+    """A SHA-256 over all that the table of tiles depends on."""
+    sections = config.model_dump(mode="json", include=set(_TILED))
+    return _sha256([sections, config.network.mpp, [_case_stamp(case) for case in cases]])
+
+
+def read_stamp(tiles: Path) -> tuple[str, bool] | None:
+    """What a table of tiles was made from, and whether from all slides; None where there is no table."""
+    if not tiles.exists():
+        return None
+    metadata = parquet.read_schema(tiles).metadata or {}
+    return metadata.get(TILE_STAMP, b"").decode(), metadata.get(TILE_COMPLETE) == b"True"
+
+
+def training_inputs(config: Config, cases: Sequence[Case]) -> str:
+    """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
+    sections = config.model_dump(mode="json", include={*_TILED, "network", "training", "seed"})
+    return _sha256([sections, [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
+
+
+def _check_model(model: Path, inputs: str) -> None:
+    if model.exists() and checkpoint.load_lineage(model).get("inputs") != inputs:
+        raise CheckpointError(
+            str(model),
+            "a model that was trained with another cohort or configuration",
+            "none, or one of this configuration",
+            "Choose another `output`, or delete the folders `model` and `slides` there to begin anew.",
+        )
+
+
+def _case_stamp(case: Case) -> list[object]:
+    """What tells a case from another: ids, scale, sizes, and a digest of the annotation."""
+    annotation = ""
+    if case.annotation is not None:
+        with case.annotation.open("rb") as file:
+            annotation = hashlib.file_digest(file, "sha256").hexdigest()
+    return [case.slide_id, case.patient, case.split, case.mpp, case.slide.stat().st_size, annotation]
+
+
+def _sha256(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_stamp(case: Case) -> list[object]:
-    """What tells a slide and its annotation from others: sizes, and a digest of the annotation."""
-    annotation = hashlib.sha256(case.annotation.read_bytes()).hexdigest() if case.annotation else ""
-    return [case.slide.stat().st_size, annotation, case.mpp]

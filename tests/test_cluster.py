@@ -61,6 +61,15 @@ def test_more_may_be_submitted_meanwhile(cluster) -> None:
     assert found == [2, 4, 8, 16]
 
 
+def test_cancelled_tasks_have_no_outcome(cluster) -> None:
+    for key, value in (("a", 1), ("b", 2), ("a", 3), ("b", 4)):
+        cluster.submit(key, double, value)
+    cluster.cancel("a")
+    assert sorted(outcome.value for outcome in cluster) == [4, 8]
+    cluster.submit("a", double, 5)
+    assert [outcome.value for outcome in cluster] == [10]
+
+
 def test_a_stream_yields_in_order_and_raises(cluster) -> None:
     assert list(cluster.stream(count, 5)) == [0, 1, 2, 3, 4]
     received = []

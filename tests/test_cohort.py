@@ -50,6 +50,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide\n", "no slides"),
         ("", "no column 'slide'"),
         ("slide,slide_id\na.svs,../b\n", "cannot name a folder"),
+        ("slide,mpp\na.svs,352\n", "'352'"),
         ("slide\na.svs\nb/a.svs\n", "slide_id 'a' is shared"),
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
     ],

@@ -17,7 +17,8 @@ FLOORS = [
     "footprint patches checkpoint metrics phantom",
     "engine training registry",
     "prediction regions measurement export tracking memory",
-    "validation exactness segmentation workspace",
+    "validation exactness segmentation",
+    "workspace",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 OWNERS = {"openslide": {"slide"}, "mlflow": {"tracking", "served", "store", "registry"}}

@@ -108,11 +108,11 @@ def segment(
     Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv. The exit code is 1
     where a slide failed. Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
-    from pipeline.config import ClusterSettings, SegmentationSettings
+    from pipeline.config import ClusterSettings
     from workflows.segment import segment as verb
 
-    settings = SegmentationSettings(tile_size=tile_size)
-    raise typer.Exit(verb(slides, model, output, mpp, settings, ClusterSettings(workers=workers, scheduler=scheduler)))
+    where = ClusterSettings(workers=workers, scheduler=scheduler)
+    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where))
 
 
 @app.command()
@@ -177,15 +177,12 @@ def config_example() -> None:
 
 
 def main() -> None:
-    """Run the command line; an expected error is one message and exit code 1, Ctrl-C is 130."""
+    """Run the command line; an expected error is one message and exit code 1."""
     try:
         app()
     except FullfieldError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("Stopped. The same command continues where this one ended.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from pipeline.files import write_csv, write_text
 from pipeline.geometry import Roi
 from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, report, table
 from pipeline.progress import console, progress
-from pipeline.segmentation import CANVAS, PROVENANCE
+from pipeline.segmentation import CANVAS, is_finished
 from pipeline.slide import open_slide
 from pipeline.tissue import PICTURE_PIXELS
-from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index
+from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index, slide_job
 
 _BLOCK = 2048  # pixels of truth and prediction compared at once
 
@@ -53,7 +53,9 @@ def evaluate_cohort(workspace: Workspace) -> int:
             bar.advance()
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
-    return 1 if missing or not rows else 0
+    else:
+        console.print(f"evaluate: nothing to compare: no annotated slide of {config.segmentation.splits} is segmented")
+    return 1 if missing else 0
 
 
 def compare(case: Case, config: Config) -> np.ndarray:
@@ -61,10 +63,11 @@ def compare(case: Case, config: Config) -> np.ndarray:
 
     Returns (classes, classes + 1) int64. Raises CanvasError where the slide is not segmented.
     """
-    folder = config.output / "slides" / case.slide_id
-    if not (folder / PROVENANCE).exists():
-        raise CanvasError(str(folder), "no finished segmentation", "one", "Run `fullfield segment` or `fullfield run`.")
-    canvas, truth = open_canvas(folder / CANVAS), case_truth(case, config)
+    job = slide_job(case, config)
+    if not is_finished(job):
+        expected = "the finished segmentation of this slide by this model"
+        raise CanvasError(str(job.folder), "none", expected, "Run `fullfield run` with this configuration.")
+    canvas, truth = open_canvas(job.folder / CANVAS), case_truth(case, config)
     total = np.zeros((len(canvas.classes), len(canvas.classes) + 1), np.int64)
     for y in range(0, canvas.lattice.height, _BLOCK):
         for x in range(0, canvas.lattice.width, _BLOCK):
@@ -77,7 +80,7 @@ def compare(case: Case, config: Config) -> np.ndarray:
     image = open_slide(case.slide, case.mpp).read(lattice.roi, lattice)
     labels = canvas.read_labels(lattice.roi, level)
     picture = truth_beside_prediction(image, truth.read(lattice.roi, lattice), labels, canvas.classes)
-    write_png(folder / "truth.png", picture)
+    write_png(job.folder / "truth.png", picture)
     return total
 
 

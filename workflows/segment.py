@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline import checkpoint
 from pipeline.cluster import Cluster, connect
@@ -17,9 +16,9 @@ from pipeline.files import write_csv
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
 from pipeline.segmentation import Row, SlideJob, segment_slides
+from pipeline.workspace import Workspace, slide_job
 
-if TYPE_CHECKING:
-    from pipeline.workspace import Workspace
+_MIN_REGION_UM2 = SegmentationSettings().min_region_um2
 
 
 def segment(
@@ -27,20 +26,23 @@ def segment(
     model: str,
     output: Path,
     mpp: float | None,
-    settings: SegmentationSettings,
+    tile_size: int,
     where: ClusterSettings,
 ) -> int:
-    """Segment slides; the exit code is 1 where one failed."""
-    folder = resolve_model(model)
+    """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed."""
+    folder = resolve_model(model).absolute()
     checkpoint.load_spec(folder)
+    looked = checkpoint.load_lineage(folder)
+    tissue = TissueSettings(**looked.get("tissue", {}))
+    settings = SegmentationSettings(tile_size=tile_size, min_region_um2=looked.get("min_region_um2", _MIN_REGION_UM2))
     ids = [slide.stem for slide in slides]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
-        raise CohortError(
-            "fullfield segment", f"slides that share the name {', '.join(twice)}", "names that differ", "Use two outputs."
-        )
+        found = f"slides that share the name {', '.join(twice)}"
+        raise CohortError("fullfield segment", found, "names that differ", "Use two outputs.")
+    output = output.absolute()
     jobs = [
-        SlideJob(slide.stem, slide, mpp, folder, output / "slides" / slide.stem, settings, TissueSettings())
+        SlideJob(slide.stem, slide.absolute(), mpp, folder, output / "slides" / slide.stem, settings, tissue)
         for slide in slides
     ]
     with connect(where) as cluster:
@@ -50,21 +52,10 @@ def segment(
 
 
 def segment_cohort(workspace: Workspace) -> int:
-    """Segment the slides of a run's splits with the run's model; returns how many failed."""
+    """Segment the slides of a run's splits with the run's model; returns 1 where one failed, else 0."""
     config = workspace.config
-    jobs = [
-        SlideJob(
-            case.slide_id,
-            case.slide,
-            case.mpp,
-            workspace.model,
-            workspace.output / "slides" / case.slide_id,
-            config.segmentation,
-            config.tissue,
-        )
-        for case in workspace.cases
-        if case.split in config.segmentation.splits
-    ]
+    splits = config.segmentation.splits
+    jobs = [slide_job(case, config) for case in workspace.cases if case.split in splits]
     with workspace.run.child("segment") as run:
         rows = run_jobs(jobs, workspace.cluster, workspace.output)
         run.log_table("slides.csv", [asdict(row) for row in rows])
@@ -114,5 +105,6 @@ def _write_rows(path: Path, rows: dict[str, Row]) -> None:
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             kept = {row["slide_id"]: row for row in csv.DictReader(file) if list(row) == names}
-    every = {**kept, **{name: asdict(row) for name, row in rows.items()}}
+    fresh = {name: asdict(row) for name, row in rows.items() if not (row.skipped and name in kept)}
+    every = {**kept, **fresh}
     write_csv(path, names, [every[name] for name in sorted(every)])

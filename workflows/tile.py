@@ -21,7 +21,15 @@ from pipeline.progress import console, progress
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-from pipeline.workspace import Workspace, case_truth, fingerprint, open_workspace
+from pipeline.workspace import (
+    TILE_COMPLETE,
+    TILE_STAMP,
+    Workspace,
+    case_truth,
+    open_workspace,
+    read_stamp,
+    tile_inputs,
+)
 
 Row = dict[str, Any]
 
@@ -35,9 +43,6 @@ class Found:
     remarks: tuple[str, ...]
 
 
-_STAMP = b"fullfield"
-
-
 def tile(path: Path, overrides: Sequence[str]) -> int:
     """Run the stage by itself; the exit code is 1 where a slide could not be read."""
     with open_workspace(load_config(path, overrides)) as workspace:
@@ -47,24 +52,24 @@ def tile(path: Path, overrides: Sequence[str]) -> int:
 def tile_cohort(workspace: Workspace) -> int:
     """Write tiles.parquet, a row a cell, unless it is there already; then show what there is to learn from.
 
-    A slide that cannot be read is named and left out; returns how many were. Raises AnnotationError where annotations cannot
-    be used, all of them in one message.
+    A slide that cannot be read is named and left out; returns 1 where there was one, else 0. Raises AnnotationError where
+    annotations cannot be used, all of them in one message.
     """
-    config, stamp = workspace.config, fingerprint(workspace.config, workspace.cases, "tiles")
+    config, stamp = workspace.config, tile_inputs(workspace.config, workspace.cases)
     unreadable = list[str]()
     with workspace.run.child("tile") as run:
-        if _stamp(workspace.tiles) == stamp:
+        if read_stamp(workspace.tiles) == (stamp, True):
             console.print("tile: done already")
         else:
             rows, unreadable = _count(workspace, run)
-            _write(workspace.tiles, rows, config, "" if unreadable else stamp)
+            _write(workspace.tiles, rows, config, stamp, complete=not unreadable)
         areas = _areas(workspace.tiles, config)
         run.log_metrics({f"mm2 {split} {name}": area for (split, name), area in areas.items()})
         run.log_file(workspace.tiles)
     for message in unreadable:
         console.print(f"tile: left out {message}", markup=False)
     console.print(_area_table(areas, config))
-    return len(unreadable)
+    return 1 if unreadable else 0
 
 
 def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
@@ -113,22 +118,16 @@ def tile_case(case: Case, config: Config) -> Found:
     return Found(slide.digest(), rows, truth.remarks if truth else ())
 
 
-def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str) -> None:
+def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str, complete: bool) -> None:
     kinds = {"slide_id": pa.string(), "patient": pa.string(), "split": pa.string(), "x": pa.int64(), "y": pa.int64()}
     names = (*TILE_COLUMNS, *config.class_list.names)
     columns = [pa.field(name, kinds.get(name, pa.float64())) for name in names]
-    table = pa.Table.from_pylist(list(rows), schema=pa.schema(columns, metadata={_STAMP: stamp}))
+    table = pa.Table.from_pylist(
+        list(rows), schema=pa.schema(columns, metadata={TILE_STAMP: stamp, TILE_COMPLETE: str(complete)})
+    )
     partial = path.with_name(path.name + ".partial")
     parquet.write_table(table, partial)
     partial.replace(path)
-
-
-def _stamp(path: Path) -> str | None:
-    """What the table was made from, None where there is none."""
-    if not path.exists():
-        return None
-    metadata = parquet.read_schema(path).metadata or {}
-    return str(metadata.get(_STAMP, b"").decode())
 
 
 def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:

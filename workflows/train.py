@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pyarrow import parquet
 
 from pipeline import checkpoint
 from pipeline.augment import Augmentation
 from pipeline.cohort import Case
 from pipeline.config import Config, load_config
-from pipeline.errors import CheckpointError, TrainingError
+from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec, build_network
 from pipeline.progress import console, progress
-from pipeline.workspace import Workspace, fingerprint, model_spec, open_source, open_workspace, rest_index
+from pipeline.workspace import (
+    Workspace,
+    model_spec,
+    open_source,
+    open_workspace,
+    read_stamp,
+    rest_index,
+    tile_inputs,
+    training_inputs,
+)
 
 if TYPE_CHECKING:
     from pipeline.patches import Patch, PatchStream, Source
@@ -30,6 +40,7 @@ class Record:
     epoch: int
     metrics: Mapping[str, float]
     best: bool
+    planned: int
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
@@ -42,30 +53,38 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 def train_model(workspace: Workspace) -> None:
     """Train in a worker and log each epoch as it ends, unless the model is there already.
 
-    Raises TrainingError where there is nothing to learn from, and CheckpointError where the folder holds another model.
+    Raises TrainingError where there is nothing to learn from.
     """
     config, model = workspace.config, workspace.model
-    inputs = fingerprint(config, workspace.cases, "training")
-    if not workspace.tiles.exists():
-        raise TrainingError(str(workspace.tiles), "no such file", "the table of tiles", "Run `fullfield tile` first.")
+    _check_tiles(workspace)
     with workspace.run.child("train") as run:
         run.log_params({"training": config.training.model_dump(), "network": config.network.model_dump()})
         if model.exists():
-            _check_same(model, inputs)
             console.print("train: done already")
         else:
-            _watch(workspace, run, inputs)
+            _watch(workspace, run)
         address = run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
     console.print(f"train: model at {model}, in MLflow {address}")
 
 
-def _watch(workspace: Workspace, run: Run, inputs: str) -> None:
+def _check_tiles(workspace: Workspace) -> None:
+    found = read_stamp(workspace.tiles)
+    if found is None or found[0] != tile_inputs(workspace.config, workspace.cases):
+        was = "no such file" if found is None else "a table of another cohort or configuration"
+        raise TrainingError(str(workspace.tiles), was, "the table of these tiles", "Run `fullfield tile` first.")
+
+
+def _watch(workspace: Workspace, run: Run) -> None:
     """Train, and tell of each epoch as it ends; the model takes its name once it is complete."""
     config, unfinished = workspace.config, workspace.output / "model.partial"
-    arguments = (config, workspace.annotated(("train", "val")), workspace.tiles, unfinished, inputs)
+    inputs = training_inputs(config, workspace.cases)
+    tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
+    cases = [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
+    arguments = (config, cases, workspace.tiles, unfinished, inputs)
     with progress("train: epochs", config.training.epochs) as bar:
         for record in workspace.cluster.stream(fit, *arguments):
             run.log_metrics(record.metrics, step=record.epoch)
+            bar.grow(record.planned - bar.total)
             bar.advance(note=_note(record))
     unfinished.replace(workspace.model)
 
@@ -88,18 +107,29 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     stream = _stream(config, tiles, sources)
     trainer, best = Trainer(spec, network, config.training, config.seed), -1.0
     for epoch in trainer.fit(lambda number: _batches(stream, number, config)):
-        dice = {}
-        if validation:
-            counts = validate(validation, TorchEngine(spec, trainer.averaged()))
-            dice = _dice(counts, spec, rest_index(config))
-        mean = sum(dice.values()) / len(dice) if dice else 0.0
-        better = mean > best or not validation
+        averaged = trainer.averaged()
+        dice = _dice(validate(validation, TorchEngine(spec, averaged)), spec, rest_index(config))
+        metrics = {"loss": epoch.loss, "learning_rate": epoch.learning_rate, "seconds": epoch.seconds}
+        if dice:
+            metrics["dice"] = sum(dice.values()) / len(dice)
+        better = not dice or metrics["dice"] > best
         if better:
-            best = mean
-            lineage = {"inputs": inputs, "epoch": epoch.number, "dice": dice, "seed": config.seed}
-            checkpoint.save(folder, spec, trainer.averaged(), lineage)
-        metrics = {"loss": epoch.loss, "learning_rate": epoch.learning_rate, "seconds": epoch.seconds, "dice": mean}
-        yield Record(epoch.number, {**metrics, **{f"dice {name}": value for name, value in dice.items()}}, better)
+            best = metrics.get("dice", best)
+            checkpoint.save(folder, spec, averaged, _lineage(config, inputs, epoch.number, dice))
+        metrics |= {f"dice {name}": value for name, value in dice.items()}
+        yield Record(epoch.number, metrics, better, epoch.planned)
+
+
+def _lineage(config: Config, inputs: str, epoch: int, dice: Mapping[str, float]) -> dict[str, object]:
+    """Where a model comes from, and how its slides were looked at, so that others can be looked at alike."""
+    return {
+        "inputs": inputs,
+        "seed": config.seed,
+        "epoch": epoch,
+        "dice": dict(dice),
+        "tissue": config.tissue.model_dump(),
+        "min_region_um2": config.segmentation.min_region_um2,
+    }
 
 
 def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> PatchStream:
@@ -123,16 +153,5 @@ def _dice(counts: np.ndarray, spec: ModelSpec, rest: int | None) -> dict[str, fl
 
 
 def _note(record: Record) -> str:
-    star = ", kept" if record.best else ""
-    return f"epoch {record.epoch}: loss {record.metrics['loss']:.3f}, validation Dice {record.metrics['dice']:.3f}{star}"
-
-
-def _check_same(model: Path, inputs: str) -> None:
-    found = checkpoint.load_lineage(model).get("inputs")
-    if found != inputs:
-        raise CheckpointError(
-            str(model),
-            "a model that was trained with another cohort or configuration",
-            "none, or one of this configuration",
-            "Choose another `output`, or delete that folder to train anew.",
-        )
+    dice = f", validation Dice {record.metrics['dice']:.3f}" if "dice" in record.metrics else ""
+    return f"epoch {record.epoch}: loss {record.metrics['loss']:.3f}{dice}{', kept' if record.best else ''}"
