@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a manifest. `split` is empty until patients are dealt out; `mpp` stands in for a scale not stated."""
+    """One row of a manifest. `split` is empty until patients are dealt out; `mpp` counts before what the scan states."""
 
     slide_id: str
     patient: str

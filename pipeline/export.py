@@ -23,6 +23,7 @@ _PICTURE, _PANEL, _NARROWEST = 2048, 1024, 640  # pixels: longer side of a pictu
 _LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
 _TINT, _DIM, _HATCH = 0.38, 0.5, 0.45  # how much colour, white and grey lines cover the slide
 _BAND_PIXELS = 2**24  # of a scan, read at once
+_PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
 _WHITE, _INK, _GREY = (255, 255, 255), (40, 40, 40), (150, 150, 150)
 
 
@@ -97,7 +98,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture, (rows, columns, 3) uint8 RGB, as PNG; the file appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    Image.fromarray(picture).save(partial, format="PNG")
+    Image.fromarray(picture).save(partial, format="PNG", compress_level=_PNG_LEVEL)
     partial.replace(path)
 
 

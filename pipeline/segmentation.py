@@ -38,7 +38,10 @@ _SLIDES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class SlideJob:
-    """One slide to segment with the model in the folder `model`, into `folder`. `mpp` stands in for a scale not stated."""
+    """One slide to segment with the model in the folder `model`, into `folder`.
+
+    `mpp`, if any, counts before the scale that the scan states.
+    """
 
     slide_id: str
     slide: Path

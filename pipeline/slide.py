@@ -142,13 +142,24 @@ class Slide:
 def open_slide(path: Path, mpp: float | None = None) -> Slide:
     """Open a scan of any format that OpenSlide reads; within a process, an unchanged slide that is open is shared.
 
-    `mpp` stands in for the micrometres per pixel of a scan that does not state them. Raises SlideError where the file is
-    missing, of no known format or damaged, and ScaleError where the scale is missing or outside 0.05 to 20.
+    `mpp` is taken instead of the micrometres per pixel that the scan states, or does not state. Raises SlideError where the
+    file is missing, of no known format or damaged, and ScaleError where the scale is missing or outside 0.05 to 20.
     """
     if not path.is_file():
         raise SlideError(str(path), "no such file", _READABLE, "Correct the path.")
     status = path.stat()
     return _shared_slide(path, mpp, (status.st_size, status.st_mtime_ns))
+
+
+def fallback_mpp(path: Path, mpp: float | None) -> float | None:
+    """`mpp` for a scan that states no usable scale; None for every other, one that cannot be opened included."""
+    try:
+        open_slide(path)
+    except ScaleError:
+        return mpp
+    except SlideError:
+        return None
+    return None
 
 
 @lru_cache(maxsize=32)

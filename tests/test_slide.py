@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ScaleError, SlideError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.phantom import render, write_slide
-from pipeline.slide import Slide, open_slide
+from pipeline.slide import Slide, fallback_mpp, open_slide
 
 WIDTH, HEIGHT, MPP = 1403, 1021, 0.5
 
@@ -156,6 +156,14 @@ def test_a_missing_scale_is_refused_and_may_be_given(shared_data: Path) -> None:
     with pytest.raises(ScaleError, match="`mpp` column"):
         open_slide(path)
     assert open_slide(path, 0.25).base.mpp == Mpp(0.25, 0.25)
+
+
+def test_a_fallback_is_for_slides_that_do_not_say(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "slides"
+    assert fallback_mpp(folder / "tcga-cr-7395-01a-01-ts1.svs", 0.25) == 0.25
+    assert fallback_mpp(folder / "boxes.tiff", 0.25) == 0.25
+    assert fallback_mpp(folder / "CMU-1-Small-Region.svs", 0.25) is None
+    assert fallback_mpp(tmp_path / "none.svs", 0.25) is None
 
 
 def test_an_absurd_scale_is_refused(shared_data: Path) -> None:

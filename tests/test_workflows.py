@@ -18,10 +18,12 @@ from PIL import Image
 
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
+from pipeline.config import SegmentationSettings, TissueSettings
 from pipeline.engine import load_engine
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
+from pipeline.segmentation import SlideJob, is_finished, plan_slide
 from pipeline.slide import open_slide
 
 FULLFIELD = [sys.executable, "-m", "workflows"]
@@ -205,6 +207,41 @@ def test_other_results_are_not_mixed_in(project: Path, tmp_path: Path) -> None:
     log = fullfield(*command, code=1)
     assert "made by another run" in log
     assert "slide" in log
+    folder, model = tmp_path / "o" / "slides" / "slide", project / "out" / "model"
+    shutil.rmtree(folder / "segmentation.ome.zarr")
+    job = SlideJob("slide", tmp_path / "slide.tiff", None, model, folder, SegmentationSettings(), TissueSettings())
+    assert not plan_slide(job).finished
+    assert not is_finished(job)
+    assert not plan_slide(job).finished  # the old provenance does not vouch for the new canvas
+
+
+def test_what_is_done_is_kept_in_the_list_of_slides(project: Path, tmp_path: Path) -> None:
+    slides = [project / "cohort" / f"phantom-0{number}.tiff" for number in (1, 2)]
+    common = ("--model", project / "out" / "model", "--output", tmp_path, "--workers", 0)
+    fullfield("segment", slides[0], *common)
+    first = (tmp_path / "slides.csv").read_text()
+    fullfield("segment", slides[0], *common)
+    assert (tmp_path / "slides.csv").read_text() == first
+    fullfield("segment", slides[1], *common)
+    assert (tmp_path / "slides.csv").read_text().startswith(first)
+
+
+def test_a_damaged_slide_of_a_cohort_is_left_out_and_told(project: Path, tmp_path: Path) -> None:
+    manifest = (project / "out" / "cohort.csv").read_text()
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    (tmp_path / "cohort.csv").write_text(manifest + f"{tmp_path / 'broken.svs'},broken,,P9,train,\n")
+    overrides = (f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}")
+    log = fullfield("tile", project / "config.yaml", *overrides, code=1)
+    assert "left out broken" in log
+    assert (tmp_path / "out" / "tiles.parquet").exists()
+
+
+def test_a_table_of_other_tiles_is_not_trained_on(project: Path, tmp_path: Path) -> None:
+    output = f"output={tmp_path / 'out'}"
+    assert "Run `fullfield tile` first" in fullfield("train", project / "config.yaml", output, code=1)
+    fullfield("tile", project / "config.yaml", output)
+    log = fullfield("train", project / "config.yaml", output, "network.mpp=3.0", code=1)
+    assert "another cohort or configuration" in log
 
 
 def test_a_killed_segmentation_is_finished_alike(project: Path, tmp_path: Path) -> None:

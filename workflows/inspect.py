@@ -13,7 +13,7 @@ from pipeline.config import TissueSettings
 from pipeline.errors import ScaleError
 from pipeline.export import write_png
 from pipeline.progress import console
-from pipeline.slide import Slide, open_slide
+from pipeline.slide import Slide, fallback_mpp, open_slide
 from pipeline.tissue import Tissue, find_tissue, outlined, thumbnail
 
 _UM2_PER_MM2 = 1e6
@@ -41,7 +41,7 @@ def _picture(slide: Slide, tissue: Tissue | None) -> np.ndarray:
 def _open(path: Path, mpp: float | None) -> tuple[Slide, ScaleError | None]:
     """The slide; where it does not state its scale, with the error, and as if a pixel were a micrometre wide."""
     try:
-        return open_slide(path, mpp), None
+        return open_slide(path, fallback_mpp(path, mpp)), None
     except ScaleError as error:
         return open_slide(path, 1.0), error
 

@@ -16,6 +16,7 @@ from pipeline.files import write_csv
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
 from pipeline.segmentation import Row, SlideJob, segment_slides
+from pipeline.slide import fallback_mpp
 from pipeline.workspace import Workspace, slide_job
 
 _MIN_REGION_UM2 = SegmentationSettings().min_region_um2
@@ -42,8 +43,8 @@ def segment(
         raise CohortError("fullfield segment", found, "names that differ", "Use two outputs.")
     output = output.absolute()
     jobs = [
-        SlideJob(slide.stem, slide.absolute(), mpp, folder, output / "slides" / slide.stem, settings, tissue)
-        for slide in slides
+        SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, output / "slides" / slide.stem, settings, tissue)
+        for slide in map(Path.absolute, slides)
     ]
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")

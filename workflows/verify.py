@@ -17,7 +17,7 @@ from pipeline.geometry import Mpp
 from pipeline.phantom import make_phantom
 from pipeline.progress import console
 from pipeline.registry import resolve_model
-from pipeline.slide import open_slide
+from pipeline.slide import fallback_mpp, open_slide
 from pipeline.tissue import find_tissue
 
 
@@ -27,7 +27,7 @@ def verify(path: Path | None, model: str, mpp: float | None) -> int:
     engine = load_engine(resolve_model(model))
     spec = engine.spec
     with _given_or_phantom(path) as scan:
-        slide = open_slide(scan, mpp)
+        slide = open_slide(scan, fallback_mpp(scan, mpp))
         lattice = slide.base.at(Mpp.square(spec.mpp))
         found = list(comparisons(slide, find_tissue(slide, TissueSettings()), lattice, engine))
     table = Table("window (x, y, width, height)", "pixels", "largest difference", "labels that differ")
