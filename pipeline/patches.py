@@ -71,12 +71,15 @@ class PatchIndex:
     def draw(self, size: int, seed: int, epoch: int, position: int) -> Place:
         """The place of one patch of `size` pixels: a class, then a slide that has it, then a cell in proportion to it.
 
-        Classes and slides are equally likely; the patch lies up to half its size beside the cell, in any direction.
+        Classes are equally likely. A slide's chance grows with the square root of what it holds: large slides do not drown
+        small ones, and a slide of one field is not seen as often as one of thirty. The patch lies up to half its size beside
+        the cell, in any direction.
         """
         rng = np.random.default_rng([seed, epoch, position])
         mass = self._slide_mass
         column = rng.choice(np.flatnonzero(mass.any(axis=0)))
-        slide = rng.choice(np.flatnonzero(mass[:, column]))
+        chances = np.sqrt(mass[:, column])
+        slide = rng.choice(len(chances), p=chances / chances.sum())
         first, last = self._bounds[slide], self._bounds[slide + 1]
         before = self._cumulated[first, column]
         reach = before + rng.uniform() * mass[slide, column]

@@ -113,17 +113,18 @@ def drawn(index: PatchIndex, count: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.array([place.slide_id for place in places]), cell[:, 1], corners - 1000 * cell
 
 
-def test_classes_then_slides_are_equally_likely() -> None:
+def test_classes_are_equally_likely_and_slides_by_the_root_of_what_they_hold() -> None:
     slides, rows, _ = drawn(skewed(), 3000)
     # Class 0 is in a, b and c; class 1 in a and c; class 2 in c alone. The mixed cell, row 2, is all that c has of classes 2
     # and 0, and 0.25 of the 3.25 that it has of class 1.
-    third = 1 / 3
+    class_0, class_1 = np.sqrt([400, 10, 0.25]), np.sqrt([40, 3.25])
+    (a0, b0, c0), (a1, c1) = class_0 / class_0.sum() / 3, class_1 / class_1.sum() / 3
     expected = {
-        ("a", 0): third / 3,
-        ("b", 0): third / 3,
-        ("a", 1): third / 2,
-        ("c", 1): third / 2 * 3 / 3.25,
-        ("c", 2): third + third / 3 + third / 2 * 0.25 / 3.25,
+        ("a", 0): a0,
+        ("b", 0): b0,
+        ("a", 1): a1,
+        ("c", 1): c1 * 3 / 3.25,
+        ("c", 2): 1 / 3 + c0 + c1 * 0.25 / 3.25,
     }
     seen = [int(((slides == slide) & (rows == row)).sum()) for slide, row in expected]
     assert sum(seen) == 3000

@@ -131,6 +131,19 @@ def test_running_again_continues_and_changes_nothing(project: Path) -> None:
     assert len(client.get_metric_history(train.info.run_id, "loss")) == 4
 
 
+def test_a_heat_map_is_trained_and_stitched_too(project: Path, tmp_path: Path) -> None:
+    overrides = ("network.architecture=heatmap", "network.depth=3", "training.epochs=1", "training.patches_per_epoch=16")
+    fullfield("run", project / "config.yaml", f"output={tmp_path}", "tiles.patch_size=96", *overrides)
+    canvas = open_canvas(tmp_path / "slides" / "phantom-03" / "segmentation.ome.zarr")
+    assert canvas.lattice.mpp == Mpp.square(32.0)
+    engine, scan = load_engine(tmp_path / "model"), open_slide(project / "cohort" / "phantom-03.tiff")
+    grid = Grid(scan.base.at(Mpp.square(4.0)), 64, engine.spec.halo, engine.spec.stride)
+    whole = engine(scan.read(grid.padded.roi, grid.lattice)[None])[0].argmax(0)
+    labels = canvas.read_labels(canvas.lattice.roi)
+    assert labels.shape == whole.shape == (-(-301 // 8), -(-376 // 8))
+    assert (labels == whole)[labels != IGNORED].all()
+
+
 def test_another_training_into_the_same_folder_is_refused(project: Path) -> None:
     log = fullfield("train", project / "config.yaml", "training.learning_rate=0.5", code=1)
     assert "CheckpointError" in log
