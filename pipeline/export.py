@@ -22,7 +22,6 @@ _CLASSIC_TIFF_BYTES = 2**31  # of pixels before compression: a margin of two bel
 _PICTURE, _PANEL, _NARROWEST = 2048, 1024, 640  # pixels: longer side of a picture, of a panel; least width
 _LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
 _TINT, _DIM, _HATCH = 0.38, 0.5, 0.45  # how much colour, white and grey lines cover the slide
-_BAND_PIXELS = 2**24  # of a scan, read at once
 _PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
 _WHITE, _INK, _GREY = (255, 255, 255), (40, 40, 40), (150, 150, 150)
 
@@ -63,7 +62,7 @@ def overlay(slide: Slide, canvas: Canvas) -> np.ndarray:
     shrink = max(base.width / _PICTURE, base.height / (_PICTURE - _LEGEND_SPACE), 1)
     lattice = base.at(Mpp(base.mpp.x * shrink, base.mpp.y * shrink))
     labels = _labels_at(canvas, lattice)
-    picture = _hatched(_painted(_view(slide, lattice), labels, canvas.classes), labels == IGNORED)
+    picture = _hatched(_painted(slide.read(lattice.roi, lattice), labels, canvas.classes), labels == IGNORED)
     width = max(lattice.width, _NARROWEST)
     legend = _legend(width, canvas.classes, bool((labels == IGNORED).any()), lattice.mpp.x)
     return np.asarray(_stacked([Image.fromarray(picture), legend], width))
@@ -147,15 +146,6 @@ def _labels_at(canvas: Canvas, lattice: Lattice) -> np.ndarray:
     columns = np.minimum(((np.arange(lattice.width) + 0.5) * x_scale).astype(int), level.width - 1)
     rows = np.minimum(((np.arange(lattice.height) + 0.5) * y_scale).astype(int), level.height - 1)
     return canvas.read_labels(level.roi, number)[np.ix_(rows, columns)]
-
-
-def _view(slide: Slide, lattice: Lattice) -> np.ndarray:
-    """All of a slide, (rows, columns, 3) uint8 RGB, read in bands: a scan without a pyramid is large at its only level."""
-    level = slide.levels[slide.best_level(lattice.mpp)]
-    x_scale, y_scale = lattice.scale_to(level)
-    rows = max(int(_BAND_PIXELS / (lattice.width * x_scale * y_scale)), 1)
-    bands = [Roi(0, y, lattice.width, rows).intersect(lattice.roi) for y in range(0, lattice.height, rows)]
-    return np.concatenate([slide.read(band, lattice) for band in bands])
 
 
 def _painted(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:

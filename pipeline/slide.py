@@ -23,7 +23,7 @@ from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
 
 _READABLE = "a scan of a format that OpenSlide reads"
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
-_FRACTIONAL_COST = 8  # measured: 120 ns a pixel where a whole downsample takes 15
+_FRACTIONAL_COST = 8  # times the cost of a pixel at a whole downsample, roughly
 _MOST_PIXELS = 1 << 25  # level pixels in memory at once: a scan without a pyramid is no trap
 _SNAP = 0.05  # pixels of drift over a whole slide below which a scale counts as a whole number
 _BLOCK = 64  # level pixels; a level with a fractional downsample is fetched in such blocks
@@ -96,10 +96,10 @@ class Slide:
     def best_level(self, mpp: Mpp) -> int:
         """The index of the level that gives pixels of `mpp` at the least cost, none that is coarser.
 
-        A level costs its pixels, and eight times as much where its downsample is no whole number: OpenSlide then draws every
-        pixel between two others, which is slow and blurs it.
+        A level costs its pixels, and about eight times as much where its downsample is no whole number: OpenSlide then draws
+        every pixel between two others, which is slow and blurs it.
         """
-        costs = {0: 0.0}
+        costs = {}
         for index, level in enumerate(self.levels):
             if index == 0 or (level.mpp.x <= mpp.x * _LEVEL_TOLERANCE and level.mpp.y <= mpp.y * _LEVEL_TOLERANCE):
                 costs[index] = (1 if self._is_whole(index) else _FRACTIONAL_COST) / level.mpp.area_um2

@@ -6,7 +6,6 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
-from pipeline import export
 from pipeline.canvas import Canvas, create_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.export import overlay, truth_beside_prediction, write_ome_tiff, write_png
@@ -107,7 +106,7 @@ def test_overlay_does_not_depend_on_how_much_is_read_at_once(tmp_path: Path, mon
     slide = small_slide(tmp_path / "slide.tif")
     canvas = make(tmp_path, slide.base.at(Mpp.square(1.0)), 64)
     whole = overlay(slide, canvas)
-    monkeypatch.setattr(export, "_BAND_PIXELS", 5000)
+    monkeypatch.setattr("pipeline.slide._MOST_PIXELS", 5000)
     assert np.array_equal(overlay(slide, canvas), whole)
 
 
