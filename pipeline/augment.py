@@ -48,6 +48,7 @@ class Augmentation:
     elastic_px: shift, along each axis, of nodes 32 pixels apart; up to 15 nothing folds (Choi and Lee, 2000).
     blur_px: standard deviation of a Gaussian.
     stain: factor of haematoxylin, of eosin and of DAB, each drawn for itself (Tellez et al., 2018).
+    tint: factor of the optical density of red, of green and of blue, each drawn for itself: other dyes, other cameras.
     brightness: factor of the light.
 
     Angles, shifts and the blur are drawn evenly up to the value, factors between 1 / (1 + value) and 1 + value, evenly on a
@@ -60,6 +61,7 @@ class Augmentation:
     elastic_px: float = 0.0
     blur_px: float = 0.0
     stain: float = 0.0
+    tint: float = 0.0
     brightness: float = 0.0
 
     @property
@@ -94,8 +96,8 @@ def augment(
         planes, labels = _sample(planes, grid, "bilinear"), _sample(labels, grid, "nearest")
     else:
         planes, labels = _centre(planes, size), _centre(labels, size)
-    if strengths.stain or strengths.brightness:
-        planes = _restain(planes, draw.stains, draw.light)
+    if strengths.stain or strengths.tint or strengths.brightness:
+        planes = _restain(planes, draw)
     if strengths.blur_px:
         soft = ndimage.gaussian_filter(planes, (0, draw.blur_px, draw.blur_px), output=np.float32, mode="nearest")
         planes = np.rint(soft).astype(np.uint8)
@@ -108,7 +110,7 @@ def augment(
 @dataclass(frozen=True)
 class _Draw:
     """What chance decided. `matrix` and `nodes` lead from a place in the kept patch to one in the patch read, both from the
-    centre; `stains` and `light` are factors.
+    centre; `stains`, `tints` and `light` are factors.
     """
 
     turns: int
@@ -118,6 +120,7 @@ class _Draw:
     stains: np.ndarray
     light: float
     blur_px: float
+    tints: np.ndarray
 
 
 def _draw(rng: np.random.Generator, strengths: Augmentation, size: int) -> _Draw:
@@ -135,6 +138,7 @@ def _draw(rng: np.random.Generator, strengths: Augmentation, size: int) -> _Draw
         light=(1 + strengths.brightness) ** rng.uniform(-1, 1),
         blur_px=strengths.blur_px * rng.uniform(0, 1),
         nodes=(strengths.elastic_px * rng.uniform(-1, 1, (2, nodes, nodes))).astype(np.float32),
+        tints=(1 + strengths.tint) ** rng.uniform(-1, 1, 3),
     )
 
 
@@ -191,14 +195,14 @@ def _sample(planes: np.ndarray, grid: np.ndarray, mode: str) -> np.ndarray:
     return _OUTSIDE - pixels
 
 
-def _restain(planes: np.ndarray, stains: np.ndarray, light: float) -> np.ndarray:
-    """(3, H, W) uint8 with each stain multiplied by its factor in `stains`, and the light that shines through by `light`.
+def _restain(planes: np.ndarray, draw: _Draw) -> np.ndarray:
+    """(3, H, W) uint8 with the density of each stain, then of each colour, and the light that shines through multiplied.
 
     Separating, scaling and mixing again is one 3 x 3 matrix on optical densities; logarithm and exponential are tables.
     White stays white where `light` is 1.
     """
-    matrix = (_HED_FROM_RGB @ np.diag(stains) @ _RGB_FROM_HED).astype(np.float32)
-    offset = np.float32(0.5 - math.log(light) * _STEPS)
+    matrix = (_HED_FROM_RGB @ np.diag(draw.stains) @ _RGB_FROM_HED * draw.tints).astype(np.float32)
+    offset = np.float32(0.5 - math.log(draw.light) * _STEPS)
     red, green, blue = (np.take(_DENSITY_STEPS, plane) for plane in planes)
     restained = np.empty(planes.shape, np.uint8)
     for channel, (of_red, of_green, of_blue) in enumerate(matrix.T):

@@ -11,7 +11,9 @@ from pipeline.augment import Augmentation, augment
 from pipeline.classes import IGNORED
 
 SIZE = 96
-ALL = Augmentation(flips=True, rotation_degrees=180, scale=0.15, elastic_px=4, blur_px=1, stain=0.2, brightness=0.1)
+ALL = Augmentation(
+    flips=True, rotation_degrees=180, scale=0.15, elastic_px=4, blur_px=1, stain=0.2, tint=0.2, brightness=0.1
+)
 GEOMETRY = Augmentation(flips=True, rotation_degrees=180, scale=0.15, elastic_px=4)
 
 
@@ -158,6 +160,18 @@ def test_stain_leaves_glass_alone() -> None:
     image = np.full((SIZE, SIZE, 3), 255, np.uint8)
     for kept, _ in draws(image, image[..., 0], Augmentation(stain=0.5), 10):
         assert (kept == 255).all()
+
+
+def test_tint_multiplies_the_density_of_each_colour() -> None:
+    image = np.maximum(stained(SIZE + 4, SIZE), 60)
+    density, factors = -np.log(image[2:-2] / 255), []
+    for kept, _ in draws(image, image[..., 0], Augmentation(tint=0.3), 30):
+        seen = (-np.log(np.maximum(kept, 1) / 255) * density).sum(axis=(0, 1)) / (density**2).sum(axis=(0, 1))
+        assert np.abs(255 * np.exp(-density * seen) - kept).max() <= 1.6, "more than rounding"
+        factors.append(seen)
+    assert np.min(factors) > 1 / 1.3 - 0.01 and np.max(factors) < 1.3 + 0.01
+    assert np.std(factors, axis=0).min() > 0.05, "every colour varies"
+    assert np.abs(np.corrcoef(np.array(factors).T)[np.triu_indices(3, 1)]).max() < 0.8, "each for itself"
 
 
 def test_brightness_multiplies_the_light() -> None:
