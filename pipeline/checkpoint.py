@@ -1,11 +1,17 @@
-"""A trained model on disk: a folder with `model.yaml`, what it is, and `weights.safetensors`, what it has learnt.
+"""A trained model on disk: a folder with what it is, what it has learnt and how the two give an answer.
 
-No pickle is ever loaded. Importing this module, and reading a spec or a digest, imports neither torch nor MONAI.
+    model.yaml            the spec, where it comes from, the version that wrote it
+    weights.safetensors   the weights
+    network.json          the network as a graph, see graph.py; absent where it has none, and `build_network` builds it
+
+No pickle is ever loaded. Importing this module, and reading a spec or a digest, imports neither torch nor MONAI; loading a
+network that has its graph does not import MONAI either.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +20,23 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline import __version__
+from pipeline.architectures import build_network
 from pipeline.errors import CheckpointError, NetworkError
-from pipeline.network import ModelSpec, build_network
+from pipeline.network import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.graph import Graph
+
 _SPEC = "model.yaml"
 _WEIGHTS = "weights.safetensors"
+_GRAPH = "network.json"
+_FILES = (_SPEC, _WEIGHTS, _GRAPH)
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
-_REQUIRED = {"fullfield", "spec"}
+_REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", "lineage"}
 _SHOWN = 4  # weights that an error names
+_WHOLE = "Keep the files of a model together, as they were written."
 
 
 def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mapping[str, object] | None = None) -> None:
@@ -32,24 +44,16 @@ def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mappi
 
     `lineage` says where the model comes from, as plain values. Raises CheckpointError where the folder holds other things.
     """
-    from safetensors.torch import save_file
-
-    if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {_SPEC, _WEIGHTS}):
+    if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= set(_FILES)):
         expected = "a new folder, or one that holds a model and nothing else"
         raise CheckpointError(str(folder), "other files", expected, "Save to another folder.")
-    content: dict[str, object] = {"fullfield": __version__, "spec": spec.to_dict()}
-    if lineage is not None:
-        content["lineage"] = dict(lineage)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     fresh, stale = (folder.with_name(f"{folder.name}.{name}.partial") for name in ("new", "old"))
     if stale.exists() and not folder.exists():  # an earlier save was cut short between its two renames
         stale.rename(folder)
     for left_over in (fresh, stale):
         shutil.rmtree(left_over, ignore_errors=True)
     fresh.mkdir(parents=True)
-    (fresh / _SPEC).write_text(text, encoding="utf-8")
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, fresh / _WEIGHTS)
+    _write(fresh, spec, network, {} if lineage is None else {"lineage": dict(lineage)})
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)
@@ -57,19 +61,19 @@ def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mappi
 
 
 def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:
-    """The spec and the network, with its weights, on the CPU and ready for evaluation. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The spec and the network, with its weights, on the CPU and ready for evaluation. Raises CheckpointError.
 
-    spec = load_spec(folder)
-    path = folder / _WEIGHTS
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        expected = "a whole safetensors file"
-        raise CheckpointError(str(path), f"a broken file ({error})", expected, "Copy the model again.") from error
+    The network is a GraphNetwork where the model has its graph, else what `build_network` builds.
+    """
+    from pipeline.graph import described
+
+    spec, graph = load_spec(folder), _load_graph(folder)
+    weights = _load_weights(folder / _WEIGHTS)
+    if graph is not None:
+        _check_fit(folder / _WEIGHTS, described(weights), graph.weights)
+        return spec, _assembled(folder / _GRAPH, spec, graph, weights)
     network = build_network(spec)
-    _check_fit(path, weights, network.state_dict())
+    _check_fit(folder / _WEIGHTS, described(weights), described(network.state_dict()))
     network.load_state_dict(weights)
     return spec, network.eval()
 
@@ -90,17 +94,83 @@ def load_lineage(folder: Path) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """A SHA-256 over both files, as hexadecimal digits. Raises CheckpointError where there is no model."""
+    """A SHA-256 over all its files, as hexadecimal digits. Raises CheckpointError where there is no model."""
     _check_files(folder)
     total = hashlib.sha256()
-    for name in (_SPEC, _WEIGHTS):
-        with (folder / name).open("rb") as file:
+    for path in (folder / name for name in _FILES if (folder / name).is_file()):
+        with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
+def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mapping[str, object]) -> None:
+    """The files of a model; `more` are further keys of `model.yaml`."""
+    from safetensors.torch import save_file
+
+    from pipeline.tracing import trace
+
+    content: dict[str, object] = {"fullfield": __version__, "spec": spec.to_dict()}
+    try:
+        graph = trace(network, spec).to_json()
+    except NetworkError:  # what has no graph can still be built by whoever loads it
+        pass
+    else:
+        (folder / _GRAPH).write_text(graph, encoding="utf-8")
+        content["network"] = hashlib.sha256(graph.encode()).hexdigest()
+    text = yaml.safe_dump({**content, **more}, sort_keys=False, allow_unicode=True)
+    (folder / _SPEC).write_text(text, encoding="utf-8")
+    save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, folder / _WEIGHTS)
+
+
+def _load_graph(folder: Path) -> Graph | None:
+    """The graph that `model.yaml` names; None: it names none. Raises CheckpointError where the file is not that one."""
+    path, expected = folder / _GRAPH, _read(folder).get("network")
+    content = path.read_bytes() if path.is_file() else None
+    found = None if content is None else hashlib.sha256(content).hexdigest()
+    if found != expected:
+        wanted = f"the file of SHA-256 {expected}" if expected else "no such file"
+        raise CheckpointError(str(path), f"SHA-256 {found}" if found else "no such file", f"{wanted}, by {_SPEC}", _WHOLE)
+    if content is None:
+        return None
+    from pipeline.graph import Graph
+
+    return Graph.from_json(content.decode("utf-8", "replace"), str(path))
+
+
+def _load_weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        expected = "a whole safetensors file"
+        raise CheckpointError(str(path), f"a broken file ({error})", expected, "Copy the model again.") from error
+    return weights
+
+
+def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """The network of a graph, if it answers a small image in the size that the spec promises."""
+    import torch
+
+    from pipeline.graph import GraphNetwork
+
+    step = math.lcm(spec.stride, 2**spec.depth)
+    expected = (1, len(spec.classes), 2 * step // spec.output_stride, 3 * step // spec.output_stride)
+    try:
+        network = GraphNetwork(graph, weights).eval()
+        with torch.inference_mode():
+            found = tuple(network(torch.zeros(1, 3, 2 * step, 3 * step)).shape)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(str(path), f"a graph that does not run ({error})", f"one for {_WEIGHTS}", _WHOLE) from error
+    if found != expected:
+        wanted = f"{expected}, by {_SPEC}"
+        raise CheckpointError(str(path), f"an answer of {found} to {2 * step} x {3 * step} pixels", wanted, _WHOLE)
+    return network
+
+
 def _read(folder: Path) -> dict[str, Any]:
-    """The content of `model.yaml`: the keys fullfield and spec, and perhaps lineage."""
+    """The content of `model.yaml`: the keys fullfield and spec, and perhaps network and lineage."""
     _check_files(folder)
     path = folder / _SPEC
     remedy = "Use the file as Fullfield wrote it, or train the model again."
@@ -108,9 +178,9 @@ def _read(folder: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(str(path), f"broken YAML ({error})", "a model's description", remedy) from error
-    if not isinstance(content, dict) or not _REQUIRED <= set(content) <= {*_REQUIRED, "lineage"}:
+    if not isinstance(content, dict) or not _REQUIRED <= set(content) <= _REQUIRED | _OPTIONAL:
         found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(str(path), found, "the keys fullfield and spec, and perhaps lineage", remedy)
+        raise CheckpointError(str(path), found, "the keys fullfield and spec, perhaps network and lineage", remedy)
     if not isinstance(content.get("lineage", {}), dict):
         raise CheckpointError(str(path), f"the lineage {content['lineage']!r}", "keys and values", remedy)
     return content
@@ -132,17 +202,12 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(str(folder), found, expected, "Give the folder that `fullfield train` wrote, whole.")
 
 
-def _check_fit(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+def _check_fit(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Compare the weights in a file with those of a network, both described."""
     wrong = [f"no {name}" for name in expected if name not in found]
     wrong += [f"unknown {name}" for name in found if name not in expected]
-    for name in (name for name in expected if name in found):
-        if (found[name].shape, found[name].dtype) != (expected[name].shape, expected[name].dtype):
-            wrong.append(f"{name} of {_describe(found[name])} for {_describe(expected[name])}")
+    common = [name for name in expected if name in found]
+    wrong += [f"{name} of {found[name]} for {expected[name]}" for name in common if found[name] != expected[name]]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        remedy = "Keep both files of a model together, as they were written."
-        raise CheckpointError(str(path), "; ".join(wrong[:_SHOWN]) + more, f"the weights that {_SPEC} describes", remedy)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'one'} {str(tensor.dtype).removeprefix('torch.')}"
+        raise CheckpointError(str(path), "; ".join(wrong[:_SHOWN]) + more, "the weights that the network has", _WHOLE)

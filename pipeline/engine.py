@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-from typing import Protocol
+from copy import deepcopy
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from pipeline.checkpoint import digest, load
+from pipeline.errors import EngineError, NetworkError
+from pipeline.fusion import fuse
+from pipeline.graph import GraphNetwork
 from pipeline.network import ModelSpec, activation, normalise
+from pipeline.tracing import trace
+
+if TYPE_CHECKING:
+    from pipeline.config import Precision
 
 
 class Engine(Protocol):
@@ -26,26 +31,61 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Runs a network with torch, in fp32, on the GPU where there is one."""
+    """Runs a copy of a network with torch, its batch norm folded away, on the GPU where there is one.
 
-    def __init__(self, spec: ModelSpec, network: torch.nn.Module) -> None:
-        self.spec = spec
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = network.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    `precision` exact computes in fp32, fast in the half precision that the device has; softmax is always in fp32. Raises
+    EngineError where the device has none, and for fastest.
+    """
+
+    def __init__(self, spec: ModelSpec, network: torch.nn.Module, precision: Precision = "exact") -> None:
+        self.spec, self.device = spec, _device()
+        self.dtype = _dtype(self.device, precision)
+        lean = _lean(spec, network).to(self.device, self.dtype)
+        self.network = lean.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine."""
+        pixels = torch.from_numpy(windows if windows.flags.writeable else windows.copy())
         with torch.inference_mode():
-            images = normalise(torch.tensor(windows, device=self.device), self.spec)
-            probabilities: np.ndarray = activation(self.network(images)).cpu().numpy()
+            images = normalise(pixels.to(self.device), self.spec).to(self.dtype)
+            logits = self.network(images)
+            # Class by class in memory, as tiles are cropped and stored.
+            probabilities: np.ndarray = activation(logits.to(torch.float32).contiguous()).cpu().numpy()
         return probabilities
 
 
-def load_engine(model: Path) -> Engine:
-    """The engine of a trained model's folder; a process loads each model once. Raises CheckpointError."""
-    return _shared_engine(model, digest(model))
+def _lean(spec: ModelSpec, network: torch.nn.Module) -> torch.nn.Module:
+    """The network fused, where it has a graph; else a copy of it as it is."""
+    if isinstance(network, GraphNetwork):
+        return fuse(network)
+    try:
+        return fuse(GraphNetwork(trace(network, spec), network.state_dict()))
+    except NetworkError:
+        return deepcopy(network).eval()
 
 
-@lru_cache(maxsize=2)
-def _shared_engine(model: Path, stamp: str) -> Engine:
-    return TorchEngine(*load(model))
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """What a device computes in. Raises EngineError."""
+    if precision == "exact":
+        return torch.float32
+    if precision == "fastest":
+        found = "torch, which computes in no int8"
+        raise EngineError("engine.precision fastest", found, "OpenVINO", "Say engine.backend=openvino, or `fast`.")
+    if device.type != "cpu":
+        return torch.float16
+    if not _has_bf16():
+        found = f"a processor of {torch.backends.cpu.get_cpu_capability()}"
+        remedy = "Say `exact`, or `fastest` with engine.backend=openvino."
+        raise EngineError("engine.precision fast", found, "one that multiplies bf16, from AVX-512 up, or a GPU", remedy)
+    return torch.bfloat16
+
+
+def _has_bf16() -> bool:
+    """Whether the processor takes bf16 at all: without, torch falls back to loops that take many times as long as fp32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

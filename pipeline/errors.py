@@ -8,6 +8,7 @@ FullfieldError
 |-- AnnotationError      an outline file or a label image
 |-- NetworkError         a network that cannot be built, or is not local
 |-- CheckpointError      a trained model that cannot be loaded
+|-- EngineError          a forward pass that cannot be run here, or that strays too far from the exact one
 |-- CanvasError          an output that does not belong to this run
 |-- TrainingError        nothing to learn from, or a loss that is not finite
 |-- ClusterError         a Dask scheduler does not answer
@@ -55,6 +56,10 @@ class NetworkError(FullfieldError):
 
 class CheckpointError(FullfieldError):
     """A trained model cannot be loaded."""
+
+
+class EngineError(FullfieldError):
+    """A forward pass cannot be run here in that way, or strays too far from the exact one."""
 
 
 class CanvasError(FullfieldError):

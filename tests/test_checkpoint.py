@@ -1,8 +1,11 @@
 """What is saved comes back bit for bit; what is broken, mixed or a pickle is refused."""
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint
+from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.errors import CheckpointError
-from pipeline.network import ModelSpec, build_network
+from pipeline.graph import GraphNetwork
+from pipeline.network import ModelSpec
 
 LINEAGE = {"run": "b1946ac9", "epoch": 7, "dice": {"Gland": 0.91}, "place": "Zürich"}
 
@@ -47,6 +52,7 @@ def saved(tmp_path: Path) -> Path:
         spec(),
         spec(downsample="stride", upsample="transpose"),
         spec("heatmap", output_stride=8),
+        spec("classifier", output_stride=8),
         spec("unet"),
         spec("basic_unet", depth=4),
         spec("flexible_unet", depth=5, encoder="resnet10"),
@@ -59,12 +65,34 @@ def test_a_model_comes_back_bit_for_bit(model: ModelSpec, tmp_path: Path) -> Non
     assert before.training
     found, after = checkpoint.load(tmp_path / "deep" / "model")
     assert found == model == checkpoint.load_spec(tmp_path / "deep" / "model")
-    assert not after.training and after.state_dict().keys() == before.state_dict().keys()
+    assert isinstance(after, GraphNetwork) and not after.training and after.state_dict().keys() == before.state_dict().keys()
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]) and value.dtype == after.state_dict()[name].dtype
     image = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         assert torch.equal(before.eval()(image), after(image))
+
+
+class Flattens(torch.nn.Sequential):
+    """The same answer, by way of an operation that no graph has."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = super().forward(image)
+        return answer.flatten(2).reshape(answer.shape)
+
+
+def test_a_network_without_a_graph_is_built_anew(tmp_path: Path) -> None:
+    before = Flattens(OrderedDict(network(spec()).named_children()))
+    checkpoint.save(tmp_path / "model", spec(), before)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.yaml", "weights.safetensors"}
+    assert len(checkpoint.digest(tmp_path / "model")) == 64
+    _, after = checkpoint.load(tmp_path / "model")
+    image = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert not isinstance(after, GraphNetwork) and torch.equal(before.eval()(image), after(image))
+    (tmp_path / "model" / "network.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="expected no such file"):
+        checkpoint.load(tmp_path / "model")
 
 
 def test_lineage_comes_back_and_may_be_absent(saved: Path, tmp_path: Path) -> None:
@@ -81,7 +109,8 @@ def test_the_digest_is_that_of_the_content(saved: Path, tmp_path: Path) -> None:
     assert checkpoint.digest(tmp_path / "again") == first
     checkpoint.save(tmp_path / "weights", spec(), network(spec(), seed=1), LINEAGE)
     checkpoint.save(tmp_path / "spec", spec(mpp=0.5), network(spec()), LINEAGE)
-    assert len({first, checkpoint.digest(tmp_path / "weights"), checkpoint.digest(tmp_path / "spec")}) == 3
+    (tmp_path / "copy" / "network.json").write_text("{}")
+    assert len({first, *(checkpoint.digest(tmp_path / name) for name in ("weights", "spec", "copy"))}) == 4
 
 
 def test_saving_again_replaces_all_of_it(saved: Path) -> None:
@@ -143,6 +172,30 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
     return edit
 
 
+def _swap(name: str) -> Callable[[Path], None]:
+    """Puts in a file of a model that is twice as wide."""
+
+    def swap(folder: Path) -> None:
+        other = folder.with_name("wide")
+        checkpoint.save(other, spec(width=8), network(spec(width=8)))
+        (other / name).replace(folder / name)
+
+    return swap
+
+
+def _graph(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Changes the graph, and model.yaml as somebody would who wants it believed."""
+
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "network.json").read_text())
+        change(content)
+        text = json.dumps(content)
+        (folder / "network.json").write_text(text)
+        _edit(network=hashlib.sha256(text.encode()).hexdigest())(folder)
+
+    return edit
+
+
 def _cut(folder: Path) -> None:
     whole = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -159,12 +212,22 @@ def _cut(folder: Path) -> None:
         (lambda folder: (folder / "model.yaml").write_bytes(b"\xff\xfe\x00"), "broken YAML"),
         (lambda folder: (folder / "model.yaml").write_text("- spec"), "found list"),
         (lambda folder: (folder / "model.yaml").write_text("!!python/object/apply:os.getcwd []"), "broken YAML"),
-        (_edit(note="x"), "the keys fullfield, lineage, note, spec"),
+        (_edit(note="x"), "the keys fullfield, lineage, network, note, spec"),
         (_edit(lineage=[1]), "the lineage"),
         (_edit(mpp=-1), "`mpp`"),
         (_edit(architecture="vgg"), "written by Fullfield 0"),
         (_edit(spec={"mpp": 1.0}), "no key `architecture`"),
-        (_edit(width=8), "body.encode.0.conv.weight of 4x3x3x3 float32 for 8x3x3x3 float32; .* more"),
+        (_swap("weights.safetensors"), "body.encode.0.conv.weight of 8x3x3x3 float32 for 4x3x3x3 float32; .* more"),
+        (_swap("network.json"), "SHA-256 .*; expected the file of SHA-256"),
+        (_swap("model.yaml"), "SHA-256 .*; expected the file of SHA-256"),
+        (lambda folder: (folder / "network.json").unlink(), "network.json: found no such file"),
+        (lambda folder: (folder / "network.json").write_bytes(b"\xff"), "network.json: found SHA-256"),
+        (_edit(network=[3]), "expected the file"),
+        (_graph(lambda graph: graph["nodes"].append("x")), "the node x"),
+        (_graph(lambda graph: graph["nodes"][0].update(op="exec")), "not named after its operation"),
+        (_graph(lambda graph: graph.update(output="conv2d")), r"an answer of \(1, 4, 16, 24\)"),
+        (_graph(lambda graph: graph["nodes"][0]["settings"].update(groups=2)), "a graph that does not run"),
+        (_edit(classes=[{"name": "One", "color": [1, 2, 3]}]), r"an answer of \(1, 2, 16, 24\)"),
         (_weights(lambda weights: weights.pop("head.conv.weight")), "found no head.conv.weight;"),
         (_weights(lambda weights: weights.update(extra=torch.zeros(2))), "found unknown extra;"),
         (_weights(lambda weights: weights.update({"head.conv.bias": torch.zeros(3)})), "head.conv.bias of 3 float32 for 2"),
@@ -200,3 +263,14 @@ def test_a_spec_and_a_digest_need_no_torch(saved: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0.4942", checkpoint.digest(saved), "7"]
+
+
+def test_segmenting_needs_not_the_library_that_built_the_network(saved: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from pipeline import checkpoint;"
+        "from pipeline.engine import TorchEngine; engine = TorchEngine(*checkpoint.load(Path(sys.argv[1])));"
+        "print(*engine(np.full((1, 32, 64, 3), 200, np.uint8)).shape);"
+        "print(sorted({'monai', 'mlflow', 'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["1 2 32 64", "[]"]
