@@ -1,14 +1,11 @@
-"""What a model is (ModelSpec), and the network that follows from it.
+"""What a model is (ModelSpec), what its network takes and what its answer means; `architectures` builds the network.
 
-Nothing in these networks is tied to an image's size: convolutions, batch norm, pooling, strides, upsampling by two.
-So what was trained on patches runs on an image of any size that is a multiple of its stride.
 Importing this module imports neither torch nor MONAI.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -19,26 +16,27 @@ from pipeline.errors import NetworkError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import nn
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """What can be chosen about an architecture; the first of several ways is its own."""
 
     depths: tuple[int, ...]
     downsample: tuple[str, ...]
     upsample: tuple[str, ...]
     encoders: tuple[str, ...] = ()
+    residual_units: tuple[int, ...] = ()
 
 
 _RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")
-_FAMILIES = {
-    "fcn": _Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ("nearest", "transpose")),
-    "heatmap": _Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ()),
-    "unet": _Family((1, 2, 3, 4, 5, 6), ("stride",), ("transpose",)),
-    "basic_unet": _Family((4,), ("pool",), ("transpose",)),  # its other upsampling depends on the image's size
-    "flexible_unet": _Family((5,), (), ("nearest", "transpose"), _RESNETS),
+FAMILIES = {
+    "fcn": Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ("nearest", "transpose")),
+    "heatmap": Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ()),
+    "classifier": Family((1, 2, 3, 4, 5, 6), ("pool",), ()),
+    "unet": Family((1, 2, 3, 4, 5, 6), ("stride",), ("transpose",), residual_units=(2, 1, 0)),
+    "basic_unet": Family((4,), ("pool",), ("transpose",)),  # its other upsampling depends on the image's size
+    "flexible_unet": Family((5,), (), ("nearest", "transpose"), _RESNETS),
 }
 
 
@@ -50,10 +48,13 @@ class ModelSpec:
 
     - `fcn`: encoder and decoder of 3x3 convolutions, joined by addition at each level;
     - `heatmap`: that encoder and 1x1 convolutions, with one answer for every 2**depth x 2**depth pixels;
+    - `classifier`: what learns to tell the class at the centre of a patch, with unpadded convolutions and dense layers, made
+      convolutional: one answer for every 2**depth x 2**depth pixels, from the `patch_size` pixels around;
     - `unet`, `basic_unet`, `flexible_unet`: MONAI's networks of these names, the last with a ResNet `encoder`.
 
     `width` counts the channels at full size, `depth` the halvings. `downsample` ("pool", "stride") and `upsample`
-    ("nearest", "transpose") may stay None: the architecture's own way. `mpp` is in micrometres per pixel, `patch_size`
+    ("nearest", "transpose") may stay None: the architecture's own way, as may a unet's `residual_units`, the convolutions of
+    a level: 2, 1, or 0 for a plain one. `mpp` is in micrometres per pixel, `patch_size`
     in pixels of that mpp, and so are `stride`, `halo` and `output_stride`, which `footprint.with_footprint` measures.
     `rest` is the index of the class that stands for everything else, of which no regions are drawn; None: there is none.
     RGB enters as (value / 255 - mean) / std.
@@ -68,6 +69,7 @@ class ModelSpec:
     downsample: str | None = None
     upsample: str | None = None
     encoder: str | None = None
+    residual_units: int | None = None
     rest: int | None = None
     stride: int = 1
     halo: int = 0
@@ -79,6 +81,14 @@ class ModelSpec:
         _check_family(self)
         _check_numbers(self)
         _check_footprint(self)
+        if self.architecture == "classifier":
+            _check_classifier(self)
+
+    @property
+    def glass(self) -> tuple[float, float, float]:
+        """White as it enters the network: red, green and blue."""
+        red, green, blue = ((1 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+        return red, green, blue
 
     def to_dict(self) -> dict[str, object]:
         """The spec as plain values that YAML can hold."""
@@ -97,17 +107,6 @@ class ModelSpec:
             raise _wrong("", found, f"the keys {', '.join(names)}", "Use the version of Fullfield that wrote it.")
         listed = {key: _tuple(key, values[key]) for key in ("mean", "std")}
         return cls(**{**values, **listed, "classes": _classes(values["classes"])})
-
-
-def build_network(spec: ModelSpec) -> nn.Module:
-    """The network of a spec, with weights drawn from torch's global random numbers.
-
-    It takes (N, 3, H, W) float32 as `normalise` gives them, H and W multiples of the stride, and returns logits,
-    (N, classes, H / output_stride, W / output_stride) float32; `activation` turns them into probabilities.
-    """
-    unets = {"unet": _unet, "basic_unet": _basic_unet, "flexible_unet": _flexible_unet}
-    builders = {"fcn": _fcn, "heatmap": _heatmap, **unets}
-    return builders[spec.architecture](spec)
 
 
 def activation(logits: torch.Tensor) -> torch.Tensor:
@@ -129,115 +128,16 @@ def normalise(images: np.ndarray[Any, Any] | torch.Tensor, spec: ModelSpec) -> t
     return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _fcn(spec: ModelSpec) -> nn.Module:
-    from monai.networks.blocks.convolutions import Convolution
-    from torch import nn
-
-    head = Convolution(2, spec.width, len(spec.classes), kernel_size=1, conv_only=True)
-    return nn.Sequential(OrderedDict(body=_fcn_level(spec, 0), head=head))
-
-
-def _fcn_level(spec: ModelSpec, level: int) -> nn.Module:
-    """The levels from `level` on: encode, add what comes back from deeper down, decode."""
-    from monai.networks.blocks.upsample import UpSample
-    from monai.networks.layers.simplelayers import SkipConnection
-    from torch import nn
-
-    if level == spec.depth:
-        return _encode(spec, level)
-    channels = _channels(spec, level)
-    mode = "deconv" if _upsample(spec) == "transpose" else "nontrainable"
-    up = UpSample(2, 2 * channels, channels, 2, mode=mode, interp_mode="nearest", align_corners=None)
-    deeper = nn.Sequential(OrderedDict(level=_fcn_level(spec, level + 1), up=up))
-    # Adding costs half the memory of concatenating, in the layers that have the most pixels.
-    skip = SkipConnection(deeper, mode="add")
-    return nn.Sequential(OrderedDict(encode=_encode(spec, level), skip=skip, decode=_convolution(channels, channels)))
-
-
-def _heatmap(spec: ModelSpec) -> nn.Module:
-    from monai.networks.blocks.convolutions import Convolution
-    from torch import nn
-
-    levels = [_encode(spec, level) for level in range(spec.depth + 1)]
-    channels = _channels(spec, spec.depth)
-    dense = _convolution(channels, channels, kernel=1)
-    head = Convolution(2, channels, len(spec.classes), kernel_size=1, conv_only=True)
-    return nn.Sequential(OrderedDict(encode=nn.Sequential(*levels), dense=dense, head=head))
-
-
-def _encode(spec: ModelSpec, level: int) -> nn.Module:
-    """Two convolutions, of which the first halves the image below level 0; one at the bottom, where halos are dear."""
-    from torch import nn
-
-    channels = _channels(spec, level)
-    before = _channels(spec, level - 1) if level else 3
-    pool = (spec.downsample or _FAMILIES[spec.architecture].downsample[0]) == "pool"
-    layers: list[nn.Module] = [nn.MaxPool2d(2)] if level and pool else []
-    layers.append(_convolution(before, channels, stride=1 if pool or not level else 2))
-    if level < spec.depth:
-        layers.append(_convolution(channels, channels))
-    return nn.Sequential(*layers)
-
-
-def _convolution(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Module:
-    from monai.networks.blocks.convolutions import Convolution
-
-    layer: nn.Module = Convolution(2, before, after, stride, kernel, norm="BATCH", act="RELU", bias=False)
-    return layer
-
-
-def _unet(spec: ModelSpec) -> nn.Module:
-    from monai.networks.nets.unet import UNet
-
-    channels = [_channels(spec, level) for level in range(spec.depth + 1)]
-    # MONAI's own PReLU would take a fifth of the training step on a CPU, most of it for its gradient.
-    network: nn.Module = UNet(
-        2, 3, len(spec.classes), channels, [2] * spec.depth, num_res_units=2, norm="BATCH", act=("RELU", {"inplace": True})
-    )
-    return network
-
-
-def _basic_unet(spec: ModelSpec) -> nn.Module:
-    from monai.networks.nets.basic_unet import BasicUNet
-
-    features = [spec.width * factor for factor in (1, 1, 2, 4, 8, 1)]
-    network: nn.Module = BasicUNet(2, 3, len(spec.classes), features, norm="batch", upsample="deconv")
-    return network
-
-
-def _flexible_unet(spec: ModelSpec) -> nn.Module:
-    from monai.networks.nets.flexible_unet import FlexibleUNet
-
-    network: nn.Module = FlexibleUNet(
-        in_channels=3,
-        out_channels=len(spec.classes),
-        backbone=str(spec.encoder),
-        decoder_channels=tuple(spec.width * factor for factor in (16, 8, 4, 2, 1)),
-        norm="batch",
-        upsample="deconv" if _upsample(spec) == "transpose" else "nontrainable",
-        interp_mode="nearest",
-        is_pad=False,
-    )
-    return network
-
-
-def _channels(spec: ModelSpec, level: int) -> int:
-    return int(spec.width * 2**level)
-
-
-def _upsample(spec: ModelSpec) -> str:
-    return spec.upsample or _FAMILIES[spec.architecture].upsample[0]
-
-
 def _check_family(spec: ModelSpec) -> None:
-    family = _FAMILIES.get(spec.architecture) if isinstance(spec.architecture, str) else None
+    family = FAMILIES.get(spec.architecture) if isinstance(spec.architecture, str) else None
     if family is None:
-        raise _wrong("architecture", repr(spec.architecture), f"one of {', '.join(_FAMILIES)}", "Choose one of these.")
+        raise _wrong("architecture", repr(spec.architecture), f"one of {', '.join(FAMILIES)}", "Choose one of these.")
     choices: tuple[tuple[str, tuple[object, ...]], ...] = (
         ("depth", family.depths),
         ("downsample", (None, *family.downsample)),
         ("upsample", (None, *family.upsample)),
         ("encoder", family.encoders or (None,)),
+        ("residual_units", (None, *family.residual_units)),
     )
     for key, allowed in choices:
         value = getattr(spec, key)
@@ -271,6 +171,20 @@ def _check_footprint(spec: ModelSpec) -> None:
         found = f"halo {spec.halo}, stride {spec.stride}, output_stride {spec.output_stride}"
         expected = "a halo of whole strides, and a stride of whole output_strides"
         raise _wrong("halo", found, expected, "Measure them with `with_footprint`.")
+
+
+def _check_classifier(spec: ModelSpec) -> None:
+    """Two unpadded 3x3 convolutions take 4 pixels before each halving."""
+    size, least = spec.patch_size, 1
+    for _ in range(spec.depth):
+        size, least = (size - 4) // 2, 2 * least + 4
+    if size < 1:
+        found, whole = f"{spec.patch_size} for depth {spec.depth}", -(-least // 2**spec.depth) * 2**spec.depth
+        expected = f"{whole} or more, so that the unpadded convolutions of a classifier leave something"
+        raise _wrong("patch_size", found, expected, f"Set `patch_size` to {whole} or more, or `depth` lower.")
+    if max(spec.glass) - min(spec.glass) > 1e-6:
+        expected = "white that is alike in red, green and blue, as a classifier is surrounded by one value"
+        raise _wrong("mean", f"{spec.mean} with std {spec.std}", expected, "Make (1 - mean) / std alike for all three.")
 
 
 def _is_number(value: object) -> bool:

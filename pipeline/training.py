@@ -53,6 +53,8 @@ class Trainer:
             self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.dice = DiceLoss(batch=True)
+        weights = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
+        self.class_weights = torch.tensor(weights, device=self.device)
         self.recent = deque[np.ndarray](maxlen=_CALIBRATION_BATCHES)
 
     def fit(self, batches: Batches) -> Iterator[Epoch]:
@@ -108,8 +110,11 @@ class Trainer:
 
     def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
         inputs = normalise(torch.from_numpy(images).to(self.device), self.spec)
-        truth = torch.from_numpy(_at_output(masks, self.spec.output_stride)).to(self.device, torch.long)
-        loss = self._loss(self.network(inputs), truth)
+        logits = self.network(inputs)
+        if logits.ndim == 2:  # a classifier's, whose answer is one pixel for the whole patch
+            logits = logits[:, :, None, None]
+        truth = _at_output(masks, masks.shape[1] // logits.shape[2])
+        loss = self._loss(logits, torch.from_numpy(truth).to(self.device, torch.long))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
@@ -122,17 +127,17 @@ class Trainer:
         known = truth != IGNORED
         if not known.any():
             return logits.sum() * 0
-        entropy = functional.cross_entropy(logits, truth, ignore_index=IGNORED)
-        one_hot = functional.one_hot(truth * known, logits.shape[1]).permute(0, 3, 1, 2)
-        overlap = self.dice(logits.softmax(1) * known[:, None], one_hot * known[:, None])
+        entropy = functional.cross_entropy(logits, truth, self.class_weights, ignore_index=IGNORED)
+        one_hot = truth[:, None] == torch.arange(logits.shape[1], device=truth.device)[:, None, None]  # IGNORED is no class
+        overlap = self.dice(logits.softmax(1) * known[:, None], one_hot.to(logits.dtype))
         total: torch.Tensor = entropy + overlap
         return total
 
 
-def _at_output(masks: np.ndarray, output_stride: int) -> np.ndarray:
-    """Masks at the network's output scale: the pixel nearest to each centre."""
-    centre = output_stride // 2
-    return np.ascontiguousarray(masks[:, centre::output_stride, centre::output_stride])
+def _at_output(masks: np.ndarray, scale: int) -> np.ndarray:
+    """Masks at the scale of an answer, `scale` pixels to each of its own: the pixel nearest to each centre."""
+    centre = scale // 2
+    return np.ascontiguousarray(masks[:, centre::scale, centre::scale])
 
 
 def _average(decay: float) -> Callable[..., None]:

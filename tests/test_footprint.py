@@ -12,10 +12,11 @@ from monai.networks import nets
 from scipy.ndimage import zoom
 from torch import nn
 
+from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
 from pipeline.footprint import Footprint, assert_exact, measure, with_footprint
-from pipeline.network import ModelSpec, activation, build_network
+from pipeline.network import ModelSpec, activation
 
 CLASSES = Classes((Class("Gland", (200, 40, 40)), Class("Stroma", (40, 200, 40)), Class("Fat", (240, 240, 80))))
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from torch import nn
 
+from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
-from pipeline.network import ModelSpec, activation, build_network, normalise
+from pipeline.network import ModelSpec, activation, normalise
 
 CLASSES = Classes((Class("Gland", (200, 40, 40)), Class("Stroma", (40, 200, 40)), Class("Fat", (240, 240, 80))))
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.Upsample)

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.engine import TorchEngine
 from pipeline.exactness import TOLERANCE, comparisons
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Lattice, Mpp
 from pipeline.grid import Grid
-from pipeline.network import ModelSpec, build_network
+from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.prediction import predict
 from pipeline.slide import Slide, open_slide

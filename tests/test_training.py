@@ -3,10 +3,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pipeline.architectures import build_network
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
-from pipeline.network import ModelSpec, build_network
+from pipeline.network import ModelSpec
 from pipeline.training import Trainer
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Dark", (0, 0, 0))))
@@ -56,6 +57,24 @@ def test_one_seed_gives_one_result() -> None:
     assert losses[0] == losses[1] != losses[2]
     for a, b in zip(first.averaged().parameters(), second.averaged().parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_heavier_class_is_found_where_the_patch_leaves_it_open() -> None:
+    def share(**values: object) -> float:
+        def doubtful(epoch: int):
+            rng = np.random.default_rng(epoch)
+            for _ in range(4):
+                yield np.full((4, 32, 48, 3), 120, np.uint8), (rng.random((4, 32, 48)) < 0.4).astype(np.uint8)
+
+        model = trainer(epochs=3, **values)
+        list(model.fit(doubtful))
+        from pipeline.network import normalise
+
+        with torch.inference_mode():
+            answer = model.averaged()(normalise(np.full((1, 32, 48, 3), 120, np.uint8), SPEC)).softmax(1)
+        return float(answer[0, 1].mean())
+
+    assert share() < 0.5 < share(class_weights={"Dark": 3.0})
 
 
 def test_the_unknown_counts_for_nothing() -> None:

@@ -1,0 +1,168 @@
+"""Builds the networks that specs describe.
+
+Nothing in these networks is tied to an image's size: convolutions, batch norm, pooling, strides, upsampling by two.
+So what was trained on patches runs on an image of any size that is a multiple of its stride.
+Importing this module imports neither torch nor MONAI.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from pipeline.network import FAMILIES, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.dense import Classifier
+
+
+def build_network(spec: ModelSpec) -> nn.Module:
+    """The network of a spec, as it segments slides, with weights drawn from torch's global random numbers.
+
+    It takes (N, 3, H, W) float32 as `normalise` gives them, H and W multiples of the stride, and returns logits,
+    (N, classes, H / output_stride, W / output_stride) float32; `activation` turns them into probabilities.
+    """
+    return for_slides(build_learner(spec))
+
+
+def build_learner(spec: ModelSpec) -> nn.Module:
+    """The same network in the form that learns from patches: differs for a `classifier`, which answers once a patch.
+
+    That takes (N, 3, patch_size, patch_size) float32 and returns logits (N, classes) float32.
+    """
+    unets = {"unet": _unet, "basic_unet": _basic_unet, "flexible_unet": _flexible_unet}
+    builders = {"fcn": _fcn, "heatmap": _heatmap, "classifier": _classifier, **unets}
+    return builders[spec.architecture](spec)
+
+
+def for_slides(learner: nn.Module) -> nn.Module:
+    """The form that segments slides of a network that has learnt: a classifier made convolutional, any other as it is."""
+    from pipeline.dense import Classifier, convolutional
+
+    return convolutional(learner) if isinstance(learner, Classifier) else learner
+
+
+def _fcn(spec: ModelSpec) -> nn.Module:
+    from monai.networks.blocks.convolutions import Convolution
+    from torch import nn
+
+    head = Convolution(2, spec.width, len(spec.classes), kernel_size=1, conv_only=True)
+    return nn.Sequential(OrderedDict(body=_fcn_level(spec, 0), head=head))
+
+
+def _fcn_level(spec: ModelSpec, level: int) -> nn.Module:
+    """The levels from `level` on: encode, add what comes back from deeper down, decode."""
+    from monai.networks.blocks.upsample import UpSample
+    from monai.networks.layers.simplelayers import SkipConnection
+    from torch import nn
+
+    if level == spec.depth:
+        return _encode(spec, level)
+    channels = _channels(spec, level)
+    mode = "deconv" if _upsample(spec) == "transpose" else "nontrainable"
+    up = UpSample(2, 2 * channels, channels, 2, mode=mode, interp_mode="nearest", align_corners=None)
+    deeper = nn.Sequential(OrderedDict(level=_fcn_level(spec, level + 1), up=up))
+    # Adding costs half the memory of concatenating, in the layers that have the most pixels.
+    skip = SkipConnection(deeper, mode="add")
+    return nn.Sequential(OrderedDict(encode=_encode(spec, level), skip=skip, decode=_convolution(channels, channels)))
+
+
+def _heatmap(spec: ModelSpec) -> nn.Module:
+    from monai.networks.blocks.convolutions import Convolution
+    from torch import nn
+
+    levels = [_encode(spec, level) for level in range(spec.depth + 1)]
+    channels = _channels(spec, spec.depth)
+    dense = _convolution(channels, channels, kernel=1)
+    head = Convolution(2, channels, len(spec.classes), kernel_size=1, conv_only=True)
+    return nn.Sequential(OrderedDict(encode=nn.Sequential(*levels), dense=dense, head=head))
+
+
+def _classifier(spec: ModelSpec) -> Classifier:
+    from torch import nn
+
+    from pipeline.dense import Classifier
+
+    layers, before, size = list[nn.Module](), 3, spec.patch_size
+    for level in range(spec.depth):
+        channels = _channels(spec, level)
+        layers += [_unpadded(before, channels), _unpadded(channels, channels), nn.MaxPool2d(2)]
+        before, size = channels, (size - 4) // 2
+    hidden = _channels(spec, spec.depth)
+    dense = [nn.Linear(before * size**2, hidden), nn.ReLU(), nn.Linear(hidden, len(spec.classes))]
+    margin = (spec.patch_size - 2**spec.depth) // 2
+    return Classifier(nn.Sequential(*layers), nn.Sequential(*dense), margin, spec.glass[0])
+
+
+def _unpadded(before: int, after: int) -> nn.Module:
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(before, after, 3, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+
+def _encode(spec: ModelSpec, level: int) -> nn.Module:
+    """Two convolutions, of which the first halves the image below level 0; one at the bottom, where halos are dear."""
+    from torch import nn
+
+    channels = _channels(spec, level)
+    before = _channels(spec, level - 1) if level else 3
+    pool = (spec.downsample or FAMILIES[spec.architecture].downsample[0]) == "pool"
+    layers: list[nn.Module] = [nn.MaxPool2d(2)] if level and pool else []
+    layers.append(_convolution(before, channels, stride=1 if pool or not level else 2))
+    if level < spec.depth:
+        layers.append(_convolution(channels, channels))
+    return nn.Sequential(*layers)
+
+
+def _convolution(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+    from monai.networks.blocks.convolutions import Convolution
+
+    layer: nn.Module = Convolution(2, before, after, stride, kernel, norm="BATCH", act="RELU", bias=False)
+    return layer
+
+
+def _unet(spec: ModelSpec) -> nn.Module:
+    from monai.networks.nets.unet import UNet
+
+    channels = [_channels(spec, level) for level in range(spec.depth + 1)]
+    relu = ("RELU", {"inplace": True})
+    # MONAI's own PReLU would take a fifth of the training step on a CPU, most of it for its gradient.
+    units = FAMILIES["unet"].residual_units[0] if spec.residual_units is None else spec.residual_units
+    network: nn.Module = UNet(
+        2, 3, len(spec.classes), channels, [2] * spec.depth, num_res_units=units, norm="BATCH", act=relu
+    )
+    return network
+
+
+def _basic_unet(spec: ModelSpec) -> nn.Module:
+    from monai.networks.nets.basic_unet import BasicUNet
+
+    features = [spec.width * factor for factor in (1, 1, 2, 4, 8, 1)]
+    network: nn.Module = BasicUNet(2, 3, len(spec.classes), features, norm="batch", upsample="deconv")
+    return network
+
+
+def _flexible_unet(spec: ModelSpec) -> nn.Module:
+    from monai.networks.nets.flexible_unet import FlexibleUNet
+
+    network: nn.Module = FlexibleUNet(
+        in_channels=3,
+        out_channels=len(spec.classes),
+        backbone=str(spec.encoder),
+        decoder_channels=tuple(spec.width * factor for factor in (16, 8, 4, 2, 1)),
+        norm="batch",
+        upsample="deconv" if _upsample(spec) == "transpose" else "nontrainable",
+        interp_mode="nearest",
+        is_pad=False,
+    )
+    return network
+
+
+def _channels(spec: ModelSpec, level: int) -> int:
+    return int(spec.width * 2**level)
+
+
+def _upsample(spec: ModelSpec) -> str:
+    return spec.upsample or FAMILIES[spec.architecture].upsample[0]
