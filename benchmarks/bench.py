@@ -37,9 +37,10 @@ def prepare(folder: Path) -> None:
     """A slide that is all tissue, and a model of each network with random weights and warmed batch norms."""
     import torch
 
+    from pipeline.architectures import build_network
     from pipeline.checkpoint import save
     from pipeline.footprint import with_footprint
-    from pipeline.network import ModelSpec, build_network
+    from pipeline.network import ModelSpec
     from pipeline.phantom import render, write_slide
 
     write_slide(render(1, SIZE, SIZE, 0.5, spread=4)[0], folder / "slide.tiff", 0.5)
@@ -55,7 +56,7 @@ def prepare(folder: Path) -> None:
 
 def limit(folder: Path, model: Path) -> tuple[float, np.ndarray]:
     """The bare forward pass over windows that are in memory already; nothing is read or written."""
-    from pipeline.engine import load_engine
+    from pipeline.runtime import load_engine
     from pipeline.slide import open_slide
 
     slide, engine = open_slide(folder / "slide.tiff"), load_engine(model)
@@ -73,8 +74,8 @@ def limit(folder: Path, model: Path) -> tuple[float, np.ndarray]:
 def fullfield(folder: Path, model: Path) -> tuple[float, np.ndarray]:
     """Read, run, crop and write, as a worker of `fullfield segment` does."""
     from pipeline.canvas import create_canvas
-    from pipeline.engine import load_engine
     from pipeline.prediction import predict
+    from pipeline.runtime import load_engine
     from pipeline.slide import open_slide
 
     slide, engine = open_slide(folder / "slide.tiff"), load_engine(model)

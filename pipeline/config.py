@@ -22,6 +22,8 @@ TILE_COLUMNS = ("slide_id", "patient", "split", "x", "y", "tissue", "known")
 """Columns of the table of tiles; each class has one more."""
 
 Split = Literal["train", "val", "test"]
+Precision = Literal["exact", "fast", "fastest"]
+Backend = Literal["auto", "torch", "openvino"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,13 +87,14 @@ class TissueSettings(Section):
 class NetworkSettings(Section):
     """The network and the scale at which it looks at a slide."""
 
-    architecture: Literal["fcn", "unet", "basic_unet", "flexible_unet", "heatmap"] = "unet"
+    architecture: Literal["fcn", "unet", "basic_unet", "flexible_unet", "heatmap", "classifier"] = "unet"
     mpp: Annotated[float, Field(ge=0.05, le=20)]
     width: Annotated[int, Field(ge=4, le=256)] = 16
     depth: Annotated[int, Field(ge=1, le=6)] = 4
     downsample: Literal["pool", "stride"] | None = None
     upsample: Literal["nearest", "transpose"] | None = None
     encoder: str | None = None
+    residual_units: Annotated[int, Field(ge=0, le=2)] | None = None
 
 
 class TileSettings(Section):
@@ -110,11 +113,15 @@ class AugmentationSettings(Section):
     elastic_px: Annotated[float, Field(ge=0, lt=15)] = 5.0
     blur_px: NotNegative = 1.0
     stain: Fraction = 0.3
+    tint: Fraction = 0.2
     brightness: Fraction = 0.1
 
 
 class TrainingSettings(Section):
-    """The optimisation. An epoch is `patches_per_epoch` patches, not a pass over the cohort."""
+    """The optimisation. An epoch is `patches_per_epoch` patches, not a pass over the cohort.
+
+    `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1.
+    """
 
     epochs: PositiveInt = 60
     patches_per_epoch: PositiveInt = 400
@@ -123,16 +130,29 @@ class TrainingSettings(Section):
     weight_decay: NotNegative = 1e-4
     warmup_epochs: NotNegative = 1.0
     weight_average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    class_weights: dict[str, Positive] = {}
     max_minutes: Positive | None = None
     augmentation: AugmentationSettings = AugmentationSettings()
 
 
 class SegmentationSettings(Section):
-    """Which splits are segmented by `run`, and how."""
+    """Which splits are segmented by `run`, and how. `tile_size` null: chosen by what a few tiles take, see tiling.py."""
 
     splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("val", "test")
-    tile_size: Annotated[int, Field(ge=32, le=16384)] = 1024
+    tile_size: Annotated[int, Field(ge=32, le=16384)] | None = None
     min_region_um2: NotNegative = 50.0
+
+
+class EngineSettings(Section):
+    """How the forward pass is computed: `exact` in fp32, `fast` in bf16 or fp16, `fastest` in int8.
+
+    `backend` auto: the one that was measured faster for the network. `max_label_change` is the largest share of tissue
+    whose label may differ from the exact one's.
+    """
+
+    precision: Precision = "exact"
+    backend: Backend = "auto"
+    max_label_change: Fraction = 0.005
 
 
 class EvaluationSettings(Section):
@@ -142,10 +162,14 @@ class EvaluationSettings(Section):
 
 
 class ClusterSettings(Section):
-    """Where the work is done. `workers` 0: in this process; null: as many as suit the machine."""
+    """Where the work is done. `workers` 0: in this process; null: as many as suit the machine.
+
+    `worker_memory_gib` bounds the tiles whose size is chosen; null: up to 2 of what is free, or 3 where the halo is dear.
+    """
 
     scheduler: str | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
+    worker_memory_gib: Positive | None = None
 
 
 class TrackingSettings(Section):
@@ -177,6 +201,7 @@ class Config(Section):
     tiles: TileSettings = TileSettings()
     training: TrainingSettings = TrainingSettings()
     segmentation: SegmentationSettings = SegmentationSettings()
+    engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -194,6 +219,9 @@ class Config(Section):
         twice = sorted({item for item in claimed if claimed.count(item) > 1})
         if twice:
             raise ValueError(f"each should belong to one class only: {', '.join(twice)}")
+        unknown = sorted(set(self.training.class_weights) - set(names))
+        if unknown:
+            raise ValueError(f"training.class_weights should name classes of {names}, found {unknown}")
         for key in ("rest", "unnamed"):
             name = getattr(self.annotations, key)
             if name is not None and name not in names:

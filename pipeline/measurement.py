@@ -11,7 +11,6 @@ import numpy as np
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED
 from pipeline.files import write_csv
-from pipeline.geometry import Lattice, Roi
 from pipeline.tissue import Tissue
 
 _UM2_PER_MM2 = 1e6
@@ -37,7 +36,7 @@ def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
         for roi in row:
             labels = canvas.read_labels(roi)
             pixels += np.bincount(labels.ravel(), minlength=IGNORED + 1)
-            on_tissue += np.bincount(labels[_sampled(tissue, roi, canvas.lattice)], minlength=IGNORED + 1)
+            on_tissue += np.bincount(labels[tissue.sampled(roi, canvas.lattice)], minlength=IGNORED + 1)
     examined = max(int(on_tissue[: len(canvas.classes)].sum()), 1)
     pixel_mm2 = canvas.lattice.mpp.area_um2 / _UM2_PER_MM2
     return tuple(
@@ -58,12 +57,3 @@ def write_measurements(path: Path, measurements: Sequence[Measurement], regions:
         for item in measurements
     ]
     write_csv(path, ["class", "area_mm2", "tissue_share", "regions"], rows)
-
-
-def _sampled(tissue: Tissue, roi: Roi, lattice: Lattice) -> np.ndarray:
-    """(rows, columns) bool: whether the centre of each pixel of `roi` lies on tissue."""
-    x_scale, y_scale = lattice.scale_to(tissue.lattice)
-    columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
-    rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
-    height, width = tissue.mask.shape
-    return tissue.mask[np.ix_(np.minimum(rows, height - 1), np.minimum(columns, width - 1))]

@@ -2,7 +2,7 @@
 
     models:/fullfield@newest --> version 3 of `fullfield` --> the model of run 8f0c...
                                                                 |-- MLmodel, served.py, code/pipeline/
-                                                                `-- artifacts/checkpoint/   model.yaml, weights.safetensors
+                                                                `-- artifacts/checkpoint/   model.yaml, network.json, weights
 
 A stored model holds the code that reads it and no pickle. Only the checkpoint is ever taken out again: what else lies in
 a stored model is not executed by Fullfield.

@@ -12,15 +12,16 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline import __version__, checkpoint
 from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.cluster import Cluster
-from pipeline.config import SegmentationSettings, TissueSettings
-from pipeline.errors import FullfieldError
+from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.errors import CanvasError, FullfieldError
 from pipeline.export import overlay, write_ome_tiff, write_png
 from pipeline.files import write_text
 from pipeline.geometry import Mpp
@@ -28,7 +29,9 @@ from pipeline.grid import Grid
 from pipeline.measurement import measure, write_measurements
 from pipeline.network import ModelSpec
 from pipeline.regions import find_regions, write_geojson
+from pipeline.runtime import EXACT, describe, load_engine, settled
 from pipeline.slide import Slide, open_slide
+from pipeline.tiling import tile_size_for
 from pipeline.tissue import Tissue, find_tissue, outlined
 
 CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
@@ -50,6 +53,7 @@ class SlideJob:
     folder: Path
     settings: SegmentationSettings
     tissue: TissueSettings
+    engine: EngineSettings = EXACT
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,28 @@ class Step:
     blocks_done: int = 0
     megapixels: float = 0.0
     row: Row | None = None
+
+
+def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> list[SlideJob]:
+    """The same jobs, each with a tile size: the user's; else its canvas's; else one for all others, chosen in a worker.
+
+    A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
+    ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded.
+    """
+    sizes = dict[str, int]()
+    for job in jobs:
+        with suppress(CanvasError):
+            sizes[job.slide_id] = _tile_size(job)
+    fresh = [job for job in jobs if job.slide_id not in sizes]
+    if fresh:
+        slides = [(job.slide, job.mpp) for job in fresh]
+        cluster.submit("tile size", tile_size_for, slides, fresh[0].model, memory_gib, fresh[0].engine)
+        (outcome,) = cluster
+        if outcome.error:
+            raise outcome.error
+        sizes |= {job.slide_id: outcome.value for job in fresh}
+    settings = (job.settings.model_copy(update={"tile_size": sizes[job.slide_id]}) for job in jobs)
+    return [replace(job, settings=chosen) for job, chosen in zip(jobs, settings, strict=True)]
 
 
 def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]:
@@ -183,15 +209,16 @@ def is_finished(job: SlideJob) -> bool:
         provenance = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
+    if not (job.folder / CANVAS).exists():
+        return False
     return bool(provenance["identity"] == _Opened(job).identity())
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
-    from pipeline.engine import load_engine
     from pipeline.prediction import predict
 
-    opened, engine = _Opened(job), load_engine(job.model)
+    opened, engine = _Opened(job), load_engine(job.model, job.engine)
     canvas, pixels = open_canvas(job.folder / CANVAS), 0
     for tile, probabilities in predict(opened.slide, opened.grid, (opened.grid[index] for index in block), engine):
         canvas.write(tile.target(opened.spec.output_stride), probabilities)
@@ -214,6 +241,13 @@ def finish_slide(job: SlideJob) -> None:
     write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
 
 
+def _tile_size(job: SlideJob) -> int:
+    """The job's tile size, or that of the canvas which it goes on with. Raises CanvasError where there is neither."""
+    if job.settings.tile_size is not None:
+        return job.settings.tile_size
+    return open_canvas(job.folder / CANVAS).write_size * checkpoint.load_spec(job.model).output_stride
+
+
 class _Opened:
     """A job's slide, model and grid; opening them is cheap, since a process keeps each slide open."""
 
@@ -222,7 +256,7 @@ class _Opened:
         self.slide: Slide = open_slide(job.slide, job.mpp)
         self.spec: ModelSpec = checkpoint.load_spec(job.model)
         lattice = self.slide.base.at(Mpp.square(self.spec.mpp))
-        self.grid = Grid(lattice, job.settings.tile_size, self.spec.halo, self.spec.stride)
+        self.grid = Grid(lattice, _tile_size(job), self.spec.halo, self.spec.stride)
 
     def tissue(self) -> Tissue:
         """The slide's tissue."""
@@ -233,6 +267,7 @@ class _Opened:
         return {
             "fullfield": __version__,
             "model": checkpoint.digest(self.job.model),
+            "engine": describe(self.job.model, settled(self.job.engine, self.spec.architecture)),
             "slide": self.slide.digest(),
             "slide_mpp": f"{self.slide.base.mpp.x} x {self.slide.base.mpp.y}",
             "classes": ", ".join(self.spec.classes.names),

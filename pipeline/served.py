@@ -22,7 +22,7 @@ class Segmenter(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Loads the network from the checkpoint folder among the model's files."""
-        from pipeline.engine import load_engine
+        from pipeline.runtime import load_engine
 
         self.engine = load_engine(Path(context.artifacts["checkpoint"]))
 

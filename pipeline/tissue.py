@@ -37,6 +37,14 @@ class Tissue:
         inside = lattice.cover(roi, self.lattice).intersect(self.lattice.roi)
         return float(self.mask[inside.slices()].mean()) if inside.area else 0.0
 
+    def sampled(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """(rows, columns) bool: whether the centre of each pixel of a rectangle of another lattice lies on tissue."""
+        x_scale, y_scale = lattice.scale_to(self.lattice)
+        columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
+        rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
+        height, width = self.mask.shape
+        return self.mask[np.ix_(np.minimum(rows, height - 1), np.minimum(columns, width - 1))]
+
     @property
     def area_um2(self) -> float:
         """Area of the tissue in square micrometres."""

@@ -22,6 +22,7 @@ from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
 from pipeline.patches import Source
 from pipeline.progress import console
+from pipeline.runtime import settled
 from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
 from pipeline.tracking import Run
@@ -98,6 +99,7 @@ def model_spec(config: Config) -> ModelSpec:
         downsample=network.downsample,
         upsample=network.upsample,
         encoder=network.encoder,
+        residual_units=network.residual_units,
         rest=rest_index(config),
     )
 
@@ -111,7 +113,8 @@ def open_source(case: Case, config: Config) -> Source:
 def slide_job(case: Case, config: Config) -> SlideJob:
     """What it takes to segment a case with the run's own model."""
     folder, model = config.output / "slides" / case.slide_id, config.output / "model"
-    return SlideJob(case.slide_id, case.slide, case.mpp, model, folder, config.segmentation, config.tissue)
+    engine = settled(config.engine, config.network.architecture)
+    return SlideJob(case.slide_id, case.slide, case.mpp, model, folder, config.segmentation, config.tissue, engine)
 
 
 def case_truth(case: Case, config: Config) -> Truth:

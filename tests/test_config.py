@@ -72,6 +72,7 @@ def test_overrides_reach_any_key() -> None:
         ("network.mpp=400", "`network.mpp`"),
         ("network.architecture=vgg", "`network.architecture`"),
         ("annotations.rest=Fat", "annotations.rest"),
+        ("training.class_weights={Fat: 2.0}", "training.class_weights"),
         ("classes.1.name=Other", "class names should differ"),
         ("cohort.fractions.train=0.9", "sum to 1"),
         ("classes.5.name=Fat", "no such place"),

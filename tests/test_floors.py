@@ -13,15 +13,18 @@ FLOORS = [
     "classes geometry files progress contours polygons",
     "config outlines label_image stencil shards",
     "slide grid annotations cohort cluster ngff store",
-    "tissue canvas augment network histology",
+    "tissue canvas augment network dense graph histology",
+    "architectures tracing fusion",
     "footprint patches checkpoint metrics phantom",
-    "engine training registry",
-    "prediction regions measurement export tracking memory",
-    "validation exactness segmentation",
+    "engine openvino_engine training registry",
+    "runtime prediction regions measurement export tracking memory",
+    "validation exactness tiling precision",
+    "segmentation",
     "workspace",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 OWNERS = {"openslide": {"slide"}, "mlflow": {"tracking", "served", "store", "registry"}}
+OWNERS |= {"openvino": {"openvino_engine"}, "nncf": {"openvino_engine"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -64,6 +67,7 @@ def test_a_library_has_one_owner(library: str, owners: set[str]) -> None:
         ("workflows.__main__", ["torch", "monai", "mlflow", "distributed", "openslide", "numpy"]),
         ("workflows.segment", ["torch", "monai", "mlflow"]),
         ("workflows.train", ["torch", "monai", "mlflow"]),
+        ("workflows.plan", ["torch", "monai", "mlflow"]),
     ],
 )
 def test_a_command_loads_no_library_that_it_may_not_need(module: str, heavy: list[str]) -> None:

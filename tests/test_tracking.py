@@ -40,9 +40,10 @@ def start(shared_store, tmp_path):
 def trained(tmp_path_factory):
     """A checkpoint of a tiny network with random weights, its halo and stride measured."""
     torch = pytest.importorskip("torch")
+    from pipeline.architectures import build_network
     from pipeline.checkpoint import save
     from pipeline.classes import Class, Classes
-    from pipeline.network import ModelSpec, build_network
+    from pipeline.network import ModelSpec
 
     torch.manual_seed(5)
     classes = Classes((Class("rest", (0, 0, 0)), Class("gland", (255, 0, 0))))
@@ -299,7 +300,7 @@ def test_a_model_is_stored_as_code_and_weights_and_found_by_every_name(start, tr
 def test_the_served_model_answers_as_the_engine_does(start, trained, shared_store):
     import mlflow
 
-    from pipeline.engine import load_engine
+    from pipeline.runtime import load_engine
 
     start().log_model(trained, ["rest", "gland"], "served", "newest")
     folder = resolve_model("models:/served@newest", shared_store).parents[1]

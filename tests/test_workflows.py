@@ -19,10 +19,10 @@ from PIL import Image
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
 from pipeline.config import SegmentationSettings, TissueSettings
-from pipeline.engine import load_engine
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
+from pipeline.runtime import load_engine
 from pipeline.segmentation import SlideJob, is_finished, plan_slide
 from pipeline.slide import open_slide
 
@@ -77,7 +77,8 @@ def whole_pass(model: Path, slide: Path, mpp: float | None = None) -> np.ndarray
 def test_a_run_leaves_everything(project: Path) -> None:
     for name in ("config.yaml", "cohort.csv", "tiles.parquet", "slides.csv", "metrics.json", "metrics.csv", "mlflow.db"):
         assert (project / "out" / name).is_file(), name
-    assert {path.name for path in (project / "out" / "model").iterdir()} == {"model.yaml", "weights.safetensors"}
+    model = {path.name for path in (project / "out" / "model").iterdir()}
+    assert model == {"model.yaml", "network.json", "weights.safetensors"}
     expected = "segmentation.ome.zarr segmentation.ome.tif regions.geojson measurements.csv overlay.png tissue.png truth.png"
     assert {path.name for path in slide_folder(project).iterdir()} == {*expected.split(), "provenance.json"}
     assert not list((project / "out").rglob("*.partial"))
@@ -223,7 +224,9 @@ def test_other_results_are_not_mixed_in(project: Path, tmp_path: Path) -> None:
     assert "slide" in log
     folder, model = tmp_path / "o" / "slides" / "slide", project / "out" / "model"
     shutil.rmtree(folder / "segmentation.ome.zarr")
-    job = SlideJob("slide", tmp_path / "slide.tiff", None, model, folder, SegmentationSettings(), TissueSettings())
+    job = SlideJob(
+        "slide", tmp_path / "slide.tiff", None, model, folder, SegmentationSettings(tile_size=512), TissueSettings()
+    )
     assert not plan_slide(job).finished
     assert not is_finished(job)
     assert not plan_slide(job).finished  # the old provenance does not vouch for the new canvas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,13 @@ Model = Annotated[str, typer.Option(help="A model's folder, `runs:/ID/model`, or
 MppOption = Annotated[
     float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=0.05, max=20)
 ]
+
+TileSize = Annotated[
+    int | None,
+    typer.Option(help="Pixels of a tile, without its halo; chosen by running a few.", min=32, max=16384, show_default=False),
+]
+PrecisionOption = Annotated[Literal["exact", "fast", "fastest"], typer.Option(help="fp32, half (bf16 or fp16) or int8.")]
+BackendOption = Annotated[Literal["auto", "torch", "openvino"], typer.Option(help="What computes; auto: the faster one.")]
 
 
 def _version(wanted: bool) -> None:
@@ -85,7 +92,7 @@ def tile(config: ConfigArgument, overrides: Overrides = None) -> None:
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train the network on patches of the training slides.
 
-    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml and weights.safetensors).
+    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors).
     Example: `fullfield train workflows/configs/glas.yaml training.max_minutes=15`
     """
     from workflows.train import train as verb
@@ -99,20 +106,43 @@ def segment(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for the results.")],
     mpp: MppOption = None,
-    tile_size: Annotated[int, typer.Option(help="Pixels of a tile, without its halo.", min=32, max=16384)] = 1024,
+    tile_size: TileSize = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; 0 for this process.", min=0)] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, instead of local workers.")] = None,
+    precision: PrecisionOption = "exact",
+    backend: BackendOption = "auto",
 ) -> None:
     """Segment slides with a trained model. What is done is skipped; what was interrupted is finished.
 
+    A precision below exact must have been approved by `fullfield run CONFIG engine.precision=...`, on validation tissue.
     Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv. The exit code is 1
     where a slide failed. Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
-    from pipeline.config import ClusterSettings
+    from pipeline.config import ClusterSettings, EngineSettings
     from workflows.segment import segment as verb
 
     where = ClusterSettings(workers=workers, scheduler=scheduler)
-    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where))
+    engine = EngineSettings(precision=precision, backend=backend)
+    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, engine))
+
+
+@app.command()
+def plan(
+    slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
+    model: Model,
+    mpp: MppOption = None,
+    tile_size: TileSize = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what segmenting a slide will take, without doing it: tile size, cost of the halo, seconds, memory, disk.
+
+    Reads the slide's tissue and runs a few tiles of it in a worker; keeps nothing. Peak memory is that of a whole worker;
+    the output is the OME-Zarr with its pyramid, at the rate at which those tiles were compressed.
+    Example: `fullfield plan slide.svs --model runs/demo/model`
+    """
+    from workflows.plan import plan as verb
+
+    verb(slide, model, mpp, tile_size, as_json)
 
 
 @app.command()
@@ -149,15 +179,19 @@ def verify(
     *,
     model: Model,
     mpp: MppOption = None,
+    precision: PrecisionOption = "exact",
+    backend: BackendOption = "auto",
 ) -> None:
     """Prove on your own slide that tiles, stitched, are what one forward pass over the whole gives.
 
     Prints the largest difference of probability and the number of labels that differ. The exit code is 1 where the
     difference is above 1e-5 or a label differs. Example: `fullfield verify slide.svs --model runs/demo/model`
     """
+    from pipeline.config import EngineSettings
     from workflows.verify import verify as verb
 
-    raise typer.Exit(verb(slide, model, mpp))
+    engine = EngineSettings(precision=precision, backend=backend)
+    raise typer.Exit(verb(slide, model, mpp, engine))
 
 
 @config_app.command("schema")

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
+
 from pipeline import checkpoint
 from pipeline.cluster import Cluster, connect
-from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
+from pipeline.cohort import Case
+from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CohortError
 from pipeline.files import write_csv
+from pipeline.network import ModelSpec
+from pipeline.openvino_engine import quantise
+from pipeline.patches import read_index
+from pipeline.precision import Deviation, approval, approve, calibration_patches, hold, require_approval
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
-from pipeline.segmentation import Row, SlideJob, segment_slides
-from pipeline.slide import fallback_mpp
-from pipeline.workspace import Workspace, slide_job
+from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
+from pipeline.segmentation import Row, SlideJob, segment_slides, with_tile_sizes
+from pipeline.slide import fallback_mpp, open_slide
+from pipeline.tissue import find_tissue
+from pipeline.tracking import Run
+from pipeline.workspace import Workspace, open_source, slide_job
 
 _MIN_REGION_UM2 = SegmentationSettings().min_region_um2
 
@@ -27,12 +37,14 @@ def segment(
     model: str,
     output: Path,
     mpp: float | None,
-    tile_size: int,
+    tile_size: int | None,
     where: ClusterSettings,
+    engine: EngineSettings,
 ) -> int:
     """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed."""
     folder = resolve_model(model).absolute()
-    checkpoint.load_spec(folder)
+    engine = settled(engine, checkpoint.load_spec(folder).architecture)
+    require_approval(engine, folder)
     looked = checkpoint.load_lineage(folder)
     tissue = TissueSettings(**looked.get("tissue", {}))
     settings = SegmentationSettings(tile_size=tile_size, min_region_um2=looked.get("min_region_um2", _MIN_REGION_UM2))
@@ -42,13 +54,14 @@ def segment(
         found = f"slides that share the name {', '.join(twice)}"
         raise CohortError("fullfield segment", found, "names that differ", "Use two outputs.")
     output = output.absolute()
+    results = output / "slides"
     jobs = [
-        SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, output / "slides" / slide.stem, settings, tissue)
+        SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, results / slide.stem, settings, tissue, engine)
         for slide in map(Path.absolute, slides)
     ]
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
-        rows = run_jobs(jobs, cluster, output)
+        rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
     return report(rows, output)
 
 
@@ -58,7 +71,9 @@ def segment_cohort(workspace: Workspace) -> int:
     splits = config.segmentation.splits
     jobs = [slide_job(case, config) for case in workspace.cases if case.split in splits]
     with workspace.run.child("segment") as run:
-        rows = run_jobs(jobs, workspace.cluster, workspace.output)
+        if config.engine.precision != "exact":
+            _hold_engine(workspace, run)
+        rows = run_jobs(jobs, workspace.cluster, workspace.output, config.cluster.worker_memory_gib)
         run.log_table("slides.csv", [asdict(row) for row in rows])
         run.log_metrics({"megapixels": sum(row.megapixels for row in rows), "failed": count_failed(rows)})
         for job, row in zip(sorted(jobs, key=lambda job: job.slide_id), rows, strict=True):
@@ -69,8 +84,49 @@ def segment_cohort(workspace: Workspace) -> int:
     return report(rows, workspace.output)
 
 
-def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path) -> list[Row]:
-    """Segment and keep `slides.csv` up to date as slides end; returns the rows of these jobs, by slide_id."""
+def _hold_engine(workspace: Workspace, run: Run) -> None:
+    """Hold the run's engine against exact in a worker, print and log. Raises EngineError where it strays too far."""
+    config, engine = workspace.config, settled(workspace.config.engine, workspace.config.network.architecture)
+    cases = workspace.annotated(("train", "val"))
+    for found in workspace.cluster.stream(held, config, engine, cases, workspace.tiles, workspace.model):
+        console.print(f"{engine.precision} with {engine.backend} against exact: {found}")
+        run.log_metrics(asdict(found))
+
+
+def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: Path, model: Path) -> Iterator[Deviation]:
+    """Yield how far an engine is from exact on validation tissue, then approve it, or raise EngineError.
+
+    Calibrates int8 where the model has none yet. What was approved before is not run again.
+    """
+    if (engine.precision, engine.backend) == ("fastest", "openvino") and not has_int8(model):
+        quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
+    found = approval(engine, model)
+    if found is None:
+        slides = [case for case in cases if case.split == "val"]
+        known = (
+            (open_source(case, config), find_tissue(open_slide(case.slide, case.mpp), config.tissue)) for case in slides
+        )
+        exact = open_engine(model, settled(EXACT, config.network.architecture))
+        found = hold(exact, load_engine(model, engine), known)
+    yield found
+    approve(found, engine, model)
+
+
+def _calibration(config: Config, cases: Sequence[Case], tiles: Path, spec: ModelSpec) -> list[np.ndarray]:
+    """Patches of the training slides, on which int8 is calibrated."""
+    index = read_index(tiles, config.class_list.names, "train")
+    sources = {case.slide_id: open_source(case, config) for case in cases if case.slide_id in index.slide_ids}
+    return calibration_patches(index, sources, config.tiles.patch_size, spec)
+
+
+def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gib: float | None) -> list[Row]:
+    """Segment and keep `slides.csv` up to date as slides end; returns the rows of these jobs, by slide_id.
+
+    `memory_gib` bounds the tiles of which nobody says how large they are; see `tiling.choose`.
+    """
+    jobs = with_tile_sizes(jobs, cluster, memory_gib)
+    sizes = sorted({job.settings.tile_size for job in jobs if job.settings.tile_size is not None})
+    console.print(f"Tiles of {', '.join(map(str, sizes))} px")
     rows, started, megapixels = dict[str, Row](), time.monotonic(), 0.0
     with progress("segment: blocks", 0) as bar:
         for step in segment_slides(jobs, cluster):

@@ -11,11 +11,12 @@ import numpy as np
 from pyarrow import parquet
 
 from pipeline import checkpoint
+from pipeline.architectures import build_learner, for_slides
 from pipeline.augment import Augmentation
 from pipeline.cohort import Case
 from pipeline.config import Config, load_config
 from pipeline.errors import TrainingError
-from pipeline.network import ModelSpec, build_network
+from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.workspace import (
     Workspace,
@@ -100,14 +101,14 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     from pipeline.validation import validate
 
     torch.manual_seed(config.seed)
-    network = build_network(model_spec(config))
-    spec = with_footprint(model_spec(config), network)
+    learner = build_learner(model_spec(config))
+    spec = with_footprint(model_spec(config), for_slides(learner))
     sources = remembered({case.slide_id: open_source(case, config) for case in cases})
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
-    trainer, best = Trainer(spec, network, config.training, config.seed), -1.0
+    trainer, best = Trainer(spec, learner, config.training, config.seed), -1.0
     for epoch in trainer.fit(lambda number: _batches(stream, number, config)):
-        averaged = trainer.averaged()
+        averaged = for_slides(trainer.averaged())
         dice = _dice(validate(validation, TorchEngine(spec, averaged)), spec, rest_index(config))
         metrics = {"loss": epoch.loss, "learning_rate": epoch.learning_rate, "seconds": epoch.seconds}
         if dice:

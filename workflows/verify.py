@@ -10,21 +10,21 @@ from tempfile import TemporaryDirectory
 from rich.table import Table
 
 from pipeline.cluster import keep_memory
-from pipeline.config import TissueSettings
-from pipeline.engine import load_engine
+from pipeline.config import EngineSettings, TissueSettings
 from pipeline.exactness import TOLERANCE, comparisons
 from pipeline.geometry import Mpp
 from pipeline.phantom import make_phantom
 from pipeline.progress import console
 from pipeline.registry import resolve_model
+from pipeline.runtime import load_engine, settled
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.tissue import find_tissue
 
 
-def verify(path: Path | None, model: str, mpp: float | None) -> int:
+def verify(path: Path | None, model: str, mpp: float | None, settings: EngineSettings) -> int:
     """Compare and print; the exit code is 1 above 1e-5 or where a label differs."""
     keep_memory()
-    engine = load_engine(resolve_model(model))
+    engine = load_engine(resolve_model(model), settings)
     spec = engine.spec
     with _given_or_phantom(path) as scan:
         slide = open_slide(scan, fallback_mpp(scan, mpp))
@@ -36,7 +36,7 @@ def verify(path: Path | None, model: str, mpp: float | None) -> int:
         table.add_row(window, f"{item.pixels}", f"{item.difference:.2e}", f"{item.flips}")
     console.print(
         f"{scan.name}: {lattice.width} x {lattice.height} px at {spec.mpp:g} um/px; {spec.architecture}, "
-        f"halo {spec.halo} px, stride {spec.stride} px"
+        f"halo {spec.halo} px, stride {spec.stride} px; {settings.precision}, {settled(settings, spec.architecture).backend}"
     )
     console.print(table)
     exact = all(item.exact for item in found)

@@ -1,0 +1,266 @@
+"""The forward pass with OpenVINO on CPUs, in fp32, bf16, fp16 or int8; the only importer of openvino and nncf.
+
+    checkpoint -- export --> network.xml + .bin -- compile for one shape of window --> blob -- import --> engine
+                                |  any shape, fp32                                      kept in the cache
+                                `-- quantise --> int8/network.xml + .bin
+
+The graph holds all of it, from uint8 pixels to probabilities, so that a process that finds it needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.cluster import cores
+from pipeline.config import Precision
+from pipeline.errors import EngineError
+from pipeline.network import ModelSpec, activation
+
+if TYPE_CHECKING:
+    import torch
+    from openvino import CompiledModel, Model
+
+GRAPH = "network.xml"
+_WEIGHTS = "network.bin"
+_KEPT_FIRST, _KEPT_LAST = 1, 2  # convolutions
+_HALVES = {"BF16": "bf16", "FP16": "f16"}  # what OpenVINO calls a processor's ability, and asks for it
+
+
+class OpenVinoEngine:
+    """Runs a graph that `export` or `quantise` wrote, compiled for the shape of the windows that it is given.
+
+    `precision` exact computes in fp32, fast in the half precision that the processor has; fastest expects an int8 graph.
+    With `cache`, a folder, what was compiled is kept there for the next process. Raises EngineError where OpenVINO is not
+    installed, the graph is damaged, or the processor computes in no half precision.
+    """
+
+    def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
+        core = _openvino().Core()
+        self.spec, self._graph, self._cache = spec, graph, cache
+        self._settings = {
+            # Without this hint a processor with bf16 computes in bf16.
+            "INFERENCE_PRECISION_HINT": _half(core) if precision == "fast" else "f32",
+            # Pinned, the only threads of two workers would both sit on the first core.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_NUM_THREADS": threads(),
+            "NUM_STREAMS": 1,
+        }
+        self._core = core
+        self._shape: tuple[int, ...] = ()
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        """See Engine; another shape than the last call's is compiled for first."""
+        if windows.shape != self._shape:
+            self._request = self._compiled(windows.shape).create_infer_request()
+            self._shape = windows.shape
+        # The answer is a copy: a request's own memory is written again by the next call.
+        answer: np.ndarray = self._request.infer({0: np.ascontiguousarray(windows)}, share_inputs=True)[0]
+        return answer
+
+    def _compiled(self, shape: tuple[int, ...]) -> CompiledModel:
+        """The graph made ready for one shape of windows, from the cache where it is there."""
+        if self._cache is None:
+            return self._compile(shape)
+        path = self._cache / f"{'x'.join(map(str, shape))}-{self._conditions()}.blob"
+        if path.is_file():
+            try:
+                return self._core.import_model(path.read_bytes(), "CPU", self._settings)
+            except RuntimeError:  # a damaged file is worth no more than none
+                path.unlink(missing_ok=True)
+        compiled = self._compile(shape)
+        _write_whole(path, compiled.export_model().getvalue())
+        return compiled
+
+    def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
+        model = _read(self._core, self._graph)
+        model.reshape(list(shape))
+        return self._core.compile_model(model, "CPU", self._settings)
+
+    def _conditions(self) -> str:
+        """Digits for all but the shape that what is compiled depends on: graph, OpenVINO, processor and settings."""
+        processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        content = (graph_digest(self._graph), version("openvino"))
+        return hashlib.sha256(repr((content, processor, self._settings)).encode()).hexdigest()[:32]
+
+
+def installed() -> bool:
+    """Whether OpenVINO is there."""
+    return find_spec("openvino") is not None
+
+
+def library_version() -> str:
+    """OpenVINO's version. Raises EngineError where it is not installed."""
+    if not installed():
+        raise _missing("openvino")
+    return version("openvino")
+
+
+def threads() -> int:
+    """Number of threads that a forward pass may use: what OMP_NUM_THREADS grants, as for torch, else every core."""
+    granted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(granted) if granted.isdecimal() and int(granted) else cores()
+
+
+def export(spec: ModelSpec, network: torch.nn.Module, folder: Path) -> Path:
+    """Write a network, its normalisation and its activation as an fp32 graph of any batch and size, and return its path.
+
+    The folder appears whole; one that is there already, perhaps from another process, is left as it is.
+    """
+    openvino = _openvino()
+    if not (folder / GRAPH).is_file():
+        _write_folder(folder, _converted(spec, network), openvino)
+    return folder / GRAPH
+
+
+def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
+    """Write an int8 form of an exported graph, and return its path.
+
+    Its scales are calibrated once on `patches`, (H, W, 3) uint8 RGB, and fixed: they depend on no window, so tiled equals
+    whole. Raises EngineError where nncf is not installed.
+    """
+    openvino = _openvino()
+    if find_spec("nncf") is None:
+        raise _missing("nncf")
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    model = _read(openvino.Core(), graph)
+    small = nncf.quantize(
+        model,
+        nncf.Dataset([patch[None] for patch in patches]),
+        subset_size=len(patches),
+        preset=nncf.QuantizationPreset.MIXED,  # a zero point for values of both signs
+        ignored_scope=nncf.IgnoredScope(names=_delicate(model)),
+        # Weights of 7 bits: with 8, processors without VNNI overflow, and a graph may be run by any worker.
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    _write_folder(folder, small, openvino)
+    return folder / GRAPH
+
+
+def graph_digest(graph: Path) -> str:
+    """A SHA-256 over a graph and its weights, as hexadecimal digits. Raises EngineError where a file is missing."""
+    return hashlib.sha256((_sha256(graph) + _sha256(graph.with_name(_WEIGHTS))).encode()).hexdigest()
+
+
+def _openvino() -> Any:
+    """The library, which otherwise would report each conversion to its maker over the network."""
+    if not installed():
+        raise _missing("openvino")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
+    import openvino
+
+    return openvino
+
+
+def _missing(library: str) -> EngineError:
+    remedy = "Install it with `pip install 'fullfield[openvino]'`, or say engine.backend=torch engine.precision=exact."
+    return EngineError(f"engine.backend openvino: {library}", "no such library", "it to be installed", remedy)
+
+
+def _half(core: Any) -> str:
+    """The half precision that the processor computes in."""
+    abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for ability, hint in _HALVES.items():
+        if ability in abilities:
+            return hint
+    found = f"a processor that computes in {', '.join(abilities)}"
+    raise EngineError("engine.precision fast", found, "one with bf16 or fp16", "Say `exact`, or `fastest` for int8.")
+
+
+def _converted(spec: ModelSpec, network: torch.nn.Module) -> Model:
+    """The graph from uint8 RGB (N, H, W, 3) to probabilities, each of its sizes left open."""
+    import torch
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    from pipeline.fusion import fuse
+    from pipeline.graph import GraphNetwork
+
+    lean = fuse(network) if isinstance(network, GraphNetwork) else network
+
+    class Whole(torch.nn.Module):
+        """`normalise`, the network and `activation`, in operations that OpenVINO fuses with the first convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = lean
+            scale = [1 / (255 * std) for std in spec.std]
+            shift = [-mean / std for mean, std in zip(spec.mean, spec.std, strict=True)]
+            self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
+            self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1))
+
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            images = windows.permute(0, 3, 1, 2).to(torch.float32)
+            return activation(self.network(images * self.get_buffer("scale") + self.get_buffer("shift")))
+
+    example = torch.zeros(1, 3 * spec.stride, 2 * spec.stride, 3, dtype=torch.uint8)
+    with torch.no_grad(), warnings.catch_warnings():
+        # Tracing fixes what Python decides, such as softmax or sigmoid: it depends on the classes, not on the size.
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python")
+        traced = torch.jit.trace(Whole().eval(), example, check_trace=False)
+    frontend, decoder = FrontEndManager().load_by_framework("pytorch"), TorchScriptPythonDecoder(traced)
+    return frontend.convert(frontend.load(decoder))
+
+
+def _delicate(model: Model) -> list[str]:
+    """The names of the convolutions that stay in fp32: next to the image and next to the answer.
+
+    Those cost a tenth of the speed, and keep labels: of a gland segmenter's, 0.5 % changed instead of 1.2 %.
+    """
+    names = [node.get_friendly_name() for node in model.get_ordered_ops() if "Convolution" in node.get_type_name()]
+    return [*names[:_KEPT_FIRST], *names[-_KEPT_LAST:]]
+
+
+def _read(core: Any, graph: Path) -> Model:
+    try:
+        return core.read_model(graph)
+    except RuntimeError as error:
+        found = "no such file" if not graph.is_file() else f"a damaged graph ({str(error).splitlines()[-1]})"
+        remedy = f"Delete {graph.parent}, and run again."
+        raise EngineError(str(graph), found, f"a network as OpenVINO keeps it, beside its {_WEIGHTS}", remedy) from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        remedy = f"Delete {path.parent}, and run again."
+        raise EngineError(str(path), "no such file", f"{GRAPH} and {_WEIGHTS}", remedy) from error
+
+
+def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
+    """Write a graph under another name first; where another process was faster, its folder stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not (folder / GRAPH).is_file():
+            raise
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a name of its own first: another process may be writing the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    Path(partial).replace(path)

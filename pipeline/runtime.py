@@ -1,0 +1,128 @@
+"""Which engine runs a model here, and where what is made for it is kept.
+
+    MODEL/                          the checkpoint, which nothing is added to
+    MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
+    MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see precision.py
+    ~/.cache/fullfield/             what can be made again at any time: fp32 graphs and what OpenVINO compiled
+
+DIGEST is the beginning of the model's own, so that nothing made for one model is ever used with another.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import __version__, checkpoint, openvino_engine
+from pipeline.config import Backend, EngineSettings, Precision
+from pipeline.errors import EngineError
+from pipeline.openvino_engine import GRAPH
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+EXACT = EngineSettings()
+
+_TORCH_IS_FASTER: frozenset[tuple[str, Precision]] = frozenset({("unet", "fast")})
+"""Networks and precisions that torch computes faster than OpenVINO on a CPU.
+
+One thread, windows of 1024 px, allocator as workers have it, torch fused; Mpx per second of processor, torch and OpenVINO.
+In fp32 with AVX2: fcn 1.82 and 1.99, unet 0.70 and 0.75, heatmap 3.17 and 3.32, basic_unet 0.47 and 0.50, flexible_unet
+0.45 and 0.49, classifier 1.84 and 1.98. In bf16 with AVX-512: fcn 9.5 and 10.8, unet 4.3 and 3.6; others not measured.
+"""
+
+_DIGITS = 16  # of a digest, in the name of a folder
+
+
+def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
+    """The engine of a trained model's folder; a process loads each but once.
+
+    Raises CheckpointError where there is no model, and EngineError where it cannot be run in that way here.
+    """
+    chosen = settled(settings, checkpoint.load_spec(model).architecture)
+    return _shared_engine(model, checkpoint.digest(model), chosen.precision, chosen.backend)
+
+
+@lru_cache(maxsize=2)
+def _shared_engine(model: Path, digest: str, precision: Precision, backend: Backend) -> Engine:
+    return open_engine(model, EngineSettings(precision=precision, backend=backend))
+
+
+def open_engine(model: Path, settings: EngineSettings) -> Engine:
+    """An engine that nobody else shares; `settings` name a backend. Raises as `load_engine` does."""
+    if settings.backend == "torch":
+        from pipeline.engine import TorchEngine
+
+        return TorchEngine(*checkpoint.load(model), settings.precision)
+    graph = int8_graph(model) if settings.precision == "fastest" else fp32_graph(model)
+    key = openvino_engine.graph_digest(graph)[:_DIGITS]
+    cache = cache_folder() / "compiled" / key
+    return openvino_engine.OpenVinoEngine(checkpoint.load_spec(model), graph, settings.precision, cache)
+
+
+def settled(settings: EngineSettings, architecture: str) -> EngineSettings:
+    """The same settings with a backend in place of `auto`, told without importing either."""
+    if settings.backend != "auto":
+        return settings
+    openvino = settings.precision == "fastest" or (
+        openvino_engine.installed() and not _has_gpu() and (architecture, settings.precision) not in _TORCH_IS_FASTER
+    )
+    return settings.model_copy(update={"backend": "openvino" if openvino else "torch"})
+
+
+def describe(model: Path, settings: EngineSettings) -> str:
+    """What labels depend on besides the model: precision, backend, and the int8 graph's digest. Raises EngineError."""
+    parts: list[str] = [settings.precision, settings.backend]
+    if settings.precision == "fastest":
+        parts.append(openvino_engine.graph_digest(int8_graph(model)))
+    return ", ".join(parts)
+
+
+def fp32_graph(model: Path) -> Path:
+    """A model as an OpenVINO graph, from the cache, else made from the checkpoint and left there for the next process."""
+    versions = f"fullfield-{__version__}-openvino-{openvino_engine.library_version()}"
+    name = f"{checkpoint.digest(model)[:_DIGITS]}-{versions}"
+    folder = cache_folder() / "graphs" / name
+    if not (folder / GRAPH).is_file():
+        openvino_engine.export(*checkpoint.load(model), folder)
+    return folder / GRAPH
+
+
+def int8_graph(model: Path) -> Path:
+    """A model's int8 graph. Raises EngineError where it has none yet."""
+    graph = int8_folder(model) / GRAPH
+    if not has_int8(model):
+        remedy = (
+            "Run `fullfield run CONFIG engine.precision=fastest` with the configuration that the model was trained with."
+        )
+        raise EngineError(str(model), "no int8 form of this model", f"one in {graph.parent}", remedy)
+    return graph
+
+
+def has_int8(model: Path) -> bool:
+    """Whether a model has been calibrated for int8."""
+    return (int8_folder(model) / GRAPH).is_file()
+
+
+def int8_folder(model: Path) -> Path:
+    """Where a model's int8 graph is, or will be."""
+    return engines_folder(model) / "int8"
+
+
+def engines_folder(model: Path) -> Path:
+    """Where a model's int8 graph and approvals are: beside the model, since a checkpoint is never added to."""
+    return model.with_name(f"{model.name}.engines") / checkpoint.digest(model)[:_DIGITS]
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
+
+
+def _has_gpu() -> bool:
+    """Whether torch may find a GPU here; asking torch would take a second of every command."""
+    return sys.platform == "darwin" or Path("/proc/driver/nvidia/gpus").exists()

@@ -1,0 +1,262 @@
+"""How large the tiles of a run are, and what a slide will take: found by running a few tiles, not by assumption.
+
+A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles compute less, and hold
+more memory. Both are measured in the process that does the work, on its own slide, with everything that a tile takes:
+reading ahead, the forward pass, compressing and writing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import psutil
+
+from pipeline.canvas import create_canvas
+from pipeline.config import EngineSettings, TissueSettings
+from pipeline.errors import ClusterError, SlideError
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.grid import Grid, round_up
+from pipeline.network import ModelSpec
+from pipeline.prediction import predict
+from pipeline.runtime import EXACT, load_engine
+from pipeline.slide import Pixels, open_slide
+from pipeline.tissue import Tissue, find_tissue
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+GIB = 2**30
+
+_STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second
+_LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its memory
+_TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
+_USUAL_GIB, _MOST_GIB = 2.0, 3.0  # that a worker takes when nobody says; the second where the halo is dear
+_DEAR = 1.2
+_SHARE = 0.8  # of the machine's free memory
+_PROBE_SIZES = (256, 768)  # pixels
+_PROBE_TILES = 3  # the first warms up; by then a window is read while another is run and a third is written
+_FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations no longer fit the gaps that they left
+_PYRAMID = 4 / 3  # pixels of all levels, relative to the finest
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few tiles took: bytes held, `base_bytes` and more for each pixel of a window; windows' pixels a second; and
+    bytes on disk for each pixel of a tile, probabilities and labels together.
+    """
+
+    base_bytes: float
+    bytes_per_pixel: float
+    pixels_per_second: float
+    output_bytes: float
+
+    def peak_bytes(self, pixels: int) -> float:
+        """Memory of the whole process at its peak, for windows of so many pixels."""
+        return self.base_bytes + _FRAGMENTED * self.bytes_per_pixel * pixels
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What segmenting a slide will take. `pixels` counts those of tiles with tissue, at the model's scale.
+
+    `halo_cost` is (1 + 2 h / t)^2. `seconds` leaves out starting up and what is made of a finished canvas. `output_bytes`
+    is the canvas with its pyramid, at the rate at which the probe's tiles were compressed.
+    """
+
+    tile_size: int
+    halo_cost: float
+    tiles: int
+    tissue_tiles: int
+    pixels: int
+    seconds: float
+    peak_bytes: int
+    output_bytes: int
+
+
+def tile_size_for(
+    slides: Sequence[tuple[Path, float | None]], model: Path, memory_gib: float | None, settings: EngineSettings = EXACT
+) -> int:
+    """One tile size for all slides, given as path and mpp, with the model in a folder run in one way; see `choose`.
+
+    The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count.
+    """
+    engine = load_engine(model, settings)
+    scale = Mpp.square(engine.spec.mpp)
+    opened = []
+    for path, mpp in slides:
+        with suppress(SlideError):
+            opened.append(open_slide(path, mpp))
+    opened.sort(key=lambda slide: slide.levels[slide.best_level(scale)].mpp.area_um2)
+    for slide in opened:
+        lattice = slide.base.at(scale)
+        with suppress(SlideError):
+            found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1))
+            return choose(engine.spec, [slide.base.at(scale) for slide in opened], found, memory_gib)
+    return _STEP
+
+
+def foresee(
+    path: Path, mpp: float | None, model: Path, settings: TissueSettings, tile_size: int | None, memory_gib: float | None
+) -> Estimate:
+    """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
+    engine, slide = load_engine(model), open_slide(path, mpp)
+    lattice = slide.base.at(Mpp.square(engine.spec.mpp))
+    tissue = find_tissue(slide, settings)
+    places = (tile.write_roi for tile in Grid(lattice, _PROBE_SIZES[-1], engine.spec.halo, engine.spec.stride))
+    found = probe(slide, lattice, engine, max(places, key=lambda place: tissue.fraction(place, lattice)))
+    size = tile_size or choose(engine.spec, [lattice], found, memory_gib)
+    return estimate(engine.spec, lattice, tissue, found, size)
+
+
+def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi) -> Probe:
+    """Run a few tiles of two sizes at `place`, a rectangle of `lattice`, and write them to a folder that is then dropped.
+
+    Raises SlideError where the slide cannot be read.
+    """
+    held = _start_measuring()
+    small, large = (_run(slide, lattice, engine, place, size) for size in _PROBE_SIZES)
+    _start_measuring()  # the work begins with a heap that is whole again
+    # The process holds no less than before: where the line would say so, it goes through what was held then.
+    slope = max(min((large.peak - small.peak) / (large.window - small.window), (large.peak - held) / large.window), 0.0)
+    return Probe(large.peak - slope * large.window, slope, large.window / large.seconds, large.output_bytes)
+
+
+def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gib: float | None) -> int:
+    """The tile size, in pixels, with which slides of these lattices are read least, within the memory of a worker.
+
+    `memory_gib` None: as much as the machine has free, up to 2 GiB, or 3 where the halo would cost more than a fifth.
+    Raises ClusterError where not even the smallest tile fits.
+    """
+    step = math.lcm(spec.stride, _STEP)
+    extent = max(max(lattice.shape) for lattice in lattices)
+    least = round_up(-(-extent // _TILES_ACROSS), step)
+    largest = max(least, min(_largest_useful(spec, step), round_up(extent, step)))
+    fitting: list[int] = []
+    limits = _default_limits() if memory_gib is None else [memory_gib]
+    for limit in limits:
+        fitting = [size for size in range(step, largest + 1, step) if _peak(spec, size, found) <= limit * GIB]
+        if fitting and halo_cost(spec, fitting[-1]) <= _DEAR:
+            break
+    if not fitting:
+        raise _too_little(limits[-1], step, _peak(spec, step, found))
+    few = [size for size in fitting if size >= least] or fitting[-1:]
+    return min(few, key=lambda size: (sum(_read(spec, lattice, size) for lattice in lattices), size))
+
+
+def estimate(spec: ModelSpec, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int) -> Estimate:
+    """What segmenting a slide with tiles of a size will take."""
+    grid = Grid(lattice, tile_size, spec.halo, spec.stride)
+    pixels = [tile.write_roi.area for tile in grid if tissue.fraction(tile.write_roi, lattice) > 0]
+    window = math.prod(grid.read_shape)
+    return Estimate(
+        tile_size=grid.write_size,
+        halo_cost=halo_cost(spec, grid.write_size),
+        tiles=len(grid),
+        tissue_tiles=len(pixels),
+        pixels=sum(pixels),
+        seconds=len(pixels) * window / found.pixels_per_second,
+        peak_bytes=round(found.peak_bytes(window)),
+        output_bytes=round(sum(pixels) * found.output_bytes * _PYRAMID),
+    )
+
+
+def halo_cost(spec: ModelSpec, tile_size: int) -> float:
+    """Pixels read for each that is written: (1 + 2 h / t)^2."""
+    return (1 + 2 * spec.halo / tile_size) ** 2
+
+
+def _largest_useful(spec: ModelSpec, step: int) -> int:
+    """The first size from which doubling saves too little, up to the largest that there is."""
+    sizes = range(step, _LARGEST + 1, step)
+    saved = ((size, 1 - halo_cost(spec, 2 * size) / halo_cost(spec, size)) for size in sizes)
+    return next((size for size, saving in saved if saving < _LEAST_SAVING), _LARGEST)
+
+
+def _default_limits() -> list[float]:
+    free = _SHARE * psutil.virtual_memory().available / GIB
+    return [min(free, _USUAL_GIB), min(free, _MOST_GIB)]
+
+
+def _peak(spec: ModelSpec, size: int, found: Probe) -> float:
+    return found.peak_bytes((size + 2 * spec.halo) ** 2)
+
+
+def _read(spec: ModelSpec, lattice: Lattice, size: int) -> int:
+    """Pixels of all windows of a slide: the last tiles of rows and columns read whole windows, too."""
+    grid = Grid(lattice, size, spec.halo, spec.stride)
+    return len(grid) * math.prod(grid.read_shape)
+
+
+def _too_little(limit_gib: float, size: int, needed: float) -> ClusterError:
+    return ClusterError(
+        "cluster.worker_memory_gib",
+        f"{limit_gib:.2f} GiB for a worker",
+        f"{needed / GIB:.2f} GiB, which tiles of {size} px take",
+        "Allow more, free memory on this machine, or set a smaller `segmentation.tile_size` (--tile-size).",
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A few tiles of one size: pixels of a window, bytes held at the peak, seconds a tile, bytes on disk a pixel."""
+
+    window: int
+    peak: int
+    seconds: float
+    output_bytes: float
+
+
+def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, size: int) -> _Run:
+    spec = engine.spec
+    # A small slide is continued with glass, so that the windows of the two sizes differ.
+    least = _PROBE_TILES * (size + spec.stride) + 2 * spec.halo
+    wide = Lattice(max(lattice.width, least), max(lattice.height, least), lattice.mpp)
+    grid = Grid(wide, size, spec.halo, spec.stride)
+    row, column = place.y // grid.write_size, min(place.x // grid.write_size, grid.shape[1] - _PROBE_TILES)
+    tiles = [grid[row, column + offset] for offset in range(_PROBE_TILES)]
+    with TemporaryDirectory(prefix="fullfield-") as folder:
+        shape = wide.shrink(spec.output_stride)
+        canvas = create_canvas(Path(folder) / "probe", shape, spec.classes, grid.write_size // spec.output_stride, {})
+        times = []
+        for tile, probabilities in predict(slide, grid, tiles, engine):
+            canvas.write(tile.target(spec.output_stride), probabilities)
+            times.append(time.perf_counter())
+            if len(times) == 1:  # an engine may compile itself for windows of this size, which takes memory but once
+                _start_measuring()
+        peak = _peak_resident()
+        pixels = sum(tile.write_roi.area for tile in tiles)
+        written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
+    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    return _Run(math.prod(grid.read_shape), peak, seconds, written / pixels)
+
+
+def _start_measuring() -> int:
+    """Give freed memory back to the kernel and forget the peak; returns the bytes that this process holds."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak_resident() -> int:
+    """The most bytes that this process has held, since measuring started where the kernel can tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

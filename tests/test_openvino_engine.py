@@ -1,0 +1,208 @@
+"""OpenVINO against torch in float64, tiles against the whole, and processes that share a cache."""
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("openvino")
+
+from pipeline import openvino_engine
+from pipeline.architectures import build_network
+from pipeline.classes import Class, Classes
+from pipeline.errors import EngineError
+from pipeline.exactness import TOLERANCE, compare
+from pipeline.footprint import with_footprint
+from pipeline.geometry import Mpp
+from pipeline.graph import GraphNetwork
+from pipeline.grid import Grid
+from pipeline.network import ModelSpec, activation, normalise
+from pipeline.openvino_engine import GRAPH, OpenVinoEngine, export, graph_digest, quantise
+from pipeline.phantom import render, write_slide
+from pipeline.slide import open_slide
+from pipeline.tracing import trace
+
+CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
+IMAGE = render(5, 641, 383, 1.0, spread=3)[0]
+SIZES = {"fcn": 2, "unet": 3, "heatmap": 3, "basic_unet": 4, "classifier": 2}
+
+
+def network(architecture: str) -> tuple[ModelSpec, torch.nn.Module]:
+    """A network with random weights, whose batch norms have seen some noise."""
+    spec = ModelSpec(architecture=architecture, classes=CLASSES, mpp=1.0, patch_size=32, width=4, depth=SIZES[architecture])
+    torch.manual_seed(2)
+    made = build_network(spec)
+    with torch.no_grad():
+        for _ in range(8):
+            made.train()(torch.randn(4, 3, 64, 96))
+    return with_footprint(spec, made.eval()), made
+
+
+NETWORKS = {name: network(name) for name in SIZES}
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("graphs")
+    return {name: export(*NETWORKS[name], folder / name) for name in SIZES}
+
+
+@pytest.fixture(scope="module")
+def int8(graphs: dict[str, Path]) -> dict[str, Path]:
+    patches = [IMAGE[y : y + 64, x : x + 96] for y in range(0, 300, 100) for x in range(0, 500, 250)]
+    return {name: quantise(graphs[name], patches, graphs[name].parent / "int8") for name in ("fcn", "unet", "heatmap")}
+
+
+@pytest.mark.parametrize("architecture", SIZES)
+def test_fp32_is_what_float64_gives(architecture: str, graphs: dict[str, Path]) -> None:
+    spec, made = NETWORKS[architecture]
+    engine = OpenVinoEngine(spec, graphs[architecture])
+    windows = np.stack([IMAGE[:96, :160], IMAGE[200:296, 300:460]])
+    with torch.no_grad():
+        truth = activation(deepcopy(made).double()(normalise(windows, spec).double())).numpy()
+    answer = engine(windows)
+    assert answer.dtype == np.float32 and answer.shape == truth.shape
+    assert np.abs(answer - truth).max() < 1e-6
+    other = engine(np.ascontiguousarray(windows[:1, :64, :128]))
+    assert other.shape[2:] == (64 // spec.output_stride, 128 // spec.output_stride)
+
+
+def test_an_answer_outlives_the_next_call(graphs: dict[str, Path]) -> None:
+    engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
+    first = engine(IMAGE[None, :64, :96])
+    kept = first.copy()
+    engine(IMAGE[None, 100:164, 100:196])
+    assert (first == kept).all()
+
+
+def test_a_graph_network_gives_the_same(graphs: dict[str, Path], tmp_path: Path) -> None:
+    spec, made = NETWORKS["unet"]
+    lean = GraphNetwork(trace(made, spec), made.state_dict())
+    windows = IMAGE[None, :96, :160]
+    answers = [OpenVinoEngine(spec, graph)(windows) for graph in (graphs["unet"], export(spec, lean, tmp_path / "lean"))]
+    assert np.abs(answers[0] - answers[1]).max() < 1e-6
+
+
+def test_threads_wander_and_fp32_is_fp32(graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
+    engine(IMAGE[None, :64, :96])
+    compiled = engine._request.get_compiled_model()
+    found = {name: compiled.get_property(name) for name in ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "NUM_STREAMS")}
+    assert found == {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": 1}
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+
+
+@pytest.mark.parametrize("architecture", ["fcn", "unet", "heatmap"])
+@pytest.mark.parametrize("precision", ["exact", "fastest"])
+def test_tiled_equals_whole(
+    architecture: str, precision: str, graphs: dict[str, Path], int8: dict[str, Path], tmp_path: Path
+) -> None:
+    write_slide(IMAGE, tmp_path / "slide.tiff", 1.0)
+    slide, spec = open_slide(tmp_path / "slide.tiff"), NETWORKS[architecture][0]
+    lattice = slide.base.at(Mpp.square(spec.mpp))
+    if precision == "exact":
+        engine = OpenVinoEngine(spec, graphs[architecture])
+    else:
+        engine = OpenVinoEngine(spec, int8[architecture], "fastest")
+    found = compare(slide, Grid(lattice, 160, spec.halo, spec.stride), lattice.roi, engine)
+    assert found.pixels == -(-641 // spec.output_stride) * -(-383 // spec.output_stride)
+    assert found.exact, found
+    assert found.difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["fcn", "unet", "heatmap"])
+def test_int8_is_int8_and_near(architecture: str, graphs: dict[str, Path], int8: dict[str, Path]) -> None:
+    spec = NETWORKS[architecture][0]
+    exact = OpenVinoEngine(spec, graphs[architecture])(IMAGE[None, :320, :576])
+    small = OpenVinoEngine(spec, int8[architecture], "fastest")(IMAGE[None, :320, :576])
+    assert 0 < np.abs(small - exact).max() < 0.2
+    assert (small.argmax(1) != exact.argmax(1)).mean() < 0.05
+    assert (
+        int8[architecture].with_name("network.bin").stat().st_size
+        < graphs[architecture].with_name("network.bin").stat().st_size
+    )
+
+
+def test_half_precision_only_where_the_processor_has_it(graphs: dict[str, Path]) -> None:
+    import openvino
+
+    spec = NETWORKS["fcn"][0]
+    if {"BF16", "FP16"} & set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
+        windows = IMAGE[None, :96, :160]
+        difference = np.abs(
+            OpenVinoEngine(spec, graphs["fcn"], "fast")(windows) - OpenVinoEngine(spec, graphs["fcn"])(windows)
+        )
+        assert 0 < difference.max() < 0.05
+    else:
+        with pytest.raises(EngineError, match="expected one with bf16 or fp16"):
+            OpenVinoEngine(spec, graphs["fcn"], "fast")
+
+
+def test_two_processes_share_one_cache(tmp_path: Path) -> None:
+    spec, made = NETWORKS["unet"]
+    from pipeline.checkpoint import save
+
+    save(tmp_path / "model", spec, made)
+    np.save(tmp_path / "windows.npy", IMAGE[None, :96, :160])
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from pipeline import checkpoint;"
+        "from pipeline.openvino_engine import OpenVinoEngine, export;"
+        "here = Path(sys.argv[1]); spec, network = checkpoint.load(here / 'model');"
+        "graph = export(spec, network, here / 'cache' / 'graph');"
+        "answer = OpenVinoEngine(spec, graph, 'exact', here / 'cache')(np.load(here / 'windows.npy'));"
+        "np.save(here / f'{sys.argv[2]}.npy', answer)"
+    )
+    commands = [[sys.executable, "-c", code, str(tmp_path), name] for name in ("first", "second")]
+    running = [subprocess.Popen(command) for command in commands]
+    assert [process.wait() for process in running] == [0, 0]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), "third"], check=True)
+    answers = [np.load(tmp_path / f"{name}.npy") for name in ("first", "second", "third")]
+    assert (answers[0] == answers[1]).all() and (answers[0] == answers[2]).all()
+    left = sorted(path.suffix or path.name for path in (tmp_path / "cache").iterdir())
+    assert left == [".blob", "graph"]
+
+
+def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path) -> None:
+    spec, windows = NETWORKS["fcn"][0], IMAGE[None, :64, :96]
+    answer = OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows)
+    (blob,) = tmp_path.iterdir()
+    whole = blob.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        blob.write_bytes(damaged)
+        assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
+        assert len(blob.read_bytes()) == len(whole)
+
+
+def test_a_damaged_graph_says_so(graphs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / GRAPH).write_bytes(graphs["fcn"].read_bytes()[:400])
+    with pytest.raises(EngineError, match="no such file; expected network.xml and network.bin"):
+        graph_digest(tmp_path / GRAPH)
+    (tmp_path / "network.bin").write_bytes(graphs["fcn"].with_name("network.bin").read_bytes())
+    with pytest.raises(EngineError, match="found a damaged graph"):
+        OpenVinoEngine(NETWORKS["fcn"][0], tmp_path / GRAPH)(IMAGE[None, :64, :96])
+
+
+def test_without_the_library_the_error_says_how_to_get_it(graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_engine, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'fullfield\[openvino\]'"):
+        OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
+
+
+def test_a_graph_runs_without_torch_and_reports_to_nobody(graphs: dict[str, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from pipeline.checkpoint import load_spec;"
+        "from pipeline.openvino_engine import OpenVinoEngine;"
+        "engine = OpenVinoEngine(load_spec(Path(sys.argv[1])), Path(sys.argv[2]));"
+        "engine(np.full((1, 64, 96, 3), 200, np.uint8));"
+        "print(sorted({'torch', 'monai', 'nncf'} & set(sys.modules)), sys.modules['openvino_telemetry'])"
+    )
+    from pipeline.checkpoint import save
+
+    save(tmp_path / "model", *NETWORKS["fcn"])
+    command = [sys.executable, "-c", code, str(tmp_path / "model"), str(graphs["fcn"])]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["[]", "None"]

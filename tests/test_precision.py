@@ -1,0 +1,206 @@
+"""How far an engine strays: against a slow count over the whole slide, and through the commands."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("openvino")
+
+from pipeline import checkpoint, runtime
+from pipeline.classes import IGNORED, Class, Classes
+from pipeline.config import EngineSettings, TissueSettings, load_config
+from pipeline.errors import EngineError
+from pipeline.geometry import Lattice, Roi
+from pipeline.network import ModelSpec
+from pipeline.patches import PatchIndex, Source
+from pipeline.phantom import make_cohort, make_phantom
+from pipeline.precision import Deviation, approval, approve, calibration_patches, check, hold, require_approval
+from pipeline.slide import open_slide
+from pipeline.tissue import Tissue, find_tissue
+from workflows.run import run_config
+from workflows.segment import segment
+
+ROOT = Path(__file__).parents[1]
+FAST = EngineSettings(precision="fast", backend="torch", max_label_change=0.01)
+
+
+@dataclass
+class DrawnTruth:
+    """A phantom's truth of which only the rectangle `known` is told."""
+
+    base: Lattice
+    mask: np.ndarray
+    known: Roi
+    remarks: tuple[str, ...] = ()
+
+    def known_roi(self) -> Roi:
+        return self.known
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        assert lattice == self.base
+        answer = np.full(roi.shape, IGNORED, np.uint8)
+        common = roi.intersect(self.known)
+        answer[common.within(roi).slices()] = self.mask[common.slices()]
+        return answer
+
+
+class Shades:
+    """A network of one pixel: the darker, the likelier each next class; `shift` moves all its probabilities."""
+
+    def __init__(self, spec: ModelSpec, shift: float) -> None:
+        self.spec, self.shift = spec, shift
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        dark = 1 - windows.astype(np.float32).mean(axis=-1) / 255 + self.shift
+        centres = np.linspace(0, 0.6, len(self.spec.classes), dtype=np.float32)
+        likely = np.exp(-np.abs(dark[:, None] - centres[None, :, None, None]) * 9)
+        answer: np.ndarray = (likely / likely.sum(axis=1, keepdims=True)).astype(np.float32)
+        return answer
+
+
+def spec(classes: int, **more: int) -> ModelSpec:
+    named = Classes(tuple(Class(f"class {index}", (index, 0, 0)) for index in range(classes)))
+    return ModelSpec(architecture="fcn", classes=named, mpp=1.0, patch_size=32, width=4, depth=2, **more)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Source, Tissue]]:
+    """Two phantoms, wider than a tile, of each of which a part is known."""
+    folder, found = tmp_path_factory.mktemp("phantoms"), []
+    for seed, known in ((1, Roi(101, 57, 611, 405)), (2, Roi(0, 0, 333, 577))):
+        made = make_phantom(folder / f"{seed}.tiff", seed, 803, 601, 1.0)
+        slide = open_slide(made.slide)
+        found.append(
+            (Source(slide, DrawnTruth(slide.base, made.truth, known), slide.base), find_tissue(slide, TissueSettings()))
+        )
+    return found
+
+
+def dice(truth: np.ndarray, labels: np.ndarray, index: int) -> float:
+    return float(2 * ((truth == index) & (labels == index)).sum() / ((truth == index).sum() + (labels == index).sum()))
+
+
+def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissue]]) -> None:
+    model = spec(5, stride=4, halo=8)
+    exact, other = Shades(model, 0.0), Shades(model, 0.004)
+    truths, firsts, seconds = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    for source, tissue in sources:
+        image, mask = source.read(source.lattice.roi)
+        assert tissue.lattice.mpp.x == tissue.lattice.mpp.y == 8 * source.lattice.mpp.x
+        known = (mask != IGNORED) & np.kron(tissue.mask, np.ones((8, 8), bool))[: mask.shape[0], : mask.shape[1]]
+        truths.append(mask[known])
+        for engine, answers in ((exact, firsts), (other, seconds)):
+            answers.append(engine(image[None])[0][:, known])
+    truth, first, second = (np.concatenate(parts, axis=-1) for parts in (truths, firsts, seconds))
+    found = hold(exact, other, sources)
+    assert found.pixels == truth.size > 100_000
+    assert 0 < found.label_change == (first.argmax(0) != second.argmax(0)).mean()
+    assert found.largest_difference == np.abs(first - second).max()
+    dices = [[dice(truth, answer.argmax(0), index) for index in range(5)] for answer in (first, second)]
+    assert found.dice_change == pytest.approx(np.abs(np.subtract(*dices)).max(), abs=1e-12)
+
+
+def test_an_engine_does_not_stray_from_itself(sources: list[tuple[Source, Tissue]]) -> None:
+    found = hold(Shades(spec(5), 0.0), Shades(spec(5), 0.0), sources)
+    assert (found.label_change, found.dice_change, found.largest_difference) == (0, 0, 0)
+
+
+def test_what_strays_is_refused_with_its_figures() -> None:
+    found, model = Deviation(1000, 0.0123, 0.004, 0.31), Path("model")
+    with pytest.raises(EngineError, match="1.230% of 1000 pixels.*0.0040.*0.310.*no more than 1.000%.*raise engine.max"):
+        check(found, FAST, model)
+    check(found, FAST.model_copy(update={"max_label_change": 0.0123}), model)
+    with pytest.raises(EngineError, match="no known tissue"):
+        check(Deviation(0, 0.0, 0.0, 0.0), FAST, model)
+
+
+def save(folder: Path, width: int) -> Path:
+    from pipeline.architectures import build_network
+
+    described = ModelSpec(architecture="heatmap", classes=spec(2).classes, mpp=1.0, patch_size=32, width=width, depth=1)
+    checkpoint.save(folder, described, build_network(described))
+    return folder
+
+
+def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
+    model, found = save(tmp_path / "model", 4), Deviation(1000, 0.001, 0.004, 0.31)
+    assert approval(FAST, model) is None
+    require_approval(FAST.model_copy(update={"precision": "exact"}), model)
+    with pytest.raises(EngineError, match="never held against exact.*fullfield run CONFIG engine.precision=fast"):
+        require_approval(FAST, model)
+    approve(found, FAST, model)
+    require_approval(FAST, model)
+    assert approval(FAST, model) == found
+    assert approval(FAST.model_copy(update={"backend": "openvino"}), model) is None
+    with pytest.raises(EngineError):
+        approve(Deviation(1000, 0.5, 0.004, 0.31), FAST.model_copy(update={"backend": "openvino"}), model)
+    assert approval(FAST.model_copy(update={"backend": "openvino"}), model) is None
+    save(model, 5)
+    assert approval(FAST, model) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"engine": "fast, torch", "found": {"pixels": 3}}'])
+def test_a_damaged_approval_says_so(tmp_path: Path, content: str) -> None:
+    model = save(tmp_path / "model", 4)
+    approve(Deviation(1000, 0.001, 0.004, 0.31), FAST, model)
+    (path,) = runtime.engines_folder(model).iterdir()
+    path.write_text(content)
+    with pytest.raises(EngineError, match="a damaged file"):
+        approval(FAST, model)
+
+
+def test_patches_for_calibration_are_the_slides_own(sources: list[tuple[Source, Tissue]]) -> None:
+    corners = np.array([[200, 100], [328, 228], [0, 128]])
+    index = PatchIndex(("a", "b"), np.array([0, 0, 1]), corners, np.full((3, 2), 0.5), np.ones(3))
+    source = {"a": sources[0][0], "b": sources[1][0]}
+    patches = calibration_patches(index, source, 50, spec(2, stride=16))
+    again = calibration_patches(index, source, 50, spec(2, stride=16))
+    assert len(patches) == 100 and {patch.shape for patch in patches} == {(64, 64, 3)}
+    assert all((one == other).all() for one, other in zip(patches, again, strict=True))
+    assert len({patch.tobytes() for patch in patches}) > 90
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of three small phantoms whose run takes seconds."""
+    folder = tmp_path_factory.mktemp("project")
+    manifest = make_cohort(folder / "cohort", seed=3, slides=3, width=1203, height=901, mpp=1.0)
+    config = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
+    config["output"], config["cohort"]["manifest"] = str(folder / "out"), str(manifest)
+    config["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 8, "depth": 2}
+    config["tiles"]["patch_size"] = 64
+    config["training"] = {
+        "epochs": 2,
+        "patches_per_epoch": 32,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "weight_average": 0.5,
+    }
+    config["segmentation"], config["cluster"] = {"tile_size": 96}, {"workers": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_a_run_holds_int8_against_exact_and_segment_trusts_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
+    config, model = project / "config.yaml", project / "out" / "model"
+    strict = load_config(config, ["engine.precision=fastest", "engine.max_label_change=0"])
+    with pytest.raises(EngineError, match=r"engine.precision fastest.*have another label.*engine.max_label_change"):
+        run_config(strict)
+    slide, where = project / "cohort" / "phantom-03.tiff", load_config(config).cluster
+    fastest = EngineSettings(precision="fastest")
+    with pytest.raises(EngineError, match="never held against exact"):
+        segment([slide], str(model), project / "other", None, 96, where, fastest)
+    assert run_config(load_config(config, ["engine.precision=fastest", "engine.max_label_change=0.2"])) == 0
+    assert "fastest with openvino against exact: " in capsys.readouterr().out
+    identity = json.loads((project / "out" / "slides" / "phantom-03" / "provenance.json").read_text())["identity"]
+    assert identity["engine"].startswith("fastest, openvino, ")
+    assert segment([slide], str(model), project / "other", None, 96, where, fastest) == 0
+    assert segment([slide], str(model), project / "other", None, 96, where, EngineSettings()) == 1
+    assert "engine" in capsys.readouterr().out

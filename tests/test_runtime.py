@@ -1,0 +1,106 @@
+"""Which engine a model gets, and that either gives the same answer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("openvino")
+
+from pipeline import checkpoint, openvino_engine, runtime
+from pipeline.architectures import build_network
+from pipeline.classes import Class, Classes
+from pipeline.config import EngineSettings
+from pipeline.errors import EngineError
+from pipeline.footprint import with_footprint
+from pipeline.network import FAMILIES, ModelSpec
+from pipeline.openvino_engine import OpenVinoEngine, quantise
+from pipeline.phantom import render
+from pipeline.runtime import describe, fp32_graph, int8_folder, load_engine, settled
+
+CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
+WINDOWS = render(5, 160, 96, 1.0, spread=3)[0][None]
+TORCH, OPENVINO = EngineSettings(backend="torch"), EngineSettings(backend="openvino")
+FASTEST = EngineSettings(precision="fastest", backend="openvino")
+
+
+def save(folder: Path, seed: int) -> Path:
+    """A small model with random weights."""
+    torch.manual_seed(seed)
+    spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=32, width=4, depth=2)
+    network = build_network(spec).eval()
+    checkpoint.save(folder, with_footprint(spec, network), network)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return save(tmp_path / "model", 1)
+
+
+def test_both_backends_agree_and_load_once(model: Path) -> None:
+    answers = [load_engine(model, settings)(WINDOWS) for settings in (TORCH, OPENVINO)]
+    assert np.abs(answers[0] - answers[1]).max() < 1e-6
+    assert load_engine(model, OPENVINO) is load_engine(model, OPENVINO)
+    assert load_engine(model, OPENVINO) is load_engine(model, OPENVINO.model_copy(update={"max_label_change": 0.1}))
+    assert {path.name for path in model.iterdir()} <= {"model.yaml", "weights.safetensors", "network.json"}
+
+
+def test_a_model_trained_anew_is_loaded_anew(model: Path) -> None:
+    for settings in (TORCH, OPENVINO):
+        before = load_engine(model, settings)(WINDOWS)
+        save(model, 2 if settings is TORCH else 3)
+        assert np.abs(load_engine(model, settings)(WINDOWS) - before).max() > 1e-3
+
+
+def test_a_second_process_finds_the_graph_and_needs_no_torch(model: Path) -> None:
+    answer = load_engine(model, OPENVINO)(WINDOWS)
+    np.save(model.parent / "windows.npy", WINDOWS)
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from pipeline.config import EngineSettings;"
+        "from pipeline.runtime import load_engine; here = Path(sys.argv[1]);"
+        "engine = load_engine(here / 'model', EngineSettings(backend='openvino'));"
+        "np.save(here / 'answer.npy', engine(np.load(here / 'windows.npy')));"
+        "sys.exit(bool({'torch', 'monai', 'mlflow', 'nncf'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model.parent)], check=True)
+    assert (np.load(model.parent / "answer.npy") == answer).all()
+
+
+def test_int8_is_the_models_own(model: Path) -> None:
+    with pytest.raises(EngineError, match="no int8 form of this model"):
+        load_engine(model, FASTEST)
+    with pytest.raises(EngineError, match="no int8 form of this model"):
+        describe(model, FASTEST)
+    quantise(fp32_graph(model), [WINDOWS[0]], int8_folder(model))
+    assert isinstance(load_engine(model, FASTEST), OpenVinoEngine)
+    assert describe(model, FASTEST).startswith("fastest, openvino, ")
+    save(model, 2)
+    with pytest.raises(EngineError, match="no int8 form of this model"):
+        load_engine(model, FASTEST)
+
+
+def test_torch_computes_no_int8(model: Path) -> None:
+    with pytest.raises(EngineError, match="no int8"):
+        load_engine(model, EngineSettings(precision="fastest", backend="torch"))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_auto_becomes_one_of_the_two(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settled(EngineSettings(), architecture)
+    assert chosen.backend in ("torch", "openvino") and settled(chosen, architecture) == chosen
+    assert settled(TORCH, architecture) == TORCH
+    monkeypatch.setattr(openvino_engine, "installed", lambda: False)
+    assert settled(EngineSettings(), architecture).backend == "torch"
+    assert settled(EngineSettings(precision="fastest"), architecture).backend == "openvino"
+
+
+def test_auto_takes_torch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_has_gpu", lambda: True)
+    assert settled(EngineSettings(), "fcn").backend == "torch"
+    assert settled(EngineSettings(precision="fast"), "fcn").backend == "torch"

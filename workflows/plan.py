@@ -1,0 +1,50 @@
+"""`fullfield plan SLIDE --model MODEL`: what segmenting a slide will take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from pipeline import checkpoint
+from pipeline.cluster import connect
+from pipeline.config import ClusterSettings, TissueSettings
+from pipeline.progress import console
+from pipeline.registry import resolve_model
+from pipeline.slide import fallback_mpp, open_slide
+from pipeline.tiling import GIB, Estimate, foresee
+
+
+def plan(path: Path, model: str, mpp: float | None, tile_size: int | None, as_json: bool) -> None:
+    """Estimate in a worker such as `fullfield segment` starts, with the tissue of the model's own run, and print."""
+    folder, path = resolve_model(model).absolute(), path.absolute()
+    tissue = TissueSettings(**checkpoint.load_lineage(folder).get("tissue", {}))
+    mpp = fallback_mpp(path, mpp)
+    open_slide(path, mpp)  # before workers are started for nothing
+    with connect(ClusterSettings()) as cluster:
+        cluster.submit(path, foresee, path, mpp, folder, tissue, tile_size, None)
+        (outcome,) = cluster
+    if outcome.error:
+        raise outcome.error
+    if as_json:
+        print(json.dumps({"slide": str(path), "model": str(folder), **asdict(outcome.value)}, indent=2))
+    else:
+        console.print(_table(outcome.value))
+
+
+def _table(found: Estimate) -> Table:
+    table = Table(show_header=False, box=None)
+    rows = {
+        "tile size": f"{found.tile_size} px",
+        "cost of the halo": f"{found.halo_cost - 1:.1%} more pixels",
+        "tiles with tissue": f"{found.tissue_tiles} of {found.tiles}",
+        "pixels": f"{found.pixels / 1e6:.1f} Mpx",
+        "time": f"about {found.seconds:.0f} s on one worker, after it has started",
+        "peak memory": f"about {found.peak_bytes / GIB:.2f} GiB",
+        "output": f"about {found.output_bytes / 2**20:.0f} MiB of OME-Zarr",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
