@@ -31,7 +31,8 @@ _TORCH_IS_FASTER: frozenset[tuple[str, Precision]] = frozenset({("unet", "fast")
 
 One thread, windows of 1024 px, allocator as workers have it, torch fused; Mpx per second of processor, torch and OpenVINO.
 In fp32 with AVX2: fcn 1.82 and 1.99, unet 0.70 and 0.75, heatmap 3.17 and 3.32, basic_unet 0.47 and 0.50, flexible_unet
-0.45 and 0.49, classifier 1.84 and 1.98. In bf16 with AVX-512: fcn 9.5 and 10.8, unet 4.3 and 3.6; others not measured.
+0.45 and 0.49, classifier 1.84 and 1.98. In bf16, which needs AVX-512, torch is taken to be faster for
+the unet alone: that was seen once and not measured since.
 """
 
 _DIGITS = 16  # of a digest, in the name of a folder

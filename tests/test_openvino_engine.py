@@ -1,5 +1,6 @@
 """OpenVINO against torch in float64, tiles against the whole, and processes that share a cache."""
 
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -95,6 +96,9 @@ def test_threads_wander_and_fp32_is_fp32(graphs: dict[str, Path], monkeypatch: p
     found = {name: compiled.get_property(name) for name in ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "NUM_STREAMS")}
     assert found == {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": 1}
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    if hasattr(os, "sched_getaffinity"):
+        everywhere = os.sched_getaffinity(0)
+        assert all(os.sched_getaffinity(int(task.name)) == everywhere for task in Path("/proc/self/task").iterdir())
 
 
 @pytest.mark.parametrize("architecture", ["fcn", "unet", "heatmap"])
