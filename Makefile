@@ -12,6 +12,7 @@ test: .venv/.test lint
 
 bench: .venv/.demo
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.dense
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -40,12 +40,16 @@ _SMALLEST_LEVEL = 512  # pixels: the pyramid ends with the first level that is n
 
 @dataclass(frozen=True)
 class Canvas:
-    """The output of one slide, on disk at `path`, in pixels of `lattice`; tiles are squares of `write_size` pixels."""
+    """The output of one slide, on disk at `path`, in pixels of `lattice`; tiles are squares of `write_size` pixels.
+
+    `identity` says what it is made from, as `create_canvas` was told.
+    """
 
     path: Path
     lattice: Lattice
     classes: Classes
     write_size: int
+    identity: Mapping[str, str]
 
     @cached_property
     def levels(self) -> tuple[Lattice, ...]:
@@ -188,7 +192,7 @@ def create_canvas(path: Path, lattice: Lattice, classes: Classes, write_size: in
         raise CanvasError(str(path), "an output that exists", "none", "Open it to go on, or delete it to start again.")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    canvas = Canvas(partial, lattice, classes, write_size)
+    canvas = Canvas(partial, lattice, classes, write_size, dict(identity))
     _create_group(partial, {"ome": image_metadata(canvas.levels, classes), "fullfield": dict(identity)})
     _create_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["classes"]}})
     _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes)})
@@ -196,7 +200,7 @@ def create_canvas(path: Path, lattice: Lattice, classes: Classes, write_size: in
         canvas.probability_shards(level).create("cyx")
         canvas.label_shards(level).create("yx")
     partial.rename(path)
-    return Canvas(path, lattice, classes, write_size)
+    return replace(canvas, path=path)
 
 
 def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas:
@@ -216,7 +220,7 @@ def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas
         raise CanvasError(str(path), f"no readable canvas ({error})", "the output of a segmentation", remedy) from error
     if identity is not None and dict(identity) != found:
         raise _other_identity(path, found, identity)
-    return Canvas(path, Lattice(width, height, mpp), classes, write_size)
+    return Canvas(path, Lattice(width, height, mpp), classes, write_size, found)
 
 
 def halve_labels(fine: np.ndarray) -> np.ndarray:

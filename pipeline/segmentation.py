@@ -218,7 +218,7 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
     from pipeline.prediction import predict
 
-    opened, engine = _Opened(job), load_engine(job.model, job.engine)
+    opened, engine = _Opened(job), load_engine(job.model, _engine(job))
     canvas, pixels = open_canvas(job.folder / CANVAS), 0
     for tile, probabilities in predict(opened.slide, opened.grid, (opened.grid[index] for index in block), engine):
         canvas.write(tile.target(opened.spec.output_stride), probabilities)
@@ -248,6 +248,20 @@ def _tile_size(job: SlideJob) -> int:
     return open_canvas(job.folder / CANVAS).write_size * checkpoint.load_spec(job.model).output_stride
 
 
+def _engine(job: SlideJob) -> EngineSettings:
+    """The job's engine. Where nobody names a backend, exact output goes on with the one that it was begun with.
+
+    So installing the other backend later neither refuses what is there nor mixes the two in one output.
+    """
+    if job.engine.precision == "exact" and job.engine.backend == "auto":
+        ways = {f"exact, {backend}": backend for backend in ("torch", "openvino")}
+        with suppress(CanvasError):
+            begun = ways.get(open_canvas(job.folder / CANVAS).identity.get("engine", ""))
+            if begun:
+                return job.engine.model_copy(update={"backend": begun})
+    return settled(job.engine, checkpoint.load_spec(job.model).architecture)
+
+
 class _Opened:
     """A job's slide, model and grid; opening them is cheap, since a process keeps each slide open."""
 
@@ -267,7 +281,7 @@ class _Opened:
         return {
             "fullfield": __version__,
             "model": checkpoint.digest(self.job.model),
-            "engine": describe(self.job.model, settled(self.job.engine, self.spec.architecture)),
+            "engine": describe(self.job.model, _engine(self.job)),
             "slide": self.slide.digest(),
             "slide_mpp": f"{self.slide.base.mpp.x} x {self.slide.base.mpp.y}",
             "classes": ", ".join(self.spec.classes.names),

@@ -40,7 +40,7 @@ def trace(network: nn.Module, spec: ModelSpec) -> Graph:
     try:
         with torch.no_grad(), recorder:
             answer = copy(image)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError) as error:
         raise _refused(recorder.subject, f"a forward pass that fails ({error})") from error
     output = recorder.values.get(id(answer), IMAGE)
     if output == IMAGE:

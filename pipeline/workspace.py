@@ -22,7 +22,6 @@ from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
 from pipeline.patches import Source
 from pipeline.progress import console
-from pipeline.runtime import settled
 from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
 from pipeline.tracking import Run
@@ -113,8 +112,7 @@ def open_source(case: Case, config: Config) -> Source:
 def slide_job(case: Case, config: Config) -> SlideJob:
     """What it takes to segment a case with the run's own model."""
     folder, model = config.output / "slides" / case.slide_id, config.output / "model"
-    engine = settled(config.engine, config.network.architecture)
-    return SlideJob(case.slide_id, case.slide, case.mpp, model, folder, config.segmentation, config.tissue, engine)
+    return SlideJob(case.slide_id, case.slide, case.mpp, model, folder, config.segmentation, config.tissue, config.engine)
 
 
 def case_truth(case: Case, config: Config) -> Truth:

@@ -16,15 +16,18 @@ import tifffile
 import yaml
 from PIL import Image
 
+from pipeline import openvino_engine, runtime
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
-from pipeline.config import SegmentationSettings, TissueSettings
+from pipeline.cohort import read_manifest
+from pipeline.config import SegmentationSettings, TissueSettings, load_config
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
 from pipeline.runtime import load_engine
 from pipeline.segmentation import SlideJob, is_finished, plan_slide
 from pipeline.slide import open_slide
+from pipeline.workspace import slide_job
 
 FULLFIELD = [sys.executable, "-m", "workflows"]
 ROOT = Path(__file__).parents[1]
@@ -84,6 +87,19 @@ def test_a_run_leaves_everything(project: Path) -> None:
     assert not list((project / "out").rglob("*.partial"))
     assert not list((project / "out").rglob("*.pkl"))
     assert "mlflow ui" in (project / "log.txt").read_text()
+
+
+def test_what_one_backend_began_is_no_other_run_once_another_is_installed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(project / "out" / "config.yaml")
+    cases = [case for case in read_manifest(project / "out" / "cohort.csv") if case.split in ("val", "test")]
+    seen = set()
+    for installed in (True, False):
+        monkeypatch.setattr(openvino_engine, "installed", lambda installed=installed: installed)
+        seen.add(runtime.settled(config.engine, config.network.architecture).backend)
+        assert cases and all(is_finished(slide_job(case, config)) for case in cases)
+    assert seen == {"torch", "openvino"}
 
 
 def test_the_labels_are_those_of_one_forward_pass(project: Path) -> None:

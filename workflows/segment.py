@@ -43,8 +43,7 @@ def segment(
 ) -> int:
     """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed."""
     folder = resolve_model(model).absolute()
-    engine = settled(engine, checkpoint.load_spec(folder).architecture)
-    require_approval(engine, folder)
+    require_approval(settled(engine, checkpoint.load_spec(folder).architecture), folder)
     looked = checkpoint.load_lineage(folder)
     tissue = TissueSettings(**looked.get("tissue", {}))
     settings = SegmentationSettings(tile_size=tile_size, min_region_um2=looked.get("min_region_um2", _MIN_REGION_UM2))
