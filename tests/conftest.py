@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ def shared_data() -> Path:
     if not _SHARED.is_dir():
         pytest.skip(f"no real slides at {_SHARED}")
     return _SHARED
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small images are too little to share: beside other work, threads that wait for each other take ten times as long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 settings.register_profile("fullfield", deadline=None, max_examples=60)

@@ -1,6 +1,6 @@
 """Tiled equals whole, for every architecture; what is not local is refused, and the layers at fault are named."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -47,13 +47,7 @@ KNOWN = {
 LIGHT = [name for name in KNOWN if not name.startswith("resnet")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Strips are too small to share: beside other work, threads that wait for each other take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass

@@ -32,11 +32,13 @@ ALL = [
     spec("heatmap"),
     spec("heatmap", downsample="stride"),
     spec("unet"),
+    spec("unet", residual_units=0),
     spec("basic_unet", depth=4),
     spec("flexible_unet", depth=5, encoder="resnet10"),
     spec("flexible_unet", depth=5, encoder="resnet18", upsample="transpose"),
 ]
-NAMES = ["-".join(filter(None, (s.architecture, s.downsample, s.upsample, s.encoder))) for s in ALL]
+CHOICES = ("architecture", "downsample", "upsample", "encoder", "residual_units")
+NAMES = ["-".join(str(getattr(s, key)) for key in CHOICES if getattr(s, key) is not None) for s in ALL]
 
 
 def layer_sizes(network: nn.Module, height: int, width: int) -> list[tuple[int, int]]:

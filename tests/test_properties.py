@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from math import isqrt
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -20,19 +21,34 @@ from pipeline.footprint import with_footprint
 from pipeline.geometry import Mpp, Roi
 from pipeline.grid import Grid
 from pipeline.network import ModelSpec, normalise
+from pipeline.openvino_engine import OpenVinoEngine, export, installed
 from pipeline.phantom import render, write_slide
 from pipeline.prediction import predict
 from pipeline.slide import Slide, open_slide
 
-ENGINES: list[Callable[[ModelSpec, nn.Module], Engine]] = [TorchEngine]
+GRAPHS = TemporaryDirectory()
+
+
+def compiled(spec: ModelSpec, model: nn.Module) -> Engine:
+    """The engine that compiles its graph anew for every shape of window."""
+    return OpenVinoEngine(spec, export(spec, model.eval(), Path(GRAPHS.name) / f"{spec.architecture}-{id(model)}"))
+
+
+ENGINES: list[Callable[[ModelSpec, nn.Module], Engine]] = [TorchEngine, *([compiled] if installed() else [])]
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
 BASE_MPP = 0.5
 TILES = 30  # at most, so that no example takes long
 
 
-def described(architecture: str, depth: int, patch_size: int = 64) -> ModelSpec:
+def described(architecture: str, depth: int, patch_size: int = 64, residual_units: int | None = None) -> ModelSpec:
     return ModelSpec(
-        architecture=architecture, classes=CLASSES, mpp=1.0, patch_size=patch_size, width=2 if depth > 3 else 4, depth=depth
+        architecture=architecture,
+        classes=CLASSES,
+        mpp=1.0,
+        patch_size=patch_size,
+        width=2 if depth > 3 else 4,
+        depth=depth,
+        residual_units=residual_units,
     )
 
 
@@ -44,6 +60,7 @@ SPECS = {
     "fcn 5": described("fcn", 5),
     "unet 2": described("unet", 2),
     "unet 4": described("unet", 4),
+    "single unet 4": described("unet", 4, residual_units=0),
     "heatmap 1": described("heatmap", 1),
     "heatmap 3": described("heatmap", 3),
     "heatmap 5": described("heatmap", 5),
@@ -57,12 +74,7 @@ PICTURE = render(9, 1101, 1003, 2.0, spread=3)[0]
 names, engines = st.sampled_from(sorted(SPECS)), st.sampled_from(ENGINES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
