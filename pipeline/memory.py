@@ -1,53 +1,94 @@
-"""Slides that are read again and again, kept in memory at the one scale at which they are read."""
+"""Slides and truths that are read again and again, kept in memory at the one scale at which they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
+from pipeline.annotations import Truth
 from pipeline.geometry import Lattice, Roi
 from pipeline.patches import Source
-from pipeline.slide import Pixels
 
 _MOST_BYTES = 1 << 30
+_PIXEL_BYTES = 4  # red, green, blue and the class
 _BLOCK = 256  # pixels along a side of what is read and kept at once
 
 
 def remembered(sources: Mapping[str, Source]) -> dict[str, Source]:
-    """The same sources, whose pixels are read from disk but once, if all of them fit into 1 GiB; else as they are.
+    """The same sources, which are read from disk and filled in but once, if all of them fit into 1 GiB; else as they are.
 
     Reads are tile-invariant, so that the bytes are the same either way.
     """
-    size = sum(3 * source.lattice.roi.area for source in sources.values())
+    size = sum(_PIXEL_BYTES * source.lattice.roi.area for source in sources.values())
     if size > _MOST_BYTES:
         return dict(sources)
-    return {name: replace(source, slide=Remembered(source.slide, source.lattice)) for name, source in sources.items()}
+    return {name: _remembered(source) for name, source in sources.items()}
+
+
+def _remembered(source: Source) -> Source:
+    return replace(
+        source,
+        slide=Remembered(source.slide, source.lattice),
+        truth=RememberedTruth(source.truth, Remembered(source.truth, source.lattice)),
+    )
+
+
+class Readable(Protocol):
+    """Whatever gives an array for a rectangle: a slide, or its truth."""
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """The values at the pixels of `roi`, rows and columns first; a rectangle read in pieces gives the same bytes."""
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """The pixels of a slide on one lattice, in blocks that are kept as they are first read."""
+    """What `origin` gives on one lattice, in blocks that are kept as they are first read."""
 
-    slide: Pixels
+    origin: Readable
     lattice: Lattice
     _blocks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
-        """Pixels as `Slide.read` gives them; only those of the one lattice are kept."""
-        if lattice != self.lattice:
-            return self.slide.read(roi, lattice)
-        pixels = np.empty((*roi.shape, 3), np.uint8)
-        for y in range(roi.y // _BLOCK, -(-roi.bottom // _BLOCK)):
-            for x in range(roi.x // _BLOCK, -(-roi.right // _BLOCK)):
-                block = Roi(x * _BLOCK, y * _BLOCK, _BLOCK, _BLOCK)
-                common = block.intersect(roi)
-                pixels[common.within(roi).slices()] = self._block(block)[common.within(block).slices()]
-        return pixels
+        """As the origin reads; only what is on the one lattice is kept."""
+        if lattice != self.lattice or not roi.area:
+            return self.origin.read(roi, lattice)
+        rows = range(roi.y // _BLOCK, -(-roi.bottom // _BLOCK))
+        columns = range(roi.x // _BLOCK, -(-roi.right // _BLOCK))
+        parts = [[self._part(Roi(x * _BLOCK, y * _BLOCK, _BLOCK, _BLOCK), roi) for x in columns] for y in rows]
+        return np.concatenate([np.concatenate(row, axis=1) for row in parts])
 
-    def _block(self, block: Roi) -> np.ndarray:
+    def _part(self, block: Roi, roi: Roi) -> np.ndarray:
+        """What a block holds of a rectangle."""
         found = self._blocks.get((block.x, block.y))
         if found is None:
-            found = self._blocks[block.x, block.y] = self.slide.read(block, self.lattice)
-        return found
+            found = self._blocks[block.x, block.y] = self.origin.read(block, self.lattice)
+        return found[block.intersect(roi).within(block).slices()]
+
+
+@dataclass(frozen=True)
+class RememberedTruth:
+    """A truth whose pixels are remembered; everything else of it is the truth's own."""
+
+    truth: Truth
+    pixels: Remembered
+
+    @property
+    def base(self) -> Lattice:
+        """See Truth.base."""
+        return self.truth.base
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """See Truth.remarks."""
+        return self.truth.remarks
+
+    def known_roi(self) -> Roi:
+        """See Truth.known_roi."""
+        return self.truth.known_roi()
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """See Truth.read."""
+        return self.pixels.read(roi, lattice)
