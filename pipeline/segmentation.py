@@ -182,7 +182,8 @@ class _Active:
 def plan_slide(job: SlideJob) -> Plan:
     """Find the tissue, make or reopen the canvas, and list the tiles that are not done.
 
-    Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
+    Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
+    SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
     """
     opened = _Opened(job)
     identity = opened.identity()
