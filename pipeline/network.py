@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
-from pipeline.stains import METHODS, Normalisation
+from pipeline.staining import METHODS, Normalisation
 
 if TYPE_CHECKING:
     import numpy as np

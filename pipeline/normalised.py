@@ -13,7 +13,8 @@ import numpy as np
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid
 from pipeline.slide import Pixels, Slide
-from pipeline.stains import Normalisation, Staining, staining
+from pipeline.staining import Normalisation, Staining
+from pipeline.stains import restained, staining_of
 from pipeline.tissue import Tissue, glass
 
 _MPP = 2.0  # micrometres per pixel of the view: nuclei stand apart from what is around them
@@ -31,7 +32,7 @@ class NormalisedSlide:
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
         """Pixels as `Slide.read` gives them, normalised."""
-        return self.normalisation.apply(self.slide.read(roi, lattice), self.staining)
+        return restained(self.slide.read(roi, lattice), self.staining, self.normalisation)
 
 
 def normalised(slide: Slide, tissue: Tissue, normalisation: Normalisation | None) -> Pixels:
@@ -52,4 +53,4 @@ def estimate(slide: Slide, tissue: Tissue, method: str) -> Staining:
     chosen = [fields[index] for index in np.random.default_rng(0).permutation(len(fields))[:_FIELDS]]
     pixels = [slide.read(roi, lattice)[tissue.sampled(roi, lattice)] for roi in chosen]
     light = glass(slide.read(tissue.lattice.roi, tissue.lattice))
-    return staining(np.concatenate([np.empty((0, 3), np.uint8), *pixels]), light, method)
+    return staining_of(np.concatenate([np.empty((0, 3), np.uint8), *pixels]), light, method)

@@ -32,7 +32,7 @@ from pipeline.normalised import NormalisedSlide, estimate
 from pipeline.regions import find_regions, write_geojson
 from pipeline.runtime import EXACT, describe, load_engine, settled
 from pipeline.slide import Pixels, Slide, open_slide
-from pipeline.stains import Staining
+from pipeline.staining import Staining
 from pipeline.tiling import tile_size_for
 from pipeline.tissue import Tissue, find_tissue, outlined
 

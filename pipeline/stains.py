@@ -18,16 +18,12 @@ MONAI: that would take seconds, and memory, of every worker.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline.density import density, density_tables, mix
-
-Rgb = tuple[float, float, float]
-"""Red, green and blue."""
+from pipeline.staining import Normalisation, Rgb, Staining
 
 _FAINTEST = 0.15  # density of every colour of a pixel that counts as stained, as Macenko et al. have it
 _LEAST_PIXELS = 2000  # stained ones: fewer say too little
@@ -39,58 +35,30 @@ _DIGITS = 6
 _BAND_PIXELS = 1 << 16  # mixed at once: what is in between stays in the processor's cache
 
 
-@dataclass(frozen=True)
-class Staining:
-    """How a slide is stained: its `light`, in grey levels, and its `dyes`, in optical density, haematoxylin first.
+def restained(image: np.ndarray, found: Staining, wanted: Normalisation) -> np.ndarray:
+    """An image (H, W, 3) uint8 RGB of a slide that is stained as `found`, as it would be with the dyes that are `wanted`.
 
-    Where the dyes could not be told there are none, and `problem` says why.
+    Each pixel's answer depends on that pixel alone. Where the slide's dyes could not be told, the image is left as it is.
     """
-
-    light: Rgb
-    dyes: tuple[Rgb, ...]
-    problem: str = ""
-
-    def to_dict(self) -> dict[str, object]:
-        """As plain values that JSON can hold."""
-        return {**asdict(self), "light": list(self.light), "dyes": [list(dye) for dye in self.dyes]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Staining:
-        """The staining that `to_dict` wrote."""
-        return cls(tuple(values["light"]), tuple(map(tuple, values["dyes"])), values["problem"])
+    if not found.dyes:
+        return image
+    tables = density_tables(np.array(found.light))
+    matrix = np.linalg.inv(_basis(found.dyes)) @ _basis(wanted.dyes)
+    alike = np.empty_like(image)
+    rows = max(_BAND_PIXELS // image.shape[1], 1)
+    for top in range(0, image.shape[0], rows):
+        band = slice(top, top + rows)
+        alike[band] = mix(image[band].transpose(2, 0, 1), tables, matrix).transpose(1, 2, 0)
+    return alike
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """How slides are made alike before a model sees them: by a method of METHODS, and to which dyes."""
-
-    method: str
-    dyes: tuple[Rgb, ...]
-
-    def apply(self, image: np.ndarray, staining: Staining) -> np.ndarray:
-        """An image (H, W, 3) uint8 RGB of a slide with that staining, as it would be with the reference's.
-
-        Where the slide's dyes could not be told, the image is left as it is.
-        """
-        if not staining.dyes:
-            return image
-        tables = density_tables(np.array(staining.light))
-        matrix = np.linalg.inv(_basis(staining.dyes)) @ _basis(self.dyes)
-        alike = np.empty_like(image)
-        rows = max(_BAND_PIXELS // image.shape[1], 1)
-        for top in range(0, image.shape[0], rows):
-            band = slice(top, top + rows)
-            alike[band] = mix(image[band].transpose(2, 0, 1), tables, matrix).transpose(1, 2, 0)
-        return alike
-
-
-def staining(pixels: np.ndarray, light: np.ndarray, method: str) -> Staining:
+def staining_of(pixels: np.ndarray, light: np.ndarray, method: str) -> Staining:
     """The staining of a slide by pixels of its tissue, (n, 3) uint8 RGB, in `light`, (3,) grey levels of empty glass."""
     found = density(pixels, light)
     stained = found[(found > _FAINTEST).all(axis=1)]
     if len(stained) < _LEAST_PIXELS:
         return Staining(_rgb(light), (), f"only {len(stained)} stained pixels, and {_LEAST_PIXELS} are needed")
-    dyes = METHODS[method](stained)
+    dyes = _METHODS[method](stained)
     problem = _problem(dyes)
     return Staining(_rgb(light), () if problem else tuple(map(_rgb, dyes)), problem)
 
@@ -120,8 +88,7 @@ def _reinhard(stained: np.ndarray) -> np.ndarray:
     return np.diag(stained.mean(axis=0))
 
 
-METHODS = {"macenko": _macenko, "reinhard": _reinhard}
-"""From the densities (n, 3) of stained pixels to dyes, a row each."""
+_METHODS = {"macenko": _macenko, "reinhard": _reinhard}
 
 
 def _problem(dyes: np.ndarray) -> str:

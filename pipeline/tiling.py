@@ -31,7 +31,7 @@ from pipeline.normalised import NormalisedSlide
 from pipeline.prediction import predict
 from pipeline.runtime import EXACT, load_engine
 from pipeline.slide import Pixels, open_slide
-from pipeline.stains import Staining
+from pipeline.staining import Staining
 from pipeline.tissue import Tissue, find_tissue
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from pipeline.patches import Source
 from pipeline.progress import console
 from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
-from pipeline.stains import Normalisation, reference
+from pipeline.staining import Normalisation
+from pipeline.stains import reference
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 

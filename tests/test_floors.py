@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
-    "classes geometry files progress contours polygons density",
+    "classes geometry files progress contours polygons density staining",
     "config outlines label_image stencil shards stains",
     "slide grid annotations cohort cluster ngff store",
     "tissue canvas augment network dense graph histology",

@@ -22,7 +22,8 @@ from pipeline.phantom import make_cohort, write_slide
 from pipeline.runtime import load_engine
 from pipeline.segmentation import CANVAS, finish_slide, plan_slide, segment_block
 from pipeline.slide import Pixels, Slide, open_slide
-from pipeline.stains import METHODS, reference, staining
+from pipeline.staining import METHODS
+from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue
 from pipeline.workspace import open_sources, slide_job
 from workflows.run import run_config
@@ -94,7 +95,7 @@ def test_real_slides_are_given_the_stain_of_the_reference(shared_data: Path, met
     lattice = slides[0].base.at(Mpp.square(2.0))
     pixels = alike(slides[0], slides, method)
     seen = pixels.read(lattice.roi, lattice)[find_tissue(slides[0], TissueSettings()).sampled(lattice.roi, lattice)]
-    again = staining(seen, np.full(3, 255.0), method)
+    again = staining_of(seen, np.full(3, 255.0), method)
     np.testing.assert_allclose(again.dyes, pixels.normalisation.dyes, atol=0.06)
     assert np.abs(np.array(pixels.staining.dyes) - pixels.normalisation.dyes).max() > 0.06, "it was stained otherwise"
 

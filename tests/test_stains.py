@@ -1,4 +1,4 @@
-"""Dyes are told from pixels whose dyes are known, as MONAI tells them; mixing is held against the formula, pixel by pixel."""
+"""Dyes are told from pixels whose dyes are known, as MONAI tells them; mixing is held against its formula."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.stains import METHODS, Normalisation, Staining, reference, staining
+from pipeline.staining import METHODS, Normalisation, Staining
+from pipeline.stains import reference, restained, staining_of
 
 LIGHT = np.array([243.0, 238.0, 246.0])
 BLUE, PINK = np.array([0.62, 0.70, 0.35]), np.array([0.15, 0.85, 0.45])
@@ -48,7 +49,7 @@ def by_formula(image: np.ndarray, found: Staining, wanted: Normalisation) -> np.
 
 def test_macenko_finds_the_dyes_and_how_strong_they_are() -> None:
     dyes = np.stack([unit(BLUE), unit(PINK)])
-    found = staining(drawn(amounts(20_000), dyes, LIGHT), LIGHT, "macenko")
+    found = staining_of(drawn(amounts(20_000), dyes, LIGHT), LIGHT, "macenko")
     assert found.light == tuple(LIGHT) and not found.problem
     for dye, true, held in zip(np.array(found.dyes), dyes, amounts(20_000).T, strict=True):
         assert degrees(dye, true) < 1.5
@@ -57,7 +58,7 @@ def test_macenko_finds_the_dyes_and_how_strong_they_are() -> None:
 
 def test_reinhard_finds_the_mean_of_every_colour() -> None:
     held = amounts(20_000) @ np.stack([unit(BLUE), unit(PINK)])
-    found = staining(drawn(amounts(20_000), np.stack([unit(BLUE), unit(PINK)]), LIGHT), LIGHT, "reinhard")
+    found = staining_of(drawn(amounts(20_000), np.stack([unit(BLUE), unit(PINK)]), LIGHT), LIGHT, "reinhard")
     expected = held[(held > 0.15).all(axis=1)].mean(axis=0)
     np.testing.assert_allclose(np.array(found.dyes), np.diag(expected), atol=0.01)
 
@@ -68,13 +69,13 @@ def test_macenko_is_monais() -> None:
     light, dyes = np.full(3, 240.0), np.stack([unit(BLUE), unit(PINK)])
     strong = amounts(40_000) * 0.8 + 0.3
     image = drawn(strong, dyes, light).reshape(160, 250, 3)
-    found = np.array(staining(image.reshape(-1, 3), light, "macenko").dyes)
+    found = np.array(staining_of(image.reshape(-1, 3), light, "macenko").dyes)
     for dye, same in zip(found, ExtractHEStains(tli=240)(image).T, strict=True):
         assert degrees(dye, same) < 1
     target = np.array(OTHER.dyes)
     lengths = np.linalg.norm(target, axis=1)
     theirs = NormalizeHEStains(tli=240, target_he=(target / lengths[:, None]).T, max_cref=lengths)(image)
-    ours = OTHER.apply(image, staining(image.reshape(-1, 3), light, "macenko"))
+    ours = restained(image, staining_of(image.reshape(-1, 3), light, "macenko"), OTHER)
     assert np.abs(ours / 255 - theirs / 240).mean() < 1.5 / 255
     assert np.abs(image / 255.0 - theirs / 240).mean() > 10 / 255, "they had something to do"
 
@@ -83,21 +84,21 @@ def test_macenko_is_monais() -> None:
 def test_every_pixel_is_mixed_by_the_formula_and_by_itself(wanted: Normalisation) -> None:
     image = np.random.default_rng(1).integers(0, 256, (67, 1031, 3), dtype=np.uint8)
     found = FOUND if wanted is OTHER else replace(FOUND, dyes=((0.4, 0, 0), (0, 0.7, 0), (0, 0, 0.6)))
-    whole = wanted.apply(image, found)
+    whole = restained(image, found, wanted)
     assert np.abs(whole - by_formula(image, found, wanted)).max() < 1.2, "more than rounding"
     for rows, columns in ((slice(0, 1), slice(3, 998)), (slice(13, 67), slice(1030, 1031)), (slice(5, 30), slice(7, 20))):
-        np.testing.assert_array_equal(wanted.apply(image[rows, columns], found), whole[rows, columns])
+        np.testing.assert_array_equal(restained(image[rows, columns], found, wanted), whole[rows, columns])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_glass_becomes_white_and_white_stays_white(method: str) -> None:
     pixels = drawn(amounts(20_000), np.stack([unit(BLUE), unit(PINK)]), LIGHT)
-    found = staining(pixels, LIGHT, method)
+    found = staining_of(pixels, LIGHT, method)
     wanted = reference([found, replace(found, dyes=tuple(tuple(1.3 * x for x in dye) for dye in found.dyes))], method)
     assert wanted is not None
     for glass in (LIGHT.astype(np.uint8), np.full(3, 255, np.uint8)):
-        assert (wanted.apply(np.tile(glass, (4, 5, 1)), found) == 255).all()
-    assert wanted.apply(pixels[None], found).mean() < pixels.mean(), "stains are stronger"
+        assert (restained(np.tile(glass, (4, 5, 1)), found, wanted) == 255).all()
+    assert restained(pixels[None], found, wanted).mean() < pixels.mean(), "stains are stronger"
 
 
 def grey() -> np.ndarray:
@@ -117,10 +118,10 @@ def grey() -> np.ndarray:
     ids=["none", "glass", "one grey", "one colour", "greys"],
 )
 def test_where_dyes_cannot_be_told_the_image_is_left_alone(pixels: np.ndarray, word: str) -> None:
-    found = staining(pixels, LIGHT, "macenko")
+    found = staining_of(pixels, LIGHT, "macenko")
     assert not found.dyes and word in found.problem
     image = np.random.default_rng(3).integers(0, 256, (20, 31, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(OTHER.apply(image, found), image)
+    np.testing.assert_array_equal(restained(image, found, OTHER), image)
 
 
 def test_the_reference_is_the_mean_of_those_that_could_be_told() -> None:
