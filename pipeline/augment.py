@@ -24,15 +24,14 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
+from pipeline.density import density_tables, mix
+
 # Optical density of red, green and blue for haematoxylin, eosin and DAB: Ruifrok and Johnston (2001), Anal. Quant. Cytol.
 # Histol. 23: 291-299, as in skimage.color.rgb_from_hed.
 _RGB_FROM_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _HED_FROM_RGB = np.linalg.inv(_RGB_FROM_HED)
 
-_STEPS = 2048  # table entries per unit of optical density: an eighth of a grey level at white
-_DARKEST = 0.5  # grey level that stands for black, whose density is infinite
-_DENSITY_STEPS = (-np.log(np.maximum(np.arange(256), _DARKEST) / 255) * _STEPS).astype(np.float32)
-_GREY = np.rint(255 * np.exp(-np.arange(math.ceil(_DENSITY_STEPS[0]) + 2) / _STEPS)).astype(np.uint8)
+_DENSITIES = density_tables(np.full(3, 255.0))
 
 _NODE_SPACING = 32  # pixels between the nodes of an elastic deformation
 _OUTSIDE = np.uint8(255)  # white glass in the image, IGNORED in the mask
@@ -198,17 +197,7 @@ def _sample(planes: np.ndarray, grid: np.ndarray, mode: str) -> np.ndarray:
 def _restain(planes: np.ndarray, draw: _Draw) -> np.ndarray:
     """(3, H, W) uint8 with the density of each stain, then of each colour, and the light that shines through multiplied.
 
-    Separating, scaling and mixing again is one 3 x 3 matrix on optical densities; logarithm and exponential are tables.
-    White stays white where `light` is 1.
+    Separating, scaling and mixing again is one 3 x 3 matrix on optical densities. White stays white where `light` is 1.
     """
-    matrix = (_HED_FROM_RGB @ np.diag(draw.stains) @ _RGB_FROM_HED * draw.tints).astype(np.float32)
-    offset = np.float32(0.5 - math.log(draw.light) * _STEPS)
-    red, green, blue = (np.take(_DENSITY_STEPS, plane) for plane in planes)
-    restained = np.empty(planes.shape, np.uint8)
-    for channel, (of_red, of_green, of_blue) in enumerate(matrix.T):
-        steps = of_red * red
-        steps += of_green * green
-        steps += of_blue * blue
-        steps += offset
-        np.take(_GREY, steps.astype(np.int32), mode="clip", out=restained[channel])
-    return restained
+    matrix = _HED_FROM_RGB @ np.diag(draw.stains) @ _RGB_FROM_HED * draw.tints
+    return mix(planes, _DENSITIES, matrix, -math.log(draw.light))

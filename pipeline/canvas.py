@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,8 @@ _SMALLEST_LEVEL = 512  # pixels: the pyramid ends with the first level that is n
 class Canvas:
     """The output of one slide, on disk at `path`, in pixels of `lattice`; tiles are squares of `write_size` pixels.
 
-    `identity` says what it is made from, as `create_canvas` was told.
+    `identity` says what it is made from, and `measured` what was measured on the slide beforehand and holds for every tile,
+    both as `create_canvas` was told.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Canvas:
     classes: Classes
     write_size: int
     identity: Mapping[str, str]
+    measured: Mapping[str, Any]
 
     @cached_property
     def levels(self) -> tuple[Lattice, ...]:
@@ -182,18 +185,27 @@ class Canvas:
         return levels, winners
 
 
-def create_canvas(path: Path, lattice: Lattice, classes: Classes, write_size: int, identity: Mapping[str, str]) -> Canvas:
+def create_canvas(
+    path: Path,
+    lattice: Lattice,
+    classes: Classes,
+    write_size: int,
+    identity: Mapping[str, str],
+    measured: Mapping[str, Any] = MappingProxyType({}),
+) -> Canvas:
     """Make an empty canvas on disk, whole or not at all.
 
     `identity` says what the output is made from (model, configuration, slide); it is compared when the canvas is opened
-    again. Raises CanvasError where something is at `path` already.
+    again. `measured` says what was measured on the slide, as values that JSON can hold; it is kept, and not compared. Raises
+    CanvasError where something is at `path` already.
     """
     if path.exists():
         raise CanvasError(str(path), "an output that exists", "none", "Open it to go on, or delete it to start again.")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    canvas = Canvas(partial, lattice, classes, write_size, dict(identity))
-    _create_group(partial, {"ome": image_metadata(canvas.levels, classes), "fullfield": dict(identity)})
+    canvas = Canvas(partial, lattice, classes, write_size, dict(identity), dict(measured))
+    own = {"fullfield": dict(identity), "fullfield-measured": dict(measured)}
+    _create_group(partial, {"ome": image_metadata(canvas.levels, classes), **own})
     _create_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["classes"]}})
     _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes)})
     for level in range(len(canvas.levels)):
@@ -213,6 +225,7 @@ def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas
         array = json.loads((path / _LABELS / "0" / "zarr.json").read_text())
         mpp, classes = read_image_metadata(attributes["ome"])
         found: dict[str, str] = attributes["fullfield"]
+        measured: dict[str, Any] = attributes.get("fullfield-measured", {})
         height, width = array["shape"]
         write_size: int = array["chunk_grid"]["configuration"]["chunk_shape"][0]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -220,7 +233,7 @@ def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas
         raise CanvasError(str(path), f"no readable canvas ({error})", "the output of a segmentation", remedy) from error
     if identity is not None and dict(identity) != found:
         raise _other_identity(path, found, identity)
-    return Canvas(path, Lattice(width, height, mpp), classes, write_size, found)
+    return Canvas(path, Lattice(width, height, mpp), classes, write_size, found, measured)
 
 
 def halve_labels(fine: np.ndarray) -> np.ndarray:

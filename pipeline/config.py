@@ -84,6 +84,12 @@ class TissueSettings(Section):
     max_hole_um2: NotNegative = 100_000.0
 
 
+class NormalisationSettings(Section):
+    """How slides that are stained differently are made alike before the network sees them; see stains.py."""
+
+    method: Literal["none", "macenko", "reinhard"] = "none"
+
+
 class NetworkSettings(Section):
     """The network and the scale at which it looks at a slide."""
 
@@ -197,6 +203,7 @@ class Config(Section):
     classes: Annotated[tuple[ClassSettings, ...], Field(min_length=2, max_length=254)]
     annotations: AnnotationSettings = AnnotationSettings()
     tissue: TissueSettings = TissueSettings()
+    normalisation: NormalisationSettings = NormalisationSettings()
     network: NetworkSettings
     tiles: TileSettings = TileSettings()
     training: TrainingSettings = TrainingSettings()

@@ -11,7 +11,7 @@ from pipeline.engine import Engine
 from pipeline.geometry import Lattice, Roi
 from pipeline.grid import Grid, Tile, round_up
 from pipeline.prediction import predict
-from pipeline.slide import Slide
+from pipeline.slide import Pixels
 from pipeline.tissue import Tissue
 
 TOLERANCE = 1e-5
@@ -36,7 +36,7 @@ class Comparison:
         return self.difference <= TOLERANCE and self.flips == 0
 
 
-def comparisons(slide: Slide, tissue: Tissue, lattice: Lattice, engine: Engine) -> Iterator[Comparison]:
+def comparisons(slide: Pixels, tissue: Tissue, lattice: Lattice, engine: Engine) -> Iterator[Comparison]:
     """Compare the whole of a small slide, or windows of a large one that reach over the corners of its tiles.
 
     The windows are the top-left and the bottom-right one, where the network's own padding counts, and the one with most
@@ -52,7 +52,7 @@ def comparisons(slide: Slide, tissue: Tissue, lattice: Lattice, engine: Engine) 
         yield compare(slide, grid, window, engine)
 
 
-def compare(slide: Slide, grid: Grid, window: Roi, engine: Engine) -> Comparison:
+def compare(slide: Pixels, grid: Grid, window: Roi, engine: Engine) -> Comparison:
     """One forward pass over a window and its surroundings against the grid's tiles, stitched.
 
     `window` starts at a multiple of the stride. The surroundings are twice the halo, so that the pass's own borders, where

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
+from pipeline.staining import METHODS, Normalisation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,7 @@ class ModelSpec:
     a level: 2, 1, or 0 for a plain one. `mpp` is in micrometres per pixel, `patch_size`
     in pixels of that mpp, and so are `stride`, `halo` and `output_stride`, which `footprint.with_footprint` measures.
     `rest` is the index of the class that stands for everything else, of which no regions are drawn; None: there is none.
-    RGB enters as (value / 255 - mean) / std.
+    RGB enters as (value / 255 - mean) / std, of slides that had their stain made that of `normalisation`; None: as scanned.
     """
 
     architecture: str
@@ -76,6 +77,7 @@ class ModelSpec:
     output_stride: int = 1
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
         _check_family(self)
@@ -93,7 +95,11 @@ class ModelSpec:
     def to_dict(self) -> dict[str, object]:
         """The spec as plain values that YAML can hold."""
         classes = [{"name": item.name, "color": list(item.color)} for item in self.classes]
-        return {**asdict(self), "classes": classes, "mean": list(self.mean), "std": list(self.std)}
+        listed = {"classes": classes, "mean": list(self.mean), "std": list(self.std)}
+        if self.normalisation is not None:
+            dyes = [list(dye) for dye in self.normalisation.dyes]
+            listed["normalisation"] = {"method": self.normalisation.method, "dyes": dyes}
+        return {**asdict(self), **listed}
 
     @classmethod
     def from_dict(cls, values: object) -> ModelSpec:
@@ -101,12 +107,14 @@ class ModelSpec:
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping):
             raise _wrong("", type(values).__name__, "keys and values", "Use a model.yaml as Fullfield wrote it.")
+        values = {"normalisation": None, **values}  # models from before there was any do not say so
         unlike = sorted(set(names) ^ set(values), key=str)
         if unlike:
             found = ", ".join(f"{'no' if key in names else 'unknown'} key `{key}`" for key in unlike)
             raise _wrong("", found, f"the keys {', '.join(names)}", "Use the version of Fullfield that wrote it.")
         listed = {key: _tuple(key, values[key]) for key in ("mean", "std")}
-        return cls(**{**values, **listed, "classes": _classes(values["classes"])})
+        parsed = {"classes": _classes(values["classes"]), "normalisation": _normalisation(values["normalisation"])}
+        return cls(**{**values, **listed, **parsed})
 
 
 def activation(logits: torch.Tensor) -> torch.Tensor:
@@ -210,6 +218,19 @@ def _classes(value: object) -> Classes:
         return Classes(tuple(items))
     except ValueError as error:
         raise _wrong("classes", str(error), "classes with different names", "Correct the classes.") from error
+
+
+def _normalisation(value: object) -> Normalisation | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) != {"method", "dyes"} or value["method"] not in METHODS:
+        expected = f"null, or a method ({', '.join(METHODS)}) and dyes"
+        raise _wrong("normalisation", repr(value), expected, "Correct `normalisation`.")
+    dyes = tuple(_tuple("normalisation.dyes", dye) for dye in _tuple("normalisation.dyes", value["dyes"]))
+    if len(dyes) not in (2, 3) or not all(len(dye) == 3 and all(map(_is_number, dye)) for dye in dyes):
+        expected = "two or three dyes, each the densities of red, green and blue"
+        raise _wrong("normalisation.dyes", repr(value["dyes"]), expected, "Correct `normalisation.dyes`.")
+    return Normalisation(value["method"], dyes)
 
 
 def _wrong(key: str, found: str, expected: str, remedy: str) -> NetworkError:

@@ -28,13 +28,16 @@ from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.measurement import measure, write_measurements
 from pipeline.network import ModelSpec
+from pipeline.normalised import NormalisedSlide, estimate
 from pipeline.regions import find_regions, write_geojson
 from pipeline.runtime import EXACT, describe, load_engine, settled
-from pipeline.slide import Slide, open_slide
+from pipeline.slide import Pixels, Slide, open_slide
+from pipeline.staining import Staining
 from pipeline.tiling import tile_size_for
 from pipeline.tissue import Tissue, find_tissue, outlined
 
 CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
+_STAINING = "staining"  # of what the canvas says was measured
 _BLOCK_TILES = 4  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
 _SLIDES_AT_ONCE = 4
 
@@ -179,7 +182,8 @@ class _Active:
 def plan_slide(job: SlideJob) -> Plan:
     """Find the tissue, make or reopen the canvas, and list the tiles that are not done.
 
-    Raises SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
+    Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
+    SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
     """
     opened = _Opened(job)
     identity = opened.identity()
@@ -189,13 +193,13 @@ def plan_slide(job: SlideJob) -> Plan:
         if is_finished(job):
             return Plan((), finished=True)
     job.folder.mkdir(parents=True, exist_ok=True)
+    tissue = opened.tissue()
     if not path.exists():
         (job.folder / PROVENANCE).unlink(missing_ok=True)
         lattice = opened.grid.lattice.shrink(opened.spec.output_stride)
         write_size = opened.grid.write_size // opened.spec.output_stride
-        canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity)
+        canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
     done = set(canvas.done())
-    tissue = opened.tissue()
     blocks = defaultdict(list)
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
@@ -220,7 +224,8 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
 
     opened, engine = _Opened(job), load_engine(job.model, _engine(job))
     canvas, pixels = open_canvas(job.folder / CANVAS), 0
-    for tile, probabilities in predict(opened.slide, opened.grid, (opened.grid[index] for index in block), engine):
+    tiles = (opened.grid[index] for index in block)
+    for tile, probabilities in predict(opened.pixels(canvas), opened.grid, tiles, engine):
         canvas.write(tile.target(opened.spec.output_stride), probabilities)
         pixels += tile.write_roi.area
     return pixels / 1e6
@@ -276,6 +281,18 @@ class _Opened:
         """The slide's tissue."""
         return find_tissue(self.slide, self.job.tissue)
 
+    def measured(self, tissue: Tissue) -> dict[str, object]:
+        """What is measured once on the slide, and then holds for every tile, whichever worker segments it."""
+        if self.spec.normalisation is None:
+            return {}
+        return {_STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
+
+    def pixels(self, canvas: Canvas) -> Pixels:
+        """The slide as the network sees it."""
+        if self.spec.normalisation is None:
+            return self.slide
+        return NormalisedSlide(self.slide, Staining.from_dict(canvas.measured[_STAINING]), self.spec.normalisation)
+
     def identity(self) -> dict[str, str]:
         """What the labels depend on: a canvas takes tiles of no other run."""
         return {
@@ -297,6 +314,7 @@ class _Opened:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "identity": self.identity(),
             "model_spec": self.spec.to_dict(),
+            "staining": canvas.measured.get(_STAINING),
             "min_region_um2": self.job.settings.min_region_um2,
             "mpp": asdict(canvas.lattice.mpp),
             "width": canvas.lattice.width,

@@ -27,9 +27,11 @@ from pipeline.errors import ClusterError, SlideError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid, round_up
 from pipeline.network import ModelSpec
+from pipeline.normalised import NormalisedSlide
 from pipeline.prediction import predict
 from pipeline.runtime import EXACT, load_engine
 from pipeline.slide import Pixels, open_slide
+from pipeline.staining import Staining
 from pipeline.tissue import Tissue, find_tissue
 
 if TYPE_CHECKING:
@@ -123,6 +125,9 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi) -> Probe:
 
     Raises SlideError where the slide cannot be read.
     """
+    if engine.spec.normalisation is not None:  # to whichever stain: the cost is the same
+        white = Staining((255.0, 255.0, 255.0), engine.spec.normalisation.dyes)
+        slide = NormalisedSlide(slide, white, engine.spec.normalisation)
     held = _start_measuring()
     small, large = (_run(slide, lattice, engine, place, size) for size in _PROBE_SIZES)
     _start_measuring()  # the work begins with a heap that is whole again

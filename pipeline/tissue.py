@@ -82,14 +82,14 @@ def tissue_mask(view: np.ndarray, mpp: Mpp) -> np.ndarray:
 
 def _stain(view: np.ndarray) -> np.ndarray:
     """How much light a pixel takes away and how unequally over the colours, relative to glass; 0 is glass."""
-    transmission = np.clip(view / _glass(view), 1 / 255, 1)
+    transmission = np.clip(view / glass(view), 1 / 255, 1)
     density = -np.log10(transmission)
     chroma = transmission.max(axis=-1) - transmission.min(axis=-1)
     stain: np.ndarray = chroma + np.clip(density.min(axis=-1) - 0.1, 0, None)
     return stain
 
 
-def _glass(view: np.ndarray) -> np.ndarray:
+def glass(view: np.ndarray) -> np.ndarray:
     """The colour of empty glass in a view: the median of its bright and colourless pixels; white where there are none."""
     pixels = view.reshape(-1, 3)
     bright = pixels[(pixels.min(axis=1) > _GLASS_BRIGHTNESS) & (np.ptp(pixels, axis=1) < _GLASS_TINT)]

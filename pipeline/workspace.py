@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyarrow import parquet
@@ -16,14 +16,18 @@ from pipeline.annotations import ClassMap, Truth, open_truth
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import Config
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, TrainingError
 from pipeline.files import write_text
 from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
+from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.patches import Source
 from pipeline.progress import console
 from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
+from pipeline.staining import Normalisation
+from pipeline.stains import reference
+from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 
 TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
@@ -103,10 +107,34 @@ def model_spec(config: Config) -> ModelSpec:
     )
 
 
-def open_source(case: Case, config: Config) -> Source:
-    """The slide and the truth of an annotated case, on the lattice of the model."""
+def open_source(case: Case, config: Config, normalisation: Normalisation | None = None) -> Source:
+    """The slide and the truth of an annotated case, on the lattice of the model, as one of that normalisation sees it."""
     slide = open_slide(case.slide, case.mpp)
-    return Source(slide, case_truth(case, config), slide.base.at(Mpp.square(config.network.mpp)))
+    source = Source(slide, case_truth(case, config), slide.base.at(Mpp.square(config.network.mpp)))
+    if normalisation is None:
+        return source
+    return replace(source, slide=normalised(slide, find_tissue(slide, config.tissue), normalisation))
+
+
+def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Source], Normalisation | None]:
+    """Annotated cases as a model that is to be trained on them will see them, and that model's normalisation.
+
+    It leads to the mean of the training slides; each slide is estimated once. Raises TrainingError where the stain of no
+    training slide can be told.
+    """
+    sources, method = {case.slide_id: open_source(case, config) for case in cases}, config.normalisation.method
+    if method == "none":
+        return sources, None
+    slides = {case.slide_id: open_slide(case.slide, case.mpp) for case in cases}
+    found = {name: estimate(slide, find_tissue(slide, config.tissue), method) for name, slide in slides.items()}
+    trained = [found[case.slide_id] for case in cases if case.split == "train"]
+    normalisation = reference(trained, method)
+    if normalisation is None:
+        problems = "; ".join(sorted({item.problem for item in trained}))
+        remedy = "Say normalisation.method=none."
+        raise TrainingError(f"normalisation.method {method}", problems, "a training slide whose stain can be told", remedy)
+    alike = {name: NormalisedSlide(slides[name], found[name], normalisation) for name in sources}
+    return {name: replace(source, slide=alike[name]) for name, source in sources.items()}, normalisation
 
 
 def slide_job(case: Case, config: Config) -> SlideJob:
@@ -160,7 +188,7 @@ def read_stamp(tiles: Path) -> tuple[str, bool] | None:
 
 def training_inputs(config: Config, cases: Sequence[Case]) -> str:
     """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
-    sections = config.model_dump(mode="json", include={*_TILED, "network", "training", "seed"})
+    sections = config.model_dump(mode="json", include={*_TILED, "normalisation", "network", "training", "seed"})
     return _sha256([sections, [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
 
 

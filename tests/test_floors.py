@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
-    "classes geometry files progress contours polygons",
-    "config outlines label_image stencil shards",
+    "classes geometry files progress contours polygons density staining",
+    "config outlines label_image stencil shards stains",
     "slide grid annotations cohort cluster ngff store",
     "tissue canvas augment network dense graph histology",
-    "architectures tracing fusion",
+    "architectures tracing fusion normalised",
     "footprint patches checkpoint metrics phantom",
     "engine openvino_engine training registry",
     "runtime prediction regions measurement export tracking memory",

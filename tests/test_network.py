@@ -15,6 +15,7 @@ from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
 from pipeline.network import ModelSpec, activation, normalise
+from pipeline.staining import Normalisation
 
 CLASSES = Classes((Class("Gland", (200, 40, 40)), Class("Stroma", (40, 200, 40)), Class("Fat", (240, 240, 80))))
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.Upsample)
@@ -148,7 +149,15 @@ def test_probabilities_of_classes_sum_to_one_and_that_of_one_class_is_a_sigmoid(
 @pytest.mark.parametrize("model", ALL, ids=NAMES)
 def test_a_spec_survives_yaml(model: ModelSpec) -> None:
     model = replace(model, mpp=0.4942, halo=96, stride=32, mean=(0.7, 0.5, 0.6))
-    assert ModelSpec.from_dict(yaml.safe_load(yaml.safe_dump(model.to_dict()))) == model
+    alike = replace(model, normalisation=Normalisation("macenko", ((0.9, 1.1, 0.4), (0.25, 1.0, 0.35))))
+    for item in (model, alike):
+        assert ModelSpec.from_dict(yaml.safe_load(yaml.safe_dump(item.to_dict()))) == item
+
+
+def test_a_spec_from_before_normalisation_has_none() -> None:
+    values = spec().to_dict()
+    del values["normalisation"]
+    assert ModelSpec.from_dict(values) == spec()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +204,11 @@ def test_an_impossible_spec_is_refused_by_its_key(changes: dict[str, Any], key: 
         ({"classes": "Gland"}, "a list"),
         ({"classes": []}, "different names"),
         ({"mean": 0.5}, "a list"),
+        ({"normalisation": "macenko"}, "a method"),
+        ({"normalisation": {"method": "vahadane", "dyes": []}}, "null, or a method"),
+        ({"normalisation": {"method": "macenko", "dyes": 3}}, "a list"),
+        ({"normalisation": {"method": "macenko", "dyes": [[1.0, 0.5, 0.2]]}}, "two or three dyes"),
+        ({"normalisation": {"method": "macenko", "dyes": [[1.0, 0.5, "x"], [0.1, 0.2, 0.3]]}}, "two or three dyes"),
     ],
 )
 def test_values_that_are_no_spec_are_refused(changes: dict[str, Any], word: str) -> None:

@@ -102,8 +102,13 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
     found = approval(engine, model)
     if found is None:
         slides = [case for case in cases if case.split == "val"]
+        normalisation = checkpoint.load_spec(model).normalisation
         known = (
-            (open_source(case, config), find_tissue(open_slide(case.slide, case.mpp), config.tissue)) for case in slides
+            (
+                open_source(case, config, normalisation),
+                find_tissue(open_slide(case.slide, case.mpp), config.tissue),
+            )
+            for case in slides
         )
         exact = open_engine(model, settled(EXACT, config.network.architecture))
         found = hold(exact, load_engine(model, engine), known)
@@ -114,7 +119,8 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
 def _calibration(config: Config, cases: Sequence[Case], tiles: Path, spec: ModelSpec) -> list[np.ndarray]:
     """Patches of the training slides, on which int8 is calibrated."""
     index = read_index(tiles, config.class_list.names, "train")
-    sources = {case.slide_id: open_source(case, config) for case in cases if case.slide_id in index.slide_ids}
+    drawn = [case for case in cases if case.slide_id in index.slide_ids]
+    sources = {case.slide_id: open_source(case, config, spec.normalisation) for case in drawn}
     return calibration_patches(index, sources, config.tiles.patch_size, spec)
 
 

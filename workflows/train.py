@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from pipeline.progress import console, progress
 from pipeline.workspace import (
     Workspace,
     model_spec,
-    open_source,
+    open_sources,
     open_workspace,
     read_stamp,
     rest_index,
@@ -102,8 +102,9 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
 
     torch.manual_seed(config.seed)
     learner = build_learner(model_spec(config))
-    spec = with_footprint(model_spec(config), for_slides(learner))
-    sources = remembered({case.slide_id: open_source(case, config) for case in cases})
+    opened, normalisation = open_sources(cases, config)
+    sources = remembered(opened)
+    spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
     trainer, best = Trainer(spec, learner, config.training, config.seed), -1.0

@@ -9,10 +9,12 @@ from tempfile import TemporaryDirectory
 
 from rich.table import Table
 
+from pipeline import checkpoint
 from pipeline.cluster import keep_memory
 from pipeline.config import EngineSettings, TissueSettings
 from pipeline.exactness import TOLERANCE, comparisons
 from pipeline.geometry import Mpp
+from pipeline.normalised import normalised
 from pipeline.phantom import make_phantom
 from pipeline.progress import console
 from pipeline.registry import resolve_model
@@ -24,12 +26,13 @@ from pipeline.tissue import find_tissue
 def verify(path: Path | None, model: str, mpp: float | None, settings: EngineSettings) -> int:
     """Compare and print; the exit code is 1 above 1e-5 or where a label differs."""
     keep_memory()
-    engine = load_engine(resolve_model(model), settings)
-    spec = engine.spec
+    folder = resolve_model(model)
+    engine = load_engine(folder, settings)
+    spec, looked = engine.spec, TissueSettings(**checkpoint.load_lineage(folder).get("tissue", {}))
     with _given_or_phantom(path) as scan:
         slide = open_slide(scan, fallback_mpp(scan, mpp))
-        lattice = slide.base.at(Mpp.square(spec.mpp))
-        found = list(comparisons(slide, find_tissue(slide, TissueSettings()), lattice, engine))
+        lattice, tissue = slide.base.at(Mpp.square(spec.mpp)), find_tissue(slide, looked)
+        found = list(comparisons(normalised(slide, tissue, spec.normalisation), tissue, lattice, engine))
     table = Table("window (x, y, width, height)", "pixels", "largest difference", "labels that differ")
     for item in found:
         window = f"{item.window.x}, {item.window.y}, {item.window.width}, {item.window.height}"

@@ -1,0 +1,196 @@
+"""Slides of other stains become alike; what is learnt, segmented and verified sees them so, without being told."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline import checkpoint
+from pipeline.canvas import open_canvas
+from pipeline.classes import IGNORED
+from pipeline.cohort import read_manifest
+from pipeline.config import ClusterSettings, EngineSettings, TissueSettings, load_config
+from pipeline.errors import TrainingError
+from pipeline.geometry import Mpp, Roi
+from pipeline.grid import Grid
+from pipeline.histology import GLASS, draw, plan
+from pipeline.normalised import NormalisedSlide, estimate, normalised
+from pipeline.phantom import make_cohort, write_slide
+from pipeline.runtime import load_engine
+from pipeline.segmentation import CANVAS, finish_slide, plan_slide, segment_block
+from pipeline.slide import Pixels, Slide, open_slide
+from pipeline.staining import METHODS
+from pipeline.stains import reference, staining_of
+from pipeline.tissue import find_tissue
+from pipeline.workspace import open_sources, slide_job
+from workflows.run import run_config
+from workflows.segment import segment
+from workflows.verify import verify
+
+ROOT = Path(__file__).parents[1]
+WIDTH, HEIGHT, MPP = 701, 553, 2.0
+EXACT, HERE = EngineSettings(), ClusterSettings(workers=0)
+
+
+@pytest.fixture(scope="module")
+def stained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Slide, Slide, np.ndarray]:
+    """One phantom, stained and scanned in two ways, and where it is tissue."""
+    folder = tmp_path_factory.mktemp("stained")
+    scene = plan(11, WIDTH, HEIGHT, MPP, 0.9)
+    other = replace(
+        scene,
+        stains=np.array([[0.95, 0.85, 0.30], [0.10, 0.70, 0.45]], np.float32),
+        white=np.array([232, 240, 228], np.float32),
+    )
+    for name, each in (("one", scene), ("two", other)):
+        image, truth = draw(each, 0, HEIGHT)
+        write_slide(image, folder / f"{name}.tiff", MPP)
+    return open_slide(folder / "one.tiff"), open_slide(folder / "two.tiff"), truth != GLASS
+
+
+def alike(slide: Slide, others: list[Slide], method: str) -> NormalisedSlide:
+    """A slide normalised to the mean of some."""
+    found = [estimate(other, find_tissue(other, TissueSettings()), method) for other in others]
+    wanted = reference(found, method)
+    assert wanted is not None
+    pixels = normalised(slide, find_tissue(slide, TissueSettings()), wanted)
+    assert isinstance(pixels, NormalisedSlide)
+    return pixels
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_stains_of_one_tissue_become_alike(stained: tuple[Slide, Slide, np.ndarray], method: str) -> None:
+    one, two, tissue = stained
+    pictures = [slide.read(one.base.roi, one.base).astype(float) for slide in (one, two)]
+    normal = [alike(slide, [one, two], method).read(one.base.roi, one.base).astype(float) for slide in (one, two)]
+    before, after = (np.abs(first - second)[tissue].mean() for first, second in (pictures, normal))
+    assert after < before / 2
+    assert np.abs(normal[0] - normal[1])[~tissue].mean() < 3 < np.abs(pictures[0] - pictures[1])[~tissue].mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_normalised_slide_read_in_pieces_is_the_same(stained: tuple[Slide, Slide, np.ndarray], method: str) -> None:
+    pixels, roi = alike(stained[0], list(stained[:2]), method), Roi(-9, 211, 500, 371)
+    lattice = stained[0].base.at(Mpp.square(2.7))
+    whole, pieces = pixels.read(roi, lattice), np.empty((*roi.shape, 3), np.uint8)
+    for y in range(roi.y, roi.bottom, 97):
+        for x in range(roi.x, roi.right, 131):
+            piece = Roi(x, y, 131, 97).intersect(roi)
+            pieces[piece.within(roi).slices()] = pixels.read(piece, lattice)
+    np.testing.assert_array_equal(pieces, whole)
+    assert (whole[:, :9] == 255).all(), "beyond the slide is white"
+    assert (whole != stained[0].read(roi, lattice)).any()
+
+
+def test_without_normalisation_a_slide_is_itself(stained: tuple[Slide, Slide, np.ndarray]) -> None:
+    assert normalised(stained[0], find_tissue(stained[0], TissueSettings()), None) is stained[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_real_slides_are_given_the_stain_of_the_reference(shared_data: Path, method: str) -> None:
+    slides = [open_slide(shared_data / "glas" / f"glas-patient-{number}.tiff") for number in ("06", "15")]
+    lattice = slides[0].base.at(Mpp.square(2.0))
+    pixels = alike(slides[0], slides, method)
+    seen = pixels.read(lattice.roi, lattice)[find_tissue(slides[0], TissueSettings()).sampled(lattice.roi, lattice)]
+    again = staining_of(seen, np.full(3, 255.0), method)
+    np.testing.assert_allclose(again.dyes, pixels.normalisation.dyes, atol=0.06)
+    assert np.abs(np.array(pixels.staining.dyes) - pixels.normalisation.dyes).max() > 0.06, "it was stained otherwise"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of three small phantoms, each stained in its way, and the results of `fullfield run` with Macenko on it."""
+    folder = tmp_path_factory.mktemp("project")
+    manifest = make_cohort(folder / "cohort", seed=4, slides=3, width=1101, height=903, mpp=1.0)
+    config = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
+    config["output"], config["cohort"]["manifest"] = str(folder / "out"), str(manifest)
+    config["normalisation"] = {"method": "macenko"}
+    config["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 8, "depth": 2}
+    config["tiles"]["patch_size"] = 64
+    config["training"] = {"epochs": 1, "patches_per_epoch": 32, "batch_size": 8, "learning_rate": 0.01}
+    config["segmentation"] = {"tile_size": 96}
+    config["cluster"] = {"workers": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert run_config(load_config(folder / "config.yaml")) == 0
+    return folder
+
+
+def whole_pass(model: Path, pixels: Pixels, base: Slide) -> np.ndarray:
+    """Labels of one forward pass over a whole slide."""
+    engine = load_engine(model)
+    grid = Grid(base.base.at(Mpp.square(engine.spec.mpp)), 64, engine.spec.halo, engine.spec.stride)
+    labels: np.ndarray = engine(pixels.read(grid.padded.roi, grid.lattice)[None])[0].argmax(0).astype(np.uint8)
+    return labels[: grid.lattice.height, : grid.lattice.width]
+
+
+def examined(folder: Path) -> np.ndarray:
+    canvas = open_canvas(folder / CANVAS)
+    return canvas.read_labels(canvas.lattice.roi)
+
+
+def test_a_model_carries_the_mean_of_its_training_slides(project: Path) -> None:
+    config = load_config(project / "out" / "config.yaml")
+    cases = [case for case in read_manifest(project / "out" / "cohort.csv") if case.split == "train"]
+    slides = [open_slide(case.slide) for case in cases]
+    found = [estimate(slide, find_tissue(slide, config.tissue), "macenko") for slide in slides]
+    assert checkpoint.load_spec(project / "out" / "model").normalisation == reference(found, "macenko")
+
+
+def test_what_is_segmented_is_what_one_pass_over_the_normalised_slide_gives(project: Path) -> None:
+    folder, model = project / "out" / "slides" / "phantom-03", project / "out" / "model"
+    config, slide = load_config(project / "out" / "config.yaml"), open_slide(project / "cohort" / "phantom-03.tiff")
+    tissue = find_tissue(slide, config.tissue)
+    labels, wanted = examined(folder), checkpoint.load_spec(model).normalisation
+    known = labels != IGNORED
+    assert known.mean() > 0.4
+    assert (labels == whole_pass(model, normalised(slide, tissue, wanted), slide))[known].all()
+    assert (labels != whole_pass(model, slide, slide))[known].any(), "the stain makes a difference"
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["staining"] == estimate(slide, tissue, "macenko").to_dict()
+    assert provenance["model_spec"]["normalisation"]["method"] == "macenko"
+
+
+def test_segment_and_verify_need_not_be_told(project: Path, tmp_path: Path) -> None:
+    slide, model = project / "cohort" / "phantom-03.tiff", project / "out" / "model"
+    assert segment([slide], str(model), tmp_path, None, 64, HERE, EXACT) == 0
+    np.testing.assert_array_equal(
+        examined(tmp_path / "slides" / "phantom-03"), examined(project / "out" / "slides" / "phantom-03")
+    )
+    assert verify(slide, str(model), None, EXACT) == 0
+
+
+def test_what_goes_on_uses_the_numbers_that_it_began_with(project: Path, tmp_path: Path) -> None:
+    config = load_config(project / "out" / "config.yaml")
+    case = next(case for case in read_manifest(project / "out" / "cohort.csv") if case.slide_id == "phantom-03")
+    job = replace(slide_job(case, config), folder=tmp_path)
+    plan_slide(job)
+    kept = tmp_path / CANVAS / "zarr.json"
+    content = json.loads(kept.read_text())
+    content["attributes"]["fullfield-measured"]["staining"]["dyes"] = []
+    kept.write_text(json.dumps(content))
+    for block in plan_slide(job).blocks:
+        segment_block(job, block)
+    labels, slide = examined(tmp_path), open_slide(case.slide)
+    assert (labels == whole_pass(job.model, slide, slide))[labels != IGNORED].all()
+
+
+def test_a_slide_without_stain_is_segmented_as_it_is_and_its_provenance_says_so(project: Path, tmp_path: Path) -> None:
+    write_slide(np.full((400, 500, 3), 243, np.uint8), tmp_path / "glass.tiff", 1.0)
+    config = load_config(project / "out" / "config.yaml")
+    case = next(case for case in read_manifest(project / "out" / "cohort.csv") if case.slide_id == "phantom-03")
+    job = replace(slide_job(case, config), slide=tmp_path / "glass.tiff", folder=tmp_path / "out")
+    assert not plan_slide(job).blocks
+    finish_slide(job)
+    found = json.loads((tmp_path / "out" / "provenance.json").read_text())["staining"]
+    assert found["dyes"] == [] and "stained pixels" in found["problem"]
+
+
+def test_a_cohort_without_stain_is_not_trained_on(project: Path, tmp_path: Path) -> None:
+    write_slide(np.full((400, 500, 3), 243, np.uint8), tmp_path / "glass.tiff", 1.0)
+    config = load_config(project / "out" / "config.yaml")
+    cases = [replace(case, slide=tmp_path / "glass.tiff") for case in read_manifest(project / "out" / "cohort.csv")]
+    with pytest.raises(TrainingError, match="only 0 stained pixels.*normalisation.method=none"):
+        open_sources([case for case in cases if case.split == "train"], config)
