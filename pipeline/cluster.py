@@ -261,8 +261,8 @@ def _deadly(error: KilledWorker) -> WorkerError:
         f"{task} on {error.last_worker.address}",
         f"{tries} worker processes that died of it, one after the other",
         "one that lives on",
-        "Most often memory ran out: set a lower `cluster.worker_memory_gib` or `segmentation.tile_size` (--tile-size), delete "
-        "what was begun, and run again. Otherwise the worker's log may say why.",
+        "Most often memory ran out: set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` "
+        "(--tile-size), delete this slide's output, and run again. Otherwise the worker's log may say why.",
     )
 
 

@@ -31,8 +31,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """Wait until no other process works at `path`; those that ask for a `shared` lock wait for none but the others.
 
-    The lock is on an empty file beside it, `.NAME.lock`, which stays. The kernel lets go of it when a process ends, however it
-    ends. Where the file system knows no locks, nobody waits.
+    The lock is on an empty file beside it, `.NAME.lock`, which stays. A process that ends, in whatever way, lets go of it.
+    Where the file system knows no locks, nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("a") as file:
