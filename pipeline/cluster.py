@@ -17,15 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import ClusterSettings
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, WorkerError
+
+if TYPE_CHECKING:
+    from distributed import KilledWorker
 
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
 _POLL_SECONDS = 0.5
+
+_Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
+"""Key, function and arguments."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,13 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
         keep_memory()
         yield _Here()
         return
+    from distributed import Client
+    from distributed.utils import silence_logging_cmgr
+
     if settings.scheduler is not None:
-        with _client(settings.scheduler) as client:
+        with silence_logging_cmgr("CRITICAL"), _client(settings.scheduler) as client:
             yield _Dask(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
-    from distributed import Client
-
     with _local_cluster(settings.workers) as local, Client(local) as client:
         yield _Dask(client, f"{len(local.workers)} local Dask worker(s), dashboard {local.dashboard_link}")
 
@@ -138,7 +145,7 @@ class _Here:
     description = "this process"
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._waiting: deque[_Task] = deque()
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         self._waiting.append((key, function, arguments))
@@ -163,30 +170,37 @@ class _Dask:
     """Runs tasks on the workers of a Dask scheduler."""
 
     def __init__(self, client: Any, description: str) -> None:
-        from distributed import as_completed
-
         self.description = description
         self._client = client
-        self._keys: dict[Any, Any] = {}
-        self._ended = as_completed([])
+        self._tasks: dict[Any, _Task] = {}  # by their futures
+        self._suspects: deque[_Task] = deque()
+        self._ended = Queue[Any]()
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
-        future = self._client.submit(function, *arguments, key=f"{function.__name__}-{uuid.uuid4().hex}")
-        self._keys[future] = key
-        self._ended.add(future)
+        self._start((key, function, arguments))
 
     def cancel(self, key: Any) -> None:
-        futures = [future for future, its_key in self._keys.items() if its_key == key]
+        futures = [future for future, task in self._tasks.items() if task[0] == key]
         for future in futures:
-            del self._keys[future]
+            del self._tasks[future]
+        self._suspects = deque(task for task in self._suspects if task[0] != key)
         self._client.cancel(futures)
 
     def __iter__(self) -> Iterator[Outcome]:
-        while self._keys:
-            future = next(self._ended)
-            if future in self._keys:
-                key, error = self._keys.pop(future), future.exception()
-                yield Outcome(key, None if error else future.result(), error)
+        alone = None  # the future of a suspect that runs while nothing else does
+        while self._tasks or self._suspects:
+            if not self._tasks:
+                alone = self._start(self._suspects.popleft())
+            future = self._next_ended()
+            if future not in self._tasks:
+                continue
+            task = self._tasks.pop(future)
+            outcome = self._outcome(task[0], future)
+            if isinstance(outcome.error, WorkerError) and future is not alone:
+                # Dask blames all tasks that a dead worker had, so those that it gives up are tried again one by one.
+                self._suspects.append(task)
+            else:
+                yield outcome
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         topic, records = f"{function.__name__}-{uuid.uuid4().hex}", Queue[Any]()
@@ -196,9 +210,60 @@ class _Dask:
             try:
                 yield records.get(timeout=_POLL_SECONDS)
             except Empty:
-                continue
+                self._check()
+        error = self._outcome(topic, future).error
         self._client.unsubscribe_topic(topic)
-        future.result()
+        if error:
+            raise error
+
+    def _start(self, task: _Task) -> Any:
+        self._check()
+        _, function, arguments = task
+        future = self._client.submit(function, *arguments, key=f"{function.__name__}-{uuid.uuid4().hex}")
+        self._tasks[future] = task
+        future.add_done_callback(self._ended.put)
+        return future
+
+    def _next_ended(self) -> Any:
+        """The next future that is done. Raises ClusterError where the scheduler is lost, since then none ever is."""
+        while True:
+            try:
+                return self._ended.get(timeout=_POLL_SECONDS)
+            except Empty:
+                self._check()
+
+    def _outcome(self, key: Any, future: Any) -> Outcome:
+        """How a task ended. Raises ClusterError where nobody knows, since the scheduler is lost."""
+        from distributed import KilledWorker
+
+        try:
+            return Outcome(key, future.result())
+        except KilledWorker as error:
+            return Outcome(key, error=_deadly(error))
+        except Exception as error:  # noqa: BLE001 - whatever the task raised is its outcome
+            if future.status != "error":
+                raise self._lost() from error
+            return Outcome(key, error=error)
+
+    def _check(self) -> None:
+        """Raise ClusterError where the scheduler is lost."""
+        if self._client.status != "running":
+            raise self._lost()
+
+    def _lost(self) -> ClusterError:
+        remedy = "Start a scheduler and workers, and run the same command again: it goes on from what is done."
+        return ClusterError(self.description, "a scheduler that no longer answers", "one that lives on", remedy)
+
+
+def _deadly(error: KilledWorker) -> WorkerError:
+    task, tries = str(error.task).rpartition("-")[0], error.allowed_failures + 1
+    return WorkerError(
+        f"{task} on {error.last_worker.address}",
+        f"{tries} worker processes that died of it, one after the other",
+        "one that lives on",
+        "Most often memory ran out: set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` "
+        "(--tile-size), delete this slide's output, and run again. Otherwise the worker's log may say why.",
+    )
 
 
 def _tell(topic: str, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:

@@ -12,6 +12,7 @@ FullfieldError
 |-- CanvasError          an output that does not belong to this run
 |-- TrainingError        nothing to learn from, or a loss that is not finite
 |-- ClusterError         a Dask scheduler does not answer
+|   `-- WorkerError      a task that its worker does not survive
 `-- TrackingError        MLflow does not answer as expected
 """
 
@@ -72,6 +73,10 @@ class TrainingError(FullfieldError):
 
 class ClusterError(FullfieldError):
     """A Dask scheduler does not answer."""
+
+
+class WorkerError(ClusterError):
+    """Each worker that was given a task died of it."""
 
 
 class TrackingError(FullfieldError):

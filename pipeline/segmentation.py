@@ -2,7 +2,8 @@
 
 A slide is planned (tissue found, canvas made), then its tiles are run in blocks of neighbours, then it is finished (pyramid,
 regions, measurements, pictures). A tile is done when its shard is on disk, a slide when its provenance is; so a run that was
-killed at any moment is finished by running it again.
+killed at any moment is finished by running it again. A worker that outlives its command may still write; so blocks share a
+lock on their slide's folder, and what plans or finishes the slide has it alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline.cluster import Cluster
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CanvasError, FullfieldError
 from pipeline.export import overlay, write_ome_tiff, write_png
-from pipeline.files import write_text
+from pipeline.files import locked, write_text
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.measurement import measure, write_measurements
@@ -186,20 +187,20 @@ def plan_slide(job: SlideJob) -> Plan:
     SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
     """
     opened = _Opened(job)
-    identity = opened.identity()
-    path = job.folder / CANVAS
-    if path.exists():
-        canvas = open_canvas(path, identity)
-        if is_finished(job):
-            return Plan((), finished=True)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    tissue = opened.tissue()
-    if not path.exists():
-        (job.folder / PROVENANCE).unlink(missing_ok=True)
-        lattice = opened.grid.lattice.shrink(opened.spec.output_stride)
-        write_size = opened.grid.write_size // opened.spec.output_stride
-        canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
-    done = set(canvas.done())
+    identity, path = opened.identity(), job.folder / CANVAS
+    with locked(job.folder):
+        if path.exists():
+            canvas = open_canvas(path, identity)
+            if is_finished(job):
+                return Plan((), finished=True)
+            tissue = opened.tissue()
+        else:
+            job.folder.mkdir(exist_ok=True)
+            (job.folder / PROVENANCE).unlink(missing_ok=True)
+            tissue, lattice = opened.tissue(), opened.grid.lattice.shrink(opened.spec.output_stride)
+            write_size = opened.grid.write_size // opened.spec.output_stride
+            canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
+        done = set(canvas.done())
     blocks = defaultdict(list)
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
@@ -225,25 +226,28 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     opened, engine = _Opened(job), load_engine(job.model, _engine(job))
     canvas, pixels = open_canvas(job.folder / CANVAS), 0
     tiles = (opened.grid[index] for index in block)
-    for tile, probabilities in predict(opened.pixels(canvas), opened.grid, tiles, engine):
-        canvas.write(tile.target(opened.spec.output_stride), probabilities)
-        pixels += tile.write_roi.area
+    with locked(job.folder, shared=True):
+        for tile, probabilities in predict(opened.pixels(canvas), opened.grid, tiles, engine):
+            canvas.write(tile.target(opened.spec.output_stride), probabilities)
+            pixels += tile.write_roi.area
     return pixels / 1e6
 
 
 def finish_slide(job: SlideJob) -> None:
     """Make everything that follows from the canvas; the provenance comes last, and says that the slide is done."""
     opened = _Opened(job)
-    tissue, canvas = opened.tissue(), open_canvas(job.folder / CANVAS, opened.identity())
-    canvas.build_pyramid()
-    write_ome_tiff(canvas, job.folder / "segmentation.ome.tif")
-    skip = () if opened.spec.rest is None else (opened.spec.rest,)
-    regions = find_regions(canvas, opened.slide.base, job.settings.min_region_um2, skip)
-    counts = write_geojson(job.folder / "regions.geojson", regions, opened.spec.classes)
-    write_measurements(job.folder / "measurements.csv", measure(canvas, tissue), counts)
-    write_png(job.folder / "tissue.png", outlined(opened.slide, tissue))
-    write_png(job.folder / "overlay.png", overlay(opened.slide, canvas))
-    write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
+    tissue = opened.tissue()
+    with locked(job.folder):
+        canvas = open_canvas(job.folder / CANVAS, opened.identity())
+        canvas.build_pyramid()
+        write_ome_tiff(canvas, job.folder / "segmentation.ome.tif")
+        skip = () if opened.spec.rest is None else (opened.spec.rest,)
+        regions = find_regions(canvas, opened.slide.base, job.settings.min_region_um2, skip)
+        counts = write_geojson(job.folder / "regions.geojson", regions, opened.spec.classes)
+        write_measurements(job.folder / "measurements.csv", measure(canvas, tissue), counts)
+        write_png(job.folder / "tissue.png", outlined(opened.slide, tissue))
+        write_png(job.folder / "overlay.png", overlay(opened.slide, canvas))
+        write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
 
 
 def _tile_size(job: SlideJob) -> int:

@@ -15,7 +15,7 @@ from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CohortError
-from pipeline.files import write_csv
+from pipeline.files import locked, write_csv
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import quantise
 from pipeline.patches import read_index
@@ -161,12 +161,13 @@ def report(rows: Sequence[Row], output: Path) -> int:
 
 
 def _write_rows(path: Path, rows: dict[str, Row]) -> None:
-    """Write the rows, and keep those of other slides that were there."""
+    """Write the rows, and keep those of other slides that were there, perhaps from another command at this moment."""
     names = [field.name for field in fields(Row)]
-    kept = {}
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = {row["slide_id"]: row for row in csv.DictReader(file) if list(row) == names}
-    fresh = {name: asdict(row) for name, row in rows.items() if not (row.skipped and name in kept)}
-    every = {**kept, **fresh}
-    write_csv(path, names, [every[name] for name in sorted(every)])
+    with locked(path):
+        kept = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                kept = {row["slide_id"]: row for row in csv.DictReader(file) if list(row) == names}
+        fresh = {name: asdict(row) for name, row in rows.items() if not (row.skipped and name in kept)}
+        every = {**kept, **fresh}
+        write_csv(path, names, [every[name] for name in sorted(every)])
