@@ -47,9 +47,8 @@ def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mappi
     if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= set(_FILES)):
         expected = "a new folder, or one that holds a model and nothing else"
         raise CheckpointError(str(folder), "other files", expected, "Save to another folder.")
-    fresh, stale = (folder.with_name(f"{folder.name}.{name}.partial") for name in ("new", "old"))
-    if stale.exists() and not folder.exists():  # an earlier save was cut short between its two renames
-        stale.rename(folder)
+    fresh, stale = _beside(folder)
+    recover(folder)
     for left_over in (fresh, stale):
         shutil.rmtree(left_over, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -58,6 +57,13 @@ def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mappi
         folder.rename(stale)
     fresh.rename(folder)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Put an earlier model back, if a save over it was cut short between its two renames."""
+    _, stale = _beside(folder)
+    if stale.exists() and not folder.exists():
+        stale.rename(folder)
 
 
 def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:
@@ -101,6 +107,11 @@ def digest(folder: Path) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a model is written before it takes its name, and where the earlier one waits meanwhile."""
+    return folder.with_name(f"{folder.name}.new.partial"), folder.with_name(f"{folder.name}.old.partial")
 
 
 def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mapping[str, object]) -> None:

@@ -267,8 +267,15 @@ def _deadly(error: KilledWorker) -> WorkerError:
 
 
 def _tell(topic: str, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
-    """Send what a generator yields to all who listen to `topic`; events overtake neither each other nor the task's end."""
+    """Send what a generator yields to all who listen to `topic`; events overtake neither each other nor the task's end.
+
+    It ends early once its client is gone: the same command, called again, does not find it still at work.
+    """
     from distributed import get_worker
 
+    worker = get_worker()
+    task = worker.state.tasks[worker.get_current_task()]
     for record in function(*arguments):
-        get_worker().log_event(topic, pickle.dumps(record))
+        worker.log_event(topic, pickle.dumps(record))
+        if task.state == "cancelled":
+            return

@@ -18,7 +18,7 @@ class Bar:
 
     def __init__(self, title: str, total: int, live: Progress | None) -> None:
         self.title, self.total, self.done = title, total, 0
-        self._live, self._started, self._printed = live, time.monotonic(), time.monotonic()
+        self._live, self._started, self._printed, self._skipped = live, time.monotonic(), time.monotonic(), 0
         self._task = live.add_task(title, total=total, note="") if live else None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -30,6 +30,13 @@ class Bar:
             self._printed = time.monotonic()
             console.print(f"{self.title}: {self.done}/{self.total}, {self._left()}{note and ', ' + note}")
 
+    def skip(self, steps: int) -> None:
+        """Count `steps` that were done before, which say nothing of the pace."""
+        self.done += steps
+        self._skipped += steps
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=self.done)
+
     def grow(self, steps: int) -> None:
         """Add `steps` to the total."""
         self.total += steps
@@ -37,10 +44,10 @@ class Bar:
             self._live.update(self._task, total=self.total)
 
     def _left(self) -> str:
-        elapsed = time.monotonic() - self._started
-        if self.done >= self.total or not self.done:
+        elapsed, done = time.monotonic() - self._started, self.done - self._skipped
+        if self.done >= self.total or not done:
             return f"{elapsed:.0f} s"
-        return f"about {elapsed / self.done * (self.total - self.done):.0f} s left"
+        return f"about {elapsed / done * (self.total - self.done):.0f} s left"
 
 
 @contextmanager

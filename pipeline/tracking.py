@@ -76,17 +76,28 @@ class Run:
         run.set_tags(_origin())
         return run
 
-    def child(self, stage: str) -> Run:
-        """The run of one stage, nested in this one: continued if there is one of that name, else begun."""
+    def child(self, stage: str, anew: bool = False) -> Run:
+        """The run of one stage, nested in this one: continued if there is one of that name, else begun.
+
+        Where the stage begins `anew`, an earlier run that holds figures is set aside, as the stage `earlier STAGE`: MLflow
+        forgets no figure, and would mix those of two attempts.
+        """
         tags = {_PARENT: self.run_id, _STAGE: stage}
         asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         client = self.store.client
         with self.store.conversation():
             found = client.search_runs([self.experiment_id], asked, order_by=["attributes.start_time ASC"])
+            if anew and found and found[0].data.metrics:
+                self._set_aside(found.pop(0), stage)
             run = found[0] if found else client.create_run(self.experiment_id, run_name=stage, tags=tags)
         child = Run(self.store, self.experiment_id, run.info.run_id, monitored=False)
         child.set_tags(_origin())
         return child
+
+    def _set_aside(self, run: Any, stage: str) -> None:
+        self.store.client.set_tag(run.info.run_id, _STAGE, f"earlier {stage}")
+        if run.info.status == "RUNNING":  # its process was killed
+            self.store.client.set_terminated(run.info.run_id, "KILLED")
 
     def __enter__(self) -> Run:
         with self.store.conversation():
@@ -157,6 +168,11 @@ class Run:
         with self.store.conversation():
             for start in range(0, len(found), _MOST_METRICS):
                 self.store.client.log_batch(self.run_id, metrics=found[start : start + _MOST_METRICS])
+
+    def steps(self, metric: str) -> set[int]:
+        """The steps at which a metric has been logged."""
+        with self.store.conversation():
+            return {entry.step for entry in self.store.client.get_metric_history(self.run_id, _key(metric))}
 
     def log_text(self, name: str, text: str) -> None:
         """Keeps text as the file `name`, which may lie in a folder; one of the same name is replaced."""

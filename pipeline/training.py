@@ -2,6 +2,9 @@
 
 An epoch's learning rate follows how much of the training is over: a warm-up, then half a cosine. Where time runs out first
 (`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
+
+Between two epochs a Trainer's `state` is all that it takes to go on in another process, to the same bits on a CPU with as
+many threads.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +34,17 @@ Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch achieved: the mean loss, the last learning rate, the seconds it took; and how many are `planned`."""
+    """What one epoch achieved: the mean loss, the last learning rate, the seconds it took; and how many are `planned`.
+
+    `waiting` is the share of the seconds, 0 to 1, in which the network waited for patches.
+    """
 
     number: int
     loss: float
     learning_rate: float
     seconds: float
     planned: int
+    waiting: float
 
 
 class Trainer:
@@ -56,17 +63,63 @@ class Trainer:
         weights = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
         self.class_weights = torch.tensor(weights, device=self.device)
         self.recent = deque[np.ndarray](maxlen=_CALIBRATION_BATCHES)
+        self._done, self._started = 0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """What the training has taken, in an earlier process too; the caller's time between two epochs counts as well."""
+        return time.monotonic() - self._started
 
     def fit(self, batches: Batches) -> Iterator[Epoch]:
-        """Train epoch by epoch; the caller validates and saves `averaged()` between two of them.
+        """Train epoch by epoch; between two, the caller validates and saves `averaged()`, and after that the `state()`.
 
         The caller's time counts against `max_minutes` as well. Raises TrainingError where the loss is not finite.
         """
-        started, planned, number = time.monotonic(), self.settings.epochs, 0
-        while number < planned:
-            yield self._epoch(number, planned, batches(number))
-            number += 1
-            planned = self._affordable(number, time.monotonic() - started)
+        while self._done < (planned := self._affordable()):
+            epoch = self._epoch(self._done, planned, batches(self._done))
+            self._done += 1
+            yield epoch
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors on which the next epochs depend, by dotted name; to be taken between two epochs.
+
+        Of the latest batches, which `averaged` looks at, it holds those that the next epoch does not push out.
+        """
+        older = deque(self.recent, maxlen=max(_CALIBRATION_BATCHES - self._steps, 0))
+        parts: dict[str, Mapping[str, torch.Tensor]] = {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "recent": {str(index): torch.from_numpy(batch) for index, batch in enumerate(older)},
+            "random": {"cpu": torch.get_rng_state()},
+        }
+        if self.device.type == "cuda":
+            parts["random"] = {**parts["random"], "cuda": torch.cuda.get_rng_state()}
+        for index, values in self.optimiser.state_dict()["state"].items():
+            parts[f"optimiser.{index}"] = values
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor], done: int, seconds: float) -> None:
+        """Go on from the `state` after `done` epochs, which took so many seconds.
+
+        Raises KeyError or RuntimeError where it is not the state of such a network.
+        """
+        self.network.load_state_dict(_part(state, "network"))
+        self.average.load_state_dict(_part(state, "average"))
+        # As far apart in memory as the optimiser would have laid them out itself: other strides add in another order.
+        moments = {
+            index: {
+                name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+                for name, value in _part(state, f"optimiser.{index}").items()
+            }
+            for index, parameter in enumerate(self.network.parameters())
+        }
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        recent = _part(state, "recent")
+        self.recent.extend(recent[str(index)].numpy() for index in range(len(recent)))
+        torch.set_rng_state(state["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.cuda"])
+        self._done, self._started = done, time.monotonic() - seconds
 
     def averaged(self) -> torch.nn.Module:
         """The network with averaged weights, which is the one to keep.
@@ -79,24 +132,29 @@ class Trainer:
         update_bn(images, module)
         return module.eval()
 
-    def _affordable(self, done: int, elapsed: float) -> int:
-        """How many epochs there will be, at the pace of those `done`."""
-        if self.settings.max_minutes is None:
+    @property
+    def _steps(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(self.settings.patches_per_epoch / self.settings.batch_size)
+
+    def _affordable(self) -> int:
+        """How many epochs there will be, at the pace of those that are done."""
+        if self.settings.max_minutes is None or not self._done:
             return self.settings.epochs
-        return min(self.settings.epochs, max(done, int(self.settings.max_minutes * 60 / elapsed * done)))
+        return min(self.settings.epochs, max(self._done, int(self.settings.max_minutes * 60 / self.seconds * self._done)))
 
     def _epoch(self, number: int, planned: int, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Epoch:
         self.network.train()
-        steps = math.ceil(self.settings.patches_per_epoch / self.settings.batch_size)
-        started, losses, rate = time.monotonic(), list[float](), 0.0
-        for images, masks in batches:
-            rate = self._set_rate(number + len(losses) / steps, planned)
+        started, losses, rate, patches = time.monotonic(), list[float](), 0.0, _Awaited(batches)
+        for images, masks in patches:
+            rate = self._set_rate(number + len(losses) / self._steps, planned)
             losses.append(self._step(images, masks))
             self.recent.append(images)
         if not math.isfinite(sum(losses)):
             found = f"a loss of {sum(losses)} in epoch {number + 1}"
             raise TrainingError("training", found, "a finite loss", "Lower training.learning_rate.")
-        return Epoch(number + 1, float(np.mean(losses)), rate, time.monotonic() - started, planned)
+        seconds = time.monotonic() - started
+        return Epoch(number + 1, float(np.mean(losses)), rate, seconds, planned, patches.seconds / seconds)
 
     def _set_rate(self, progress: float, planned: int) -> float:
         warm, settings = self.settings.warmup_epochs, self.settings
@@ -132,6 +190,28 @@ class Trainer:
         overlap = self.dice(logits.softmax(1) * known[:, None], one_hot.to(logits.dtype))
         total: torch.Tensor = entropy + overlap
         return total
+
+
+class _Awaited:
+    """The same batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return self
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        started = time.monotonic()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.monotonic() - started
+
+
+def _part(state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors below a dotted name, without it."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
 
 
 def _at_output(masks: np.ndarray, scale: int) -> np.ndarray:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pyarrow import parquet
 
-from pipeline import checkpoint
+from pipeline import __version__, checkpoint
 from pipeline.annotations import ClassMap, Truth, open_truth
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
@@ -188,8 +189,20 @@ def read_stamp(tiles: Path) -> tuple[str, bool] | None:
 
 def training_inputs(config: Config, cases: Sequence[Case]) -> str:
     """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
-    sections = config.model_dump(mode="json", include={*_TILED, "normalisation", "network", "training", "seed"})
-    return _sha256([sections, [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
+    return _sha256([_training_sections(config), [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
+
+
+def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
+    """All that a training on these cases depends on, by name, so that what differs between two of them can be told."""
+    facts = {"fullfield": __version__}
+    for name, section in _training_sections(config).items():
+        values = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
+        facts |= {key: json.dumps(value) for key, value in values.items()}
+    return facts | {f"slide {case.slide_id}": json.dumps(_case_stamp(case)) for case in cases}
+
+
+def _training_sections(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", include={*_TILED, "normalisation", "network", "training", "seed"})
 
 
 def _check_model(model: Path, inputs: str) -> None:

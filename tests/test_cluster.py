@@ -1,6 +1,8 @@
+import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +22,12 @@ def count(stop: int) -> Iterator[int]:
     yield from range(stop)
     if stop == 3:
         raise SlideError("slide.svs", "3", "another number", "Take it.")
+
+
+def count_for_ever() -> Iterator[int]:
+    for number in itertools.count():
+        time.sleep(0.01)
+        yield number
 
 
 def environment() -> dict[str, str]:
@@ -99,6 +107,19 @@ def test_an_address_is_used() -> None:
     ):
         cluster.submit("a", double, 21)
         assert [outcome.value for outcome in cluster] == [42]
+
+
+def test_a_stream_ends_with_its_client() -> None:
+    """The only thread of the only worker is free for the next client."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local:
+        settings = ClusterSettings(scheduler=local.scheduler_address)
+        with connect(settings) as cluster:
+            assert next(cluster.stream(count_for_ever)) == 0
+        with connect(settings) as cluster:
+            cluster.submit("a", double, 21)
+            assert [outcome.value for outcome in cluster] == [42]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

@@ -12,7 +12,7 @@ FLOORS = [
     "errors",
     "classes geometry files progress contours polygons density staining",
     "config outlines label_image stencil shards stains",
-    "slide grid annotations cohort cluster ngff store",
+    "slide grid annotations cohort cluster ngff store snapshot",
     "tissue canvas augment network dense graph histology",
     "architectures tracing fusion normalised",
     "footprint patches checkpoint metrics phantom",

@@ -130,6 +130,22 @@ def test_running_again_continues_the_run_and_its_stages(start):
     assert start("another").run_id != run.run_id
 
 
+def test_figures_of_two_attempts_are_not_mixed(start):
+    run = start()
+    first = run.child("train")  # RUNNING, as a killed process leaves it
+    assert run.child("train", anew=True).run_id == first.run_id  # there is nothing to mix
+    first.log_metrics({"loss": 1.0}, step=1)
+    assert run.child("train").run_id == first.run_id
+    second = run.child("train", anew=True)
+    assert second.run_id != first.run_id
+    assert (look(first).info.status, look(first).data.tags["fullfield.stage"]) == ("KILLED", "earlier train")
+    second.log_metrics({"loss": 0.5}, step=1)
+    second.log_metrics({"loss": 0.4}, step=2)
+    assert run.child("train").run_id == second.run_id
+    assert (first.steps("loss"), second.steps("loss"), second.steps("dice")) == ({1}, {1, 2}, set())
+    assert history(first, "loss") == [(1, 1.0)]
+
+
 def test_a_run_that_is_gone_is_begun_anew(start, tmp_path):
     first = start()
     first.store.client.delete_run(first.run_id)

@@ -1,3 +1,6 @@
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec
+from pipeline.snapshot import Standing, load_tensors, save
 from pipeline.training import Trainer
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Dark", (0, 0, 0))))
@@ -20,10 +24,10 @@ def trainer(seed: int = 0, **values: object) -> Trainer:
     return Trainer(SPEC, build_network(SPEC), settings.model_copy(update=values), seed)
 
 
-def batches(epoch: int):
+def batches(epoch: int, count: int = 4):
     """Dark squares on a light ground, and where they are; a stripe of which nothing is known."""
     rng = np.random.default_rng(epoch)
-    for _ in range(4):
+    for _ in range(count):
         images = rng.integers(180, 255, (4, 32, 48, 3), dtype=np.uint8)
         masks = np.zeros((4, 32, 48), np.uint8)
         for image, mask in zip(images, masks, strict=True):
@@ -130,3 +134,53 @@ def test_the_average_forgets_the_start() -> None:
     pairs = zip(start, model.network.parameters(), model.averaged().parameters(), strict=True)
     far, near = np.array([((a - c).norm().item(), (b - c).norm().item()) for a, b, c in pairs]).sum(axis=0)
     assert 0 < near < far
+
+
+@pytest.mark.parametrize("count", [4, 13], ids=["older batches matter", "they do not"])
+def test_a_state_leads_to_the_same_bits(tmp_path: Path, count: int) -> None:
+    def states(model: Trainer) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for _ in model.fit(lambda epoch: batches(epoch, count)):
+            model.averaged()
+            save(tmp_path / "state", Standing({}, (), model.seconds), model.state())
+            found.append(load_tensors(tmp_path / "state"))
+        return found
+
+    undisturbed = states(trainer(epochs=4, patches_per_epoch=4 * count))
+    assert any(name.startswith("recent.") for name in undisturbed[0]) == (count == 4)
+    for done, state in enumerate(undisturbed[:3], 1):
+        model = trainer(seed=7, epochs=4, patches_per_epoch=4 * count)  # whose own weights and random numbers are others
+        model.restore(state, done, 0.0)
+        resumed = states(model)
+        assert len(resumed) == 4 - done
+        assert resumed[-1].keys() == undisturbed[-1].keys()
+        for name, tensor in undisturbed[-1].items():
+            assert torch.equal(resumed[-1][name], tensor), name
+
+
+def test_time_before_an_interruption_counts(tmp_path: Path) -> None:
+    first = trainer(epochs=100, max_minutes=60.0)
+    next(first.fit(batches))
+    again = trainer(epochs=100, max_minutes=60.0)
+    again.restore(first.state(), done=1, seconds=3599.0)
+    assert list(again.fit(batches)) == []
+
+
+def test_another_networks_state_is_refused() -> None:
+    state = trainer().state()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wider = SPEC.__class__(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=32, width=8, depth=2)
+        Trainer(wider, build_network(wider), TrainingSettings(), 0).restore(state, 1, 0.0)
+
+
+def test_waiting_for_patches_is_told() -> None:
+    def slow(epoch: int):
+        for batch in batches(epoch):
+            time.sleep(0.05)
+            yield batch
+
+    ready = list(batches(0))
+    (quick,) = trainer(epochs=1).fit(lambda epoch: iter(ready))
+    (late,) = trainer(epochs=1).fit(slow)
+    assert late.waiting * late.seconds >= 4 * 0.05
+    assert 0 <= quick.waiting < late.waiting <= 1

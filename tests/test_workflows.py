@@ -27,7 +27,9 @@ from pipeline.phantom import make_cohort, make_phantom
 from pipeline.runtime import load_engine
 from pipeline.segmentation import SlideJob, is_finished, plan_slide
 from pipeline.slide import open_slide
+from pipeline.snapshot import read_standing
 from pipeline.workspace import slide_job
+from workflows.train import train
 
 FULLFIELD = [sys.executable, "-m", "workflows"]
 ROOT = Path(__file__).parents[1]
@@ -300,6 +302,77 @@ def test_a_killed_segmentation_is_finished_alike(project: Path, tmp_path: Path) 
     examined = labels != IGNORED
     assert examined.mean() > 0.6
     assert (labels == whole_pass(model, slide))[examined].all()
+
+
+def killed_options(project: Path, output: Path) -> tuple[str, ...]:
+    """What a training of its own shares with the project's: all but the folder and the record."""
+    tracking = {"uri": f"sqlite:///{project / 'out' / 'mlflow.db'}", "experiment": "killed", "model": "killed"}
+    return f"output={output}", *(f"tracking.{key}={value}" for key, value in tracking.items())
+
+
+@pytest.fixture(scope="module")
+def killed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a training that was killed in its third epoch of four."""
+    output = tmp_path_factory.mktemp("killed") / "out"
+    output.mkdir()
+    shutil.copy(project / "out" / "tiles.parquet", output)
+    command = [*FULLFIELD, "train", project / "config.yaml", *killed_options(project, output)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        standing = read_standing(output / "training.safetensors")
+        if standing is not None and len(standing.records) == 2:
+            break
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / "model").exists()
+    return output
+
+
+def trainings(project: Path, output: Path) -> list[dict[str, object]]:
+    """The stages of the run of an output folder: their names and statuses, and the history of what is no measure of time."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'out' / 'mlflow.db'}")
+    run = client.get_run(json.loads((output / "run.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED"
+    found = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    names = ("loss", "learning_rate", "dice")
+    return [
+        {
+            "stage": child.data.tags["fullfield.stage"],
+            "status": child.info.status,
+            **{
+                name: [(item.step, item.value) for item in client.get_metric_history(child.info.run_id, name)]
+                for name in names
+            },
+        }
+        for child in found
+    ]
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(project: Path, killed: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(killed, tmp_path / "out")
+    log = fullfield("train", project / "config.yaml", *killed_options(project, output))
+    assert "goes on after epoch 2" in log
+    for path in (project / "out" / "model").iterdir():
+        assert (output / "model" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list(output.rglob("*.partial")) + list(output.glob("training*"))
+    (undisturbed,) = [stage for stage in trainings(project, project / "out") if stage["stage"] == "train"]
+    assert [step for step, _ in undisturbed["loss"]] == [1, 2, 3, 4]
+    assert trainings(project, output) == [undisturbed]
+
+
+def test_another_training_begins_anew_and_says_why(
+    project: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shutil.copytree(killed, tmp_path / "out", ignore=shutil.ignore_patterns("run.json"))
+    train(project / "config.yaml", [*killed_options(project, output), "training.epochs=1"])
+    assert "begins anew, since the interrupted training was another: training.epochs was 4" in capsys.readouterr().out
+    (stage,) = trainings(project, output)
+    assert [step for step, _ in stage["loss"]] == [1]
+    assert yaml.safe_load((output / "model" / "model.yaml").read_text())["lineage"]["epoch"] == 1
+    assert not list(output.glob("training*"))
 
 
 def test_inspect_says_what_a_slide_is(project: Path, tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def tile(config: ConfigArgument, overrides: Overrides = None) -> None:
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train the network on patches of the training slides.
 
-    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors).
+    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors). Killed and called
+    again, it goes on after the last whole epoch (OUTPUT/training.safetensors), to the same weights.
     Example: `fullfield train workflows/configs/glas.yaml training.max_minutes=15`
     """
     from workflows.train import train as verb

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pyarrow import parquet
 
-from pipeline import checkpoint
+from pipeline import checkpoint, snapshot
 from pipeline.architectures import build_learner, for_slides
 from pipeline.augment import Augmentation
 from pipeline.cohort import Case
@@ -18,6 +18,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
+from pipeline.snapshot import Record, Standing
 from pipeline.workspace import (
     Workspace,
     model_spec,
@@ -26,22 +27,14 @@ from pipeline.workspace import (
     read_stamp,
     rest_index,
     tile_inputs,
+    training_facts,
     training_inputs,
 )
 
 if TYPE_CHECKING:
     from pipeline.patches import Patch, PatchStream, Source
     from pipeline.tracking import Run
-
-
-@dataclass(frozen=True)
-class Record:
-    """One epoch as the client sees it; `best` says that its network was kept."""
-
-    epoch: int
-    metrics: Mapping[str, float]
-    best: bool
-    planned: int
+    from pipeline.training import Epoch, Trainer
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
@@ -54,16 +47,20 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 def train_model(workspace: Workspace) -> None:
     """Train in a worker and log each epoch as it ends, unless the model is there already.
 
-    Raises TrainingError where there is nothing to learn from.
+    A training that was interrupted goes on after its last whole epoch. Raises TrainingError where there is nothing to learn
+    from, or the state of the interrupted training is broken.
     """
-    config, model = workspace.config, workspace.model
+    config, model, unfinished = workspace.config, workspace.model, workspace.output / "model.partial"
     _check_tiles(workspace)
-    with workspace.run.child("train") as run:
+    cases = _cases(workspace)
+    earlier = () if model.exists() else _interrupted(unfinished, training_facts(config, cases))
+    with workspace.run.child("train", anew=not (model.exists() or earlier)) as run:
         run.log_params({"training": config.training.model_dump(), "network": config.network.model_dump()})
         if model.exists():
             console.print("train: done already")
         else:
-            _watch(workspace, run)
+            _watch(workspace, run, cases, unfinished, earlier)
+        snapshot.beside(unfinished).unlink(missing_ok=True)
         address = run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
     console.print(f"train: model at {model}, in MLflow {address}")
 
@@ -75,23 +72,51 @@ def _check_tiles(workspace: Workspace) -> None:
         raise TrainingError(str(workspace.tiles), was, "the table of these tiles", "Run `fullfield tile` first.")
 
 
-def _watch(workspace: Workspace, run: Run) -> None:
-    """Train, and tell of each epoch as it ends; the model takes its name once it is complete."""
-    config, unfinished = workspace.config, workspace.output / "model.partial"
-    inputs = training_inputs(config, workspace.cases)
+def _cases(workspace: Workspace) -> list[Case]:
+    """The slides to learn from and to validate on: those that have tiles."""
     tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
-    cases = [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
-    arguments = (config, cases, workspace.tiles, unfinished, inputs)
+    return [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
+
+
+def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> tuple[Record, ...]:
+    """The epochs of a training that was interrupted, if it was this very one; the state of any other is deleted."""
+    state = snapshot.beside(unfinished)
+    standing = snapshot.read_standing(state)
+    if standing is None:
+        return ()
+    checkpoint.recover(unfinished)
+    changed = standing.changes(facts) if unfinished.exists() else f"{unfinished} is gone"
+    if changed:
+        console.print(f"train: begins anew, since the interrupted training was another: {changed}", markup=False)
+        state.unlink()
+        return ()
+    console.print(f"train: goes on after epoch {len(standing.records)}")
+    return standing.records
+
+
+def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Path, earlier: Sequence[Record]) -> None:
+    """Train, and tell of each epoch as it ends; the model takes its name once it is complete."""
+    config, logged, records = workspace.config, run.steps("loss"), list(earlier)
+    for record in earlier:  # the last one may have been kept and, as it happened, not been told
+        if record.epoch not in logged:
+            run.log_metrics(record.metrics, step=record.epoch)
+    arguments = (config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases))
     with progress("train: epochs", config.training.epochs) as bar:
+        bar.skip(len(earlier))
         for record in workspace.cluster.stream(fit, *arguments):
+            records.append(record)
             run.log_metrics(record.metrics, step=record.epoch)
             bar.grow(record.planned - bar.total)
             bar.advance(note=_note(record))
     unfinished.replace(workspace.model)
+    console.print(f"train: {_pace([record.metrics for record in records])}")
 
 
 def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
-    """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it."""
+    """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it.
+
+    After each epoch the state is kept beside it; where there is one of this very training, it is gone on from.
+    """
     import torch
 
     from pipeline.engine import TorchEngine
@@ -107,19 +132,39 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
-    trainer, best = Trainer(spec, learner, config.training, config.seed), -1.0
+    trainer = Trainer(spec, learner, config.training, config.seed)
+    state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     for epoch in trainer.fit(lambda number: _batches(stream, number, config)):
         averaged = for_slides(trainer.averaged())
         dice = _dice(validate(validation, TorchEngine(spec, averaged)), spec, rest_index(config))
-        metrics = {"loss": epoch.loss, "learning_rate": epoch.learning_rate, "seconds": epoch.seconds}
-        if dice:
-            metrics["dice"] = sum(dice.values()) / len(dice)
-        better = not dice or metrics["dice"] > best
-        if better:
-            best = metrics.get("dice", best)
+        metrics = _metrics(epoch, dice)
+        record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, epoch.planned)
+        if record.best:
             checkpoint.save(folder, spec, averaged, _lineage(config, inputs, epoch.number, dice))
-        metrics |= {f"dice {name}": value for name, value in dice.items()}
-        yield Record(epoch.number, metrics, better, epoch.planned)
+        standing = standing.after(record, trainer.seconds)
+        snapshot.save(state, standing, trainer.state())
+        yield record
+
+
+def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:
+    """Where the training stands; the trainer goes on from there. Raises TrainingError where its state is broken."""
+    state = snapshot.beside(folder)
+    standing = snapshot.read_standing(state)
+    if standing is None or standing.changes(facts):
+        return Standing(facts, (), 0.0)
+    try:
+        trainer.restore(snapshot.load_tensors(state), len(standing.records), standing.seconds)
+    except (KeyError, RuntimeError) as error:
+        raise snapshot.broken(state, error) from error
+    return standing
+
+
+def _metrics(epoch: Epoch, dice: Mapping[str, float]) -> dict[str, float]:
+    """What is logged of an epoch."""
+    metrics = {"loss": epoch.loss, "learning_rate": epoch.learning_rate, "seconds": epoch.seconds, "waiting": epoch.waiting}
+    if dice:
+        metrics["dice"] = sum(dice.values()) / len(dice)
+    return metrics | {f"dice {name}": value for name, value in dice.items()}
 
 
 def _lineage(config: Config, inputs: str, epoch: int, dice: Mapping[str, float]) -> dict[str, object]:
@@ -157,3 +202,10 @@ def _dice(counts: np.ndarray, spec: ModelSpec, rest: int | None) -> dict[str, fl
 def _note(record: Record) -> str:
     dice = f", validation Dice {record.metrics['dice']:.3f}" if "dice" in record.metrics else ""
     return f"epoch {record.epoch}: loss {record.metrics['loss']:.3f}{dice}{', kept' if record.best else ''}"
+
+
+def _pace(epochs: Sequence[Mapping[str, float]]) -> str:
+    """How long it took to learn, validation apart, and how much of that was waiting for patches."""
+    seconds = sum(metrics["seconds"] for metrics in epochs)
+    waited = sum(metrics["seconds"] * metrics["waiting"] for metrics in epochs)
+    return f"{len(epochs)} epochs of {seconds / len(epochs):.1f} s each, {waited / seconds:.1%} of them waiting for patches"

@@ -1,0 +1,106 @@
+"""A training under way, on disk: all that it takes to go on after a kill as if there had been none.
+
+    OUTPUT/training.safetensors     the trainer's tensors; in its header, as JSON, what they depend on and how far they are
+
+It is one file, and replaced as a whole: whenever a process is killed, there is the state after one epoch or after the one
+before it, and never a mixture. No pickle is read. Reading the header alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from pipeline.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+_KEY = "fullfield.training"
+_SHOWN = 4  # differences that are named
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an epoch achieved, and how many are `planned`; `best` says that its network was kept."""
+
+    epoch: int
+    metrics: Mapping[str, float]
+    best: bool
+    planned: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a training is: what it depends on, by name; its epochs so far; and the seconds that they took."""
+
+    inputs: Mapping[str, str]
+    records: tuple[Record, ...]
+    seconds: float
+
+    @property
+    def best(self) -> float:
+        """The best Dice on the validation slides so far; below 0 where there is none."""
+        return max((record.metrics.get("dice", -1.0) for record in self.records), default=-1.0)
+
+    def after(self, record: Record, seconds: float) -> Standing:
+        """The standing after one more epoch, so many seconds after the start."""
+        return replace(self, records=(*self.records, record), seconds=seconds)
+
+    def changes(self, inputs: Mapping[str, str]) -> str:
+        """Which of its inputs differ from these, in words; empty where none does."""
+        names = [name for name in {**self.inputs, **inputs} if self.inputs.get(name) != inputs.get(name)]
+        told = [f"{name} was {shorten(self.inputs.get(name, 'not there'), 60)}" for name in names[:_SHOWN]]
+        return ", ".join(told) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def beside(model: Path) -> Path:
+    """Where the state of a training lies, given the folder of its unfinished model."""
+    return model.with_name("training.safetensors")
+
+
+def save(path: Path, standing: Standing, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a training's state over the one before it, whole or not at all."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(flat, partial, {_KEY: json.dumps(asdict(standing))})
+    partial.replace(path)
+
+
+def read_standing(path: Path) -> Standing | None:
+    """How far the training is whose state lies at `path`; None where there is none. Raises TrainingError."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            content = json.loads(file.metadata()[_KEY])
+        records = tuple(Record(**record) for record in content["records"])
+        return Standing(content["inputs"], records, content["seconds"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise broken(path, error) from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The trainer's tensors, on the CPU. Raises TrainingError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise broken(path, error) from error
+    return tensors
+
+
+def broken(path: Path, error: Exception) -> TrainingError:
+    """The error that says that a state cannot be gone on from."""
+    remedy = "Delete it, and the training begins anew."
+    return TrainingError(str(path), f"what no training can go on from ({error})", "the state of this training", remedy)

@@ -1,0 +1,77 @@
+"""The state of an interrupted training: always whole, and never another training's."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import TrainingError
+from pipeline.snapshot import Record, Standing, beside, load_tensors, read_standing, save
+
+RECORDS = (Record(1, {"loss": 2.0, "dice": 0.5}, True, 9), Record(2, {"loss": 1 / 3, "dice": 0.25}, False, 8))
+STANDING = Standing({"seed": "0", "training.epochs": "9"}, RECORDS, 12.5)
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    path = beside(tmp_path / "model.partial")
+    assert read_standing(path) is None
+    tensors = {"a.b": torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last), "step": torch.tensor(7.0)}
+    save(path, STANDING, tensors)
+    assert read_standing(path) == STANDING
+    found = load_tensors(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_best_is_that_of_all_epochs() -> None:
+    assert STANDING.best == 0.5
+    assert STANDING.after(Record(3, {"loss": 0.1, "dice": 0.75}, True, 8), 20.0).best == 0.75
+    assert Standing({}, (), 0.0).best < 0
+
+
+def test_what_differs_is_named() -> None:
+    assert STANDING.changes({"training.epochs": "9", "seed": "0"}) == ""
+    assert STANDING.changes({"training.epochs": "10", "seed": "0"}) == "training.epochs was 9"
+    assert STANDING.changes({"training.epochs": "9", "seed": "0", "slide a": "x"}) == "slide a was not there"
+    assert "and 2 more" in STANDING.changes({f"slide {number}": "x" for number in range(4)})
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:40], lambda data: b"", lambda data: data.replace(b"fullfield", b"otherwise")]
+)
+def test_a_broken_state_is_told(tmp_path: Path, damage) -> None:
+    path = tmp_path / "training.safetensors"
+    save(path, STANDING, {"a": torch.zeros(9)})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(TrainingError, match=r"training\.safetensors.*Delete it"):
+        read_standing(path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from pipeline.snapshot import Standing, save
+for number in range(1, 10**6):
+    save(Path(sys.argv[1]), Standing({"number": str(number)}, (), 0.0), {"a": torch.full((1 << 18,), float(number))})
+"""
+
+
+def test_it_is_whole_whenever_its_writer_is_killed(tmp_path: Path) -> None:
+    path, seen = tmp_path / "training.safetensors", set()
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+    while len(seen) < 10 and process.poll() is None:
+        before, tensors, after = read_standing(path), load_tensors(path) if path.exists() else {}, read_standing(path)
+        if before and before == after:
+            assert set(tensors["a"].tolist()) == {float(before.inputs["number"])}
+            seen.add(before.inputs["number"])
+        time.sleep(0.003)
+    process.kill()
+    process.wait()
+    assert len(seen) == 10
+    last = read_standing(path)
+    assert set(load_tensors(path)["a"].tolist()) == {float(last.inputs["number"])}
