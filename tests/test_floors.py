@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
-    "classes geometry files progress contours polygons",
-    "config outlines label_image stencil shards",
+    "classes geometry files progress contours polygons resampling",
+    "config outlines label_image stencil shards objects boundaries calibration froc",
     "slide grid annotations cohort cluster ngff store",
     "tissue canvas augment network dense graph histology",
-    "architectures tracing fusion",
+    "architectures tracing fusion fields",
     "footprint patches checkpoint metrics phantom",
-    "engine openvino_engine training registry",
+    "engine openvino_engine training registry assessment",
     "runtime prediction regions measurement export tracking memory",
     "validation exactness tiling precision",
     "segmentation",
