@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.spatial import KDTree
 
 from pipeline.geometry import Mpp
 from pipeline.resampling import Counts, Floats
@@ -115,9 +116,10 @@ def _percentile(spreads: Sequence[Spread], draws: Counts) -> Floats:
 
 def _distances(own: Mask, other: Mask, mpp: Mpp) -> Floats:
     """The distance, in um, from each pixel of a boundary to the nearest of another."""
-    if not own.any() or not other.any():
-        return np.full(int(own.sum()), np.hypot(own.shape[0] * mpp.y, own.shape[1] * mpp.x))
-    return np.asarray(ndimage.distance_transform_edt(~other, sampling=(mpp.y, mpp.x))[own])
+    if not other.any():
+        return np.full(int(own.sum()), math.hypot(own.shape[0] * mpp.y, own.shape[1] * mpp.x))
+    scale = [mpp.y, mpp.x]
+    return np.asarray(KDTree(np.argwhere(other) * scale).query(np.argwhere(own) * scale)[0])
 
 
 def _spread(distances: Floats, size: float) -> Spread:

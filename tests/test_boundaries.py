@@ -31,12 +31,12 @@ def outline(mask, known):
     return np.array(places, float).reshape(-1, 2)
 
 
-@pytest.mark.parametrize("shift", [1, 3, 8])
-def test_squares_that_are_shifted_lie_as_far_apart_as_the_shift(shift):
-    truth = np.zeros((90, 120), bool)
-    truth[20:60, 20:60] = True
-    found = measure_boundaries(truth, np.roll(truth, (shift, shift), (0, 1)), np.ones_like(truth), MPP, 0.1)
-    assert score([found])[0] == pytest.approx(shift * 0.5, rel=0.01)
+@pytest.mark.parametrize("shift", [3, 8, 15])
+def test_discs_that_are_shifted_lie_as_far_apart_as_the_shift(shift):
+    truth, prediction = disc((140, 180), 70, 80, 60), disc((140, 180), 70, 80 + shift, 60)
+    known = np.ones_like(truth)
+    assert score([measure_boundaries(truth, prediction, known, MPP, 0.1)])[0] == pytest.approx(shift * 0.5, abs=0.1)
+    assert score([measure_boundaries(truth, prediction, known, MPP, shift * 0.5)])[1] == 1
 
 
 def test_discs_that_grow_lie_as_far_apart_as_their_radii():
