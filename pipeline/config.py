@@ -162,9 +162,15 @@ class EngineSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """How figures are reported."""
+    """How figures are reported.
+
+    `boundary_tolerance_um` is how far a boundary may lie from the truth and still be right; null: two pixels of the output.
+    `lesions` names the classes of which the lesion FROC is computed, see froc.py.
+    """
 
     bootstrap_samples: PositiveInt = 1000
+    boundary_tolerance_um: Positive | None = None
+    lesions: tuple[str, ...] = ()
 
 
 class ClusterSettings(Section):
@@ -229,6 +235,9 @@ class Config(Section):
         unknown = sorted(set(self.training.class_weights) - set(names))
         if unknown:
             raise ValueError(f"training.class_weights should name classes of {names}, found {unknown}")
+        strangers = sorted(set(self.evaluation.lesions) - set(names))
+        if strangers:
+            raise ValueError(f"evaluation.lesions should name classes of {names}, found {strangers}")
         for key in ("rest", "unnamed"):
             name = getattr(self.annotations, key)
             if name is not None and name not in names:

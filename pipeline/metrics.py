@@ -24,10 +24,9 @@ import numpy.typing as npt
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CohortError
 from pipeline.geometry import Mpp
+from pipeline.resampling import Counts, Floats, bounds, draw_patients
 
-Counts = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float64]
 Report = dict[str, dict[str, dict[str, dict[str, float | int | None]]]]
 
 POOLED = "pooled"
@@ -148,23 +147,11 @@ def interval(patients: Counts, rest: int | None = None, samples: int = 1000, see
 
     One patient says nothing about the next: the bounds are NaN. With few patients the interval is honest about those
     patients only and too narrow for others (three patients make 10 different rounds, two make 3).
-    Reference: Efron 1979, Annals of Statistics 7:1, doi:10.1214/aos/1176344552; resampling whole clusters: Davison and
-    Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
+    References: see resampling.py.
     """
-    number, classes = patients.shape[0], patients.shape[1]
-    if number < 2:
-        return {name: np.full((2, classes), np.nan) for name in SCORES}
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
+    draws = draw_patients(len(patients), samples, seed)
     rounds = _divide(np.tensordot(draws, _extents(patients, rest), axes=1))
-    return {name: _bounds(values) for name, values in rounds.items()}
-
-
-def _bounds(rounds: Floats) -> Floats:
-    """The 2.5th and 97.5th percentiles of (S, C) rounds as (2, C), passing over NaN; NaN where all are NaN."""
-    bounds = np.full((2, rounds.shape[1]), np.nan)
-    there = ~np.isnan(rounds).all(axis=0)
-    bounds[:, there] = np.nanpercentile(rounds[:, there], [2.5, 97.5], axis=0)
-    return bounds
+    return {name: bounds(values) for name, values in rounds.items()}
 
 
 def report(
@@ -204,20 +191,20 @@ def _named(
 ) -> dict[str, dict[str, float | int | None]]:
     """The scores of (P, C, C + 1) confusions pooled, by class name, as a report holds them."""
     pooled = patients.sum(axis=0)
-    values, bounds = ratios(pooled, rest), interval(patients, rest, samples, seed)
+    values, limits = ratios(pooled, rest), interval(patients, rest, samples, seed)
     named = {}
     for index, name in enumerate(classes.names):
         fields: dict[str, float | None] = {}
         for score in SCORES:
-            fields[score] = _number(values[score][index])
-            fields[f"{score}_low"], fields[f"{score}_high"] = (_number(bound[index]) for bound in bounds[score])
+            fields[score] = number(values[score][index])
+            fields[f"{score}_low"], fields[f"{score}_high"] = (number(limit[index]) for limit in limits[score])
         pixels = int(pooled[index].sum())
         found = Scores(**fields, pixels=pixels, area_mm2=pixels * mpp.area_um2 / 1e6, patients=len(patients))
         named[name] = asdict(found)
     return named
 
 
-def _number(value: np.float64) -> float | None:
+def number(value: float) -> float | None:
     """The value, or None for NaN, for which JSON has no word."""
     return None if np.isnan(value) else float(value)
 

@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
-    "classes geometry files progress contours polygons density staining",
-    "config outlines label_image stencil shards stains",
+    "classes geometry files progress contours polygons density staining resampling",
+    "config outlines label_image stencil shards stains objects boundaries calibration froc",
     "slide grid annotations cohort cluster ngff store snapshot",
     "tissue canvas augment network dense graph histology",
-    "architectures tracing fusion normalised",
+    "architectures tracing fusion normalised fields",
     "footprint patches checkpoint metrics phantom",
-    "engine openvino_engine training registry",
+    "engine openvino_engine training registry assessment",
     "runtime prediction regions measurement export tracking memory",
     "validation exactness tiling precision",
     "segmentation",

@@ -82,6 +82,8 @@ def whole_pass(model: Path, slide: Path, mpp: float | None = None) -> np.ndarray
 def test_a_run_leaves_everything(project: Path) -> None:
     for name in ("config.yaml", "cohort.csv", "tiles.parquet", "slides.csv", "metrics.json", "metrics.csv", "mlflow.db"):
         assert (project / "out" / name).is_file(), name
+    for name in ("calibration.csv", "reliability.png"):
+        assert (project / "out" / name).is_file(), name
     model = {path.name for path in (project / "out" / "model").iterdir()}
     assert model == {"model.yaml", "network.json", "weights.safetensors"}
     expected = "segmentation.ome.zarr segmentation.ome.tif regions.geojson measurements.csv overlay.png tissue.png truth.png"

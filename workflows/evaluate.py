@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment, assess, extended, overall_error
+from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import open_canvas
-from pipeline.classes import IGNORED
 from pipeline.cohort import Case
 from pipeline.config import Config, load_config
 from pipeline.errors import CanvasError
 from pipeline.export import truth_beside_prediction, write_png
 from pipeline.files import write_csv, write_text
-from pipeline.geometry import Roi
-from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, report, table
+from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, progress
 from pipeline.segmentation import CANVAS, is_finished
 from pipeline.slide import open_slide
 from pipeline.tissue import PICTURE_PIXELS
 from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index, slide_job
 
-_BLOCK = 2048  # pixels of truth and prediction compared at once
+_CALIBRATION = ("calibration.csv", "reliability.png")
+_SHAPE_COLUMNS = (
+    ("object_f1", "object F1"),
+    ("object_dice", "object Dice"),
+    ("object_hausdorff_um", "Hausdorff, um"),
+    ("hd95_um", "HD95, um"),
+    ("nsd", "surface Dice"),
+    ("froc", "FROC"),
+)
 
 
 def evaluate(path: Path, overrides: Sequence[str]) -> int:
@@ -34,8 +42,8 @@ def evaluate(path: Path, overrides: Sequence[str]) -> int:
 
 
 def evaluate_cohort(workspace: Workspace) -> int:
-    """Write metrics.json, metrics.csv and pictures for every annotated slide that was segmented; 1 where one was not."""
-    config, rows = workspace.config, list[SlideConfusion]()
+    """Write metrics, calibration and pictures of every annotated slide that was segmented; 1 where one was not."""
+    config, rows = workspace.config, list[SlideAssessment]()
     cases = workspace.annotated(config.segmentation.splits)
     for case in cases:
         workspace.cluster.submit(case, compare, case, config)
@@ -49,7 +57,7 @@ def evaluate_cohort(workspace: Workspace) -> int:
                 raise outcome.error
             else:
                 case = outcome.key
-                rows.append(SlideConfusion(case.slide_id, case.patient, case.split, outcome.value))
+                rows.append(SlideAssessment(case.slide_id, case.patient, case.split, outcome.value))
             bar.advance()
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
@@ -58,60 +66,75 @@ def evaluate_cohort(workspace: Workspace) -> int:
     return 1 if missing else 0
 
 
-def compare(case: Case, config: Config) -> np.ndarray:
-    """Pixels by true and predicted class over all that is known of a slide; draws the picture on the way.
+def compare(case: Case, config: Config) -> Assessment:
+    """All that is counted over what is known of a slide; draws the picture on the way.
 
-    Returns (classes, classes + 1) int64. Raises CanvasError where the slide is not segmented.
+    Raises CanvasError where the slide is not segmented.
     """
     job = slide_job(case, config)
     if not is_finished(job):
         expected = "the finished segmentation of this slide by this model"
         raise CanvasError(str(job.folder), "none", expected, "Run `fullfield run` with this configuration.")
     canvas, truth = open_canvas(job.folder / CANVAS), case_truth(case, config)
-    total = np.zeros((len(canvas.classes), len(canvas.classes) + 1), np.int64)
-    for y in range(0, canvas.lattice.height, _BLOCK):
-        for x in range(0, canvas.lattice.width, _BLOCK):
-            roi = Roi(x, y, _BLOCK, _BLOCK).intersect(canvas.lattice.roi)
-            known = truth.read(roi, canvas.lattice)
-            if (known != IGNORED).any():
-                total += confusion(known, canvas.read_labels(roi), len(canvas.classes))
+    found = assess(canvas, truth, _rules(config))
     level = next(index for index, item in enumerate(canvas.levels) if max(item.shape) <= PICTURE_PIXELS)
     lattice = canvas.levels[level]
     image = open_slide(case.slide, case.mpp).read(lattice.roi, lattice)
     labels = canvas.read_labels(lattice.roi, level)
     picture = truth_beside_prediction(image, truth.read(lattice.roi, lattice), labels, canvas.classes)
     write_png(job.folder / "truth.png", picture)
-    return total
+    return found
 
 
-def _publish(workspace: Workspace, rows: Sequence[SlideConfusion]) -> None:
-    config = workspace.config
-    canvas = open_canvas(workspace.output / "slides" / rows[0].slide_id / CANVAS)
-    scores = report(
-        rows, canvas.classes, canvas.lattice.mpp, rest_index(config), config.evaluation.bootstrap_samples, config.seed
-    )
-    write_text(workspace.output / "metrics.json", json.dumps(scores, indent=2) + "\n")
+def _rules(config: Config) -> Rules:
+    lesions = tuple(config.class_list.index(name) for name in config.evaluation.lesions)
+    tolerance_um, min_area_um2 = config.evaluation.boundary_tolerance_um, config.segmentation.min_region_um2
+    return Rules(rest_index(config), min_area_um2, tolerance_um, lesions)
+
+
+def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
+    config, output = workspace.config, workspace.output
+    canvas = open_canvas(output / "slides" / rows[0].slide_id / CANVAS)
+    rest, samples = rest_index(config), config.evaluation.bootstrap_samples
+    scores = report([row.pixels for row in rows], canvas.classes, canvas.lattice.mpp, rest, samples, config.seed)
+    scores = extended(scores, rows, canvas.classes, rest, samples, config.seed)
+    splits = {split: [row for row in rows if row.split == split] for split in scores}
+    errors = {split: overall_error(mine, samples, config.seed) for split, mine in splits.items()}
+    write_text(output / "metrics.json", json.dumps(scores, indent=2) + "\n")
     flat = table(scores)
-    write_csv(workspace.output / "metrics.csv", list(flat[0]), flat)
+    write_csv(output / "metrics.csv", list(flat[0]), flat)
+    _write_calibration(output, splits)
     with workspace.run.child("evaluate") as run:
-        metrics = _headline(scores)
+        metrics = {**_headline(scores), **{f"{split} ece": error["ece"] for split, error in errors.items()}}
         run.log_metrics(metrics)
         workspace.run.log_metrics(metrics)
         run.log_table("metrics_table.csv", flat)
-        for name in ("metrics.json", "metrics.csv"):
-            run.log_file(workspace.output / name)
+        for name in ("metrics.json", "metrics.csv", *_CALIBRATION):
+            run.log_file(output / name)
         for row in rows:
-            run.log_file(workspace.output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
+            run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
     console.print(_score_table(scores))
+    console.print(_shape_table(scores))
+    for split, error in errors.items():
+        interval = _interval(error["ece_low"], error["ece_high"])
+        console.print(f"Calibration: expected error of probabilities, {split}: {_figure(error['ece'])} ({interval})")
+
+
+def _write_calibration(output: Path, splits: Mapping[str, Sequence[SlideAssessment]]) -> None:
+    """The reliability table of every split as CSV, and the picture of it."""
+    counts = {split: np.sum([row.found.reliability.sum(axis=0) for row in rows], axis=0) for split, rows in splits.items()}
+    rows = [{"split": split, **row} for split, part in counts.items() for row in reliability_rows(part)]
+    write_csv(output / _CALIBRATION[0], list(rows[0]), rows)
+    draw_reliability(output / _CALIBRATION[1], counts)
 
 
 def _headline(scores: Report) -> dict[str, float | None]:
-    """Pooled Dice and IoU of every split and class, for MLflow."""
+    """Pooled scores of every split and class, for MLflow."""
     return {
         f"{split} {score} {name}": values[score]
         for split, slides in scores.items()
         for name, values in slides[POOLED].items()
-        for score in ("dice", "iou")
+        for score in ("dice", "iou", *SHAPE_SCORES)
     }
 
 
@@ -120,12 +143,33 @@ def _score_table(scores: Report) -> Table:
     table = Table(*columns, title="Pooled over slides; intervals over patients", title_justify="left")
     for split, slides in scores.items():
         for name, values in slides[POOLED].items():
-            low, high = values["dice_low"], values["dice_high"]
-            interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+            interval = _interval(values["dice_low"], values["dice_high"])
             figures = (values[key] for key in ("iou", "precision", "recall"))
             table.add_row(split, name, _figure(values["dice"]), interval, *(_figure(value) for value in figures))
     return table
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _shape_table(scores: Report) -> Table:
+    """Objects, boundaries and lesions of all classes that have any, each figure above its interval."""
+    shown = [(split, name, values) for split, slides in scores.items() for name, values in slides[POOLED].items()]
+    shown = [(split, name, values) for split, name, values in shown if values["objects"] is not None]
+    columns = dict(_SHAPE_COLUMNS)
+    if all(values["froc"] is None for _, _, values in shown):
+        del columns["froc"]
+    table = Table("split", "class", *columns.values(), title="Objects and boundaries", title_justify="left")
+    for split, name, values in shown:
+        cells = []
+        for score in columns:
+            digits = 1 if score.endswith("_um") else 3
+            interval = _interval(values[f"{score}_low"], values[f"{score}_high"], digits)
+            cells.append(f"{_figure(values[score], digits)}\n{interval}")
+        table.add_row(split, name, *cells)
+    return table
+
+
+def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    return "-" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,234 @@
+"""All that is counted on one slide, and what the counts of many slides say of objects, boundaries, lesions and calibration.
+
+A slide's truth and canvas are read block by block (pixels, calibration), then field by field (objects, boundaries), then
+once at a coarse level (lesions), so that memory is bounded. Whatever is counted adds up over slides: scores are those of
+a whole split, with intervals over its patients, as metrics.py has them for pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.annotations import Truth
+from pipeline.boundaries import Boundaries, hd95, measure_boundaries, surface_dice
+from pipeline.calibration import BINS, calibration_error, count_reliability
+from pipeline.canvas import Canvas
+from pipeline.classes import IGNORED, Classes
+from pipeline.fields import Field, KnownMap
+from pipeline.froc import FROC_MPP, Detections, detect, resampled_froc
+from pipeline.geometry import Roi
+from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, number
+from pipeline.objects import OBJECT_SCORES, OBJECT_SUMS, object_scores, object_sums
+from pipeline.resampling import Counts, Floats, bounds, draw_patients
+
+BLOCK = 2048
+"""Side of what is compared at once, in pixels."""
+
+SHAPE_SCORES = (*OBJECT_SCORES, "hd95_um", "nsd", "froc", "ece")
+"""Scores that a report gains from assessments; each has an interval, `_low` and `_high`."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a slide is assessed: the class of what is not examined, the least object, the tolerance, classes with lesions."""
+
+    rest: int | None
+    min_area_um2: float
+    tolerance_um: float | None = None
+    lesions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Assessment:
+    """What was counted on one slide, of C classes.
+
+    `confusion` is (C, C + 1) as in metrics.py, `reliability` (C, 15, 3) as in calibration.py, `objects` (C, 9) as in
+    objects.py. `boundaries` and `detections` have one item a class; the latter is None where lesions are not asked for or
+    cannot be told. `coarsest_um` is the largest um/px at which a field was read.
+    """
+
+    confusion: Counts
+    reliability: Counts
+    objects: Floats
+    boundaries: tuple[Boundaries, ...]
+    detections: tuple[Detections | None, ...]
+    coarsest_um: float
+
+
+@dataclass(frozen=True, eq=False)
+class SlideAssessment:
+    """An assessment and whose it is."""
+
+    slide_id: str
+    patient: str
+    split: str
+    found: Assessment
+
+    @property
+    def pixels(self) -> SlideConfusion:
+        """Its pixels, as metrics.report takes them."""
+        return SlideConfusion(self.slide_id, self.patient, self.split, self.found.confusion)
+
+
+def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
+    """Hold a segmented slide against its truth, wherever that is known."""
+    classes = len(canvas.classes)
+    pixels, reliability = np.zeros((classes, classes + 1), np.int64), np.zeros((classes, BINS, 3), np.int64)
+    known = KnownMap(canvas)
+    for y in range(0, canvas.lattice.height, BLOCK):
+        for x in range(0, canvas.lattice.width, BLOCK):
+            roi = Roi(x, y, BLOCK, BLOCK).intersect(canvas.lattice.roi)
+            true = truth.read(roi, canvas.lattice)
+            if (true != IGNORED).any():
+                labels = canvas.read_labels(roi)
+                pixels += confusion(true, labels, classes)
+                reliability += count_reliability(true, labels, canvas.read_probabilities(roi))
+                known.add(roi, true != IGNORED)
+    objects, boundaries, coarsest = np.zeros((classes, OBJECT_SUMS)), [[_NONE] for _ in range(classes)], 0.0
+    tolerance = rules.tolerance_um or 2 * max(canvas.lattice.mpp.x, canvas.lattice.mpp.y)
+    for field in known.fields(truth):
+        coarsest = max(coarsest, field.mpp.x, field.mpp.y)
+        for index in _present(field, rules.rest):
+            sums, lines = _shapes(field, index, rules, tolerance)
+            objects[index] += sums
+            boundaries[index].append(lines)
+    gathered = tuple(Boundaries.gathered(parts) for parts in boundaries)
+    return Assessment(pixels, reliability, objects, gathered, _detections(canvas, truth, rules), coarsest)
+
+
+def extended(
+    scores: Report, rows: Sequence[SlideAssessment], classes: Classes, rest: int | None, samples: int = 1000, seed: int = 0
+) -> Report:
+    """A report of the same slides with the scores of objects, boundaries, lesions and calibration in each of its entries.
+
+    Adds SHAPE_SCORES with their intervals (`rest`, the background, has only `ece`), how many objects there are, were
+    predicted and were matched, how many lesions, and `shape_um`, the coarsest um/px at which shapes were looked at.
+    """
+    gained: Report = {}
+    for split, slides in scores.items():
+        mine = [row for row in rows if row.split == split]
+        gained[split] = {}
+        for slide, named in slides.items():
+            part = mine if slide == POOLED else [row for row in mine if row.slide_id == slide]
+            columns = _columns(part, rest, samples, seed)
+            gained[split][slide] = {
+                name: {**fields, **{key: _plain(key, values[classes.index(name)]) for key, values in columns.items()}}
+                for name, fields in named.items()
+            }
+    return gained
+
+
+def overall_error(rows: Sequence[SlideAssessment], samples: int, seed: int) -> dict[str, float | None]:
+    """ECE over all classes, `ece`, `ece_low`, `ece_high`."""
+    reliability = np.stack([part.reliability.sum(axis=0) for part in _by_patient(rows)])
+    draws = draw_patients(len(reliability), samples, seed)
+    low, high = bounds(calibration_error(np.tensordot(draws, reliability, axes=1)))
+    value = calibration_error(reliability.sum(axis=0))
+    return {"ece": number(float(value)), "ece_low": number(low), "ece_high": number(high)}
+
+
+_NONE = Boundaries.gathered([])
+_COUNTS = ("objects", "objects_predicted", "objects_matched", "lesions")
+
+
+def _present(field: Field, rest: int | None) -> list[int]:
+    """The classes, but `rest`, that a field holds in truth or prediction."""
+    found = np.union1d(field.truth, field.prediction).tolist()
+    return [index for index in found if index not in (rest, IGNORED)]
+
+
+def _shapes(field: Field, index: int, rules: Rules, tolerance_um: float) -> tuple[Floats, Boundaries]:
+    known = field.truth != IGNORED
+    true, called = field.truth == index, (field.prediction == index) & known
+    sums = object_sums(true, called, field.mpp, rules.min_area_um2)
+    return sums, measure_boundaries(true, called, known, field.mpp, tolerance_um)
+
+
+def _detections(canvas: Canvas, truth: Truth, rules: Rules) -> tuple[Detections | None, ...]:
+    """For each class what was detected; None where it has no lesions, or where something examined is not known."""
+    if not rules.lesions:
+        return (None,) * len(canvas.classes)
+    fine = [number for number, level in enumerate(canvas.levels) if level.mpp.x <= FROC_MPP]
+    number = max(fine, default=0)
+    lattice = canvas.levels[number]
+    true, labels = truth.read(lattice.roi, lattice), canvas.read_labels(lattice.roi, number)
+    inside = (slice(lattice.height - 1), slice(lattice.width - 1))  # the last pixels may reach past the slide
+    if ((true == IGNORED) & (labels != IGNORED))[inside].any():
+        return (None,) * len(canvas.classes)
+    probabilities = canvas.read_probabilities(lattice.roi, number)
+    return tuple(
+        detect(true == index, labels == index, probabilities[index], lattice.mpp, rules.min_area_um2)
+        if index in rules.lesions
+        else None
+        for index in range(len(canvas.classes))
+    )
+
+
+def _by_patient(rows: Sequence[SlideAssessment]) -> list[Assessment]:
+    """The slides' assessments, summed for each patient."""
+    patients: dict[str, list[Assessment]] = {}
+    for row in rows:
+        patients.setdefault(row.patient, []).append(row.found)
+    return [_sum(parts) for parts in patients.values()]
+
+
+def _sum(parts: Sequence[Assessment]) -> Assessment:
+    detections = [
+        [one for one in ones if one is not None] for ones in zip(*(part.detections for part in parts), strict=True)
+    ]
+    return Assessment(
+        np.sum([part.confusion for part in parts], axis=0),
+        np.sum([part.reliability for part in parts], axis=0),
+        np.sum([part.objects for part in parts], axis=0),
+        tuple(Boundaries.gathered(ones) for ones in zip(*(part.boundaries for part in parts), strict=True)),
+        tuple(Detections.gathered(ones) if ones else None for ones in detections),
+        max(part.coarsest_um for part in parts),
+    )
+
+
+def _columns(rows: Sequence[SlideAssessment], rest: int | None, samples: int, seed: int) -> Mapping[str, Floats]:
+    """What `extended` adds, each (C,): scores of some slides pooled, their bounds, and counts; NaN where there is none."""
+    patients = _by_patient(rows)
+    once, draws = np.ones((1, len(patients)), np.int64), draw_patients(len(patients), samples, seed)
+    pooled, rounds = _scores(patients, once), _scores(patients, draws)
+    whole = _sum(patients)
+    columns: dict[str, Floats] = {}
+    for name in SHAPE_SCORES:
+        columns[name] = pooled[name][0]
+        columns[f"{name}_low"], columns[f"{name}_high"] = bounds(rounds[name])
+    lesions = [np.nan if found is None else len(found.lesions) for found in whole.detections]
+    columns |= dict(zip(_COUNTS, (*whole.objects[:, [1, 5, 0]].T, np.array(lesions)), strict=True))
+    columns["shape_um"] = np.full(len(whole.objects), whole.coarsest_um)
+    if rest is not None:
+        for name in columns.keys() - {"ece", "ece_low", "ece_high"}:
+            columns[name] = np.where(np.arange(len(whole.objects)) == rest, np.nan, columns[name])
+    return columns
+
+
+def _scores(patients: Sequence[Assessment], draws: Counts) -> dict[str, Floats]:
+    """SHAPE_SCORES of each round, each (S, C)."""
+    classes = range(len(patients[0].boundaries))
+    lines = [[patient.boundaries[index] for patient in patients] for index in classes]
+    return {
+        **object_scores(np.tensordot(draws.astype(np.float64), np.stack([one.objects for one in patients]), axes=1)),
+        "hd95_um": np.stack([hd95(part, draws) for part in lines], axis=1),
+        "nsd": np.stack([surface_dice(part, draws) for part in lines], axis=1),
+        "froc": np.stack([_froc([patient.detections[index] for patient in patients], draws) for index in classes], axis=1),
+        "ece": calibration_error(np.tensordot(draws, np.stack([patient.reliability for patient in patients]), axes=1)),
+    }
+
+
+def _froc(patients: Sequence[Detections | None], draws: Counts) -> Floats:
+    """FROC of each round; NaN for a class without lesions. A patient without a slide that is all known counts not."""
+    if all(patient is None for patient in patients):
+        return np.full(len(draws), np.nan)
+    return resampled_froc([patient or Detections((), (), 0) for patient in patients], draws)
+
+
+def _plain(column: str, value: float) -> float | int | None:
+    """A value as JSON has it: None for NaN, and counts without a fraction."""
+    plain = number(value)
+    return int(plain) if column in _COUNTS and plain is not None else plain

@@ -1,0 +1,176 @@
+"""A whole slide's assessment against scores of its whole arrays; fields; reports with intervals."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pipeline import assessment, fields
+from pipeline.annotations import ClassMap, open_truth
+from pipeline.assessment import SHAPE_SCORES, Rules, SlideAssessment, assess, extended, overall_error
+from pipeline.boundaries import hd95, measure_boundaries, surface_dice
+from pipeline.canvas import create_canvas
+from pipeline.classes import IGNORED, Class, Classes
+from pipeline.fields import KnownMap
+from pipeline.geometry import Lattice, Mpp
+from pipeline.metrics import report, table
+from pipeline.objects import object_scores, object_sums
+from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_phantom
+
+PAIR = Classes((Class("rest", (0, 0, 0)), Class("gland", (255, 0, 0))))
+ONCE = np.ones((1, 1), np.int64)
+
+
+@dataclass(frozen=True)
+class ArrayTruth:
+    """A truth held in memory; coarser lattices take the pixel under each centre."""
+
+    pixels: np.ndarray
+
+    def read(self, roi, lattice):
+        step = round(lattice.mpp.x)
+        rows, columns = (np.arange(a, b) * step + step // 2 for a, b in ((roi.y, roi.bottom), (roi.x, roi.right)))
+        padded = np.pad(self.pixels, ((0, 2 * step), (0, 2 * step)), constant_values=IGNORED)
+        return padded[np.ix_(rows, columns)]
+
+
+def canvas_of(path, labels, classes, sure=0.8):
+    """A finished canvas of 1 um/px with these labels; IGNORED tiles are not written."""
+    canvas = create_canvas(path, Lattice(labels.shape[1], labels.shape[0], Mpp(1.0, 1.0)), classes, 128, {})
+    others = (1 - sure) / (len(classes) - 1)
+    for row, column in np.ndindex(-(-labels.shape[0] // 128), -(-labels.shape[1] // 128)):
+        roi = canvas.tile_roi((row, column))
+        part = labels[roi.slices()]
+        if (part != IGNORED).all():
+            hot = np.stack([np.where(part == index, sure, others) for index in range(len(classes))])
+            canvas.write(roi, hot.astype(np.float32))
+    canvas.build_pyramid()
+    return canvas
+
+
+def discs(shape, *places):
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    hit = [(rows - row) ** 2 + (columns - column) ** 2 <= radius**2 for row, column, radius in places]
+    return np.any(hit, axis=0).astype(np.uint8)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(assessment, "BLOCK", 256)
+
+
+def test_blocks_give_what_the_whole_gives(tmp_path, small_blocks):
+    """Glands that cross many blocks and tiles, one unknown corner, one tile not examined."""
+    shape = (500, 700)
+    truth = discs(shape, (250, 250, 90), (130, 520, 60), (400, 600, 80))
+    labels = discs(shape, (255, 262, 84), (120, 520, 66), (60, 60, 20))
+    truth[:60, 600:] = IGNORED
+    labels[384:500, 512:640] = IGNORED
+    found = assess(canvas_of(tmp_path / "c", labels, PAIR), ArrayTruth(truth), Rules(rest=0, min_area_um2=50.0))
+    known = truth != IGNORED
+    true, called = truth == 1, (labels == 1) & known
+    mpp = Mpp(1.0, 1.0)
+    np.testing.assert_allclose(found.objects[1], object_sums(true, called, mpp, 50.0))
+    whole = measure_boundaries(true, called, known, mpp, 2.0)
+    assert hd95([found.boundaries[1]], ONCE) == hd95([whole], ONCE)
+    assert surface_dice([found.boundaries[1]], ONCE) == surface_dice([whole], ONCE)
+    assert found.confusion.sum() == known.sum()
+    assert found.reliability[..., 0].sum() == (known & (labels != IGNORED)).sum()
+    assert found.coarsest_um == 1.0
+    assert not found.objects[0].any()
+
+
+def test_fields_are_the_known_parts_and_do_not_see_each_other(tmp_path):
+    shape = (300, 520)
+    truth = np.full(shape, IGNORED, np.uint8)
+    truth[20:140, 30:200], truth[20:140, 202:400], truth[150:290, 60:500] = 0, 1, 0
+    canvas = canvas_of(tmp_path / "c", np.ones(shape, np.uint8), PAIR)
+    known = KnownMap(canvas)
+    known.add(canvas.lattice.roi, truth != IGNORED)
+    parts = list(known.fields(ArrayTruth(truth)))
+    assert [part.truth.shape for part in parts] == [(120, 170), (120, 198), (140, 440)]
+    assert all((part.prediction == 1).all() for part in parts)
+
+
+def test_what_lies_between_two_fields_is_in_neither(tmp_path):
+    truth = np.full((200, 300), IGNORED, np.uint8)
+    truth[10:190, 10:40], truth[160:190, 10:250], truth[20:90, 100:260] = 0, 0, 1
+    canvas = canvas_of(tmp_path / "c", np.ones((200, 300), np.uint8), PAIR)
+    known = KnownMap(canvas)
+    known.add(canvas.lattice.roi, truth != IGNORED)
+    bent, block = known.fields(ArrayTruth(truth))
+    assert bent.truth.shape == (180, 240) and not (bent.truth == 1).any()  # its box covers part of the other field
+    assert (block.truth == 1).all()
+
+
+def test_large_fields_are_read_from_a_coarser_level(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields, "CELLS", 256)
+    shape = (900, 1300)
+    truth, labels = discs(shape, (400, 500, 250)), discs(shape, (410, 520, 240))
+    found = assess(canvas_of(tmp_path / "c", labels, PAIR), ArrayTruth(truth), Rules(0, 50.0))
+    assert found.coarsest_um == 4.0  # 900 x 1300 is above 512 x 512, and so is a quarter of it
+    fine = object_scores(object_sums(truth == 1, labels == 1, Mpp(1.0, 1.0), 50.0))
+    coarse = object_scores(found.objects[1])
+    assert coarse["object_dice"] == pytest.approx(fine["object_dice"], abs=0.01)
+    assert coarse["object_hausdorff_um"] == pytest.approx(fine["object_hausdorff_um"], abs=8)
+    whole = measure_boundaries(truth == 1, labels == 1, truth < 9, Mpp(1.0, 1.0), 2.0)
+    assert found.boundaries[1].length == pytest.approx(whole.length, rel=0.05)
+
+
+def test_a_phantom_predicted_perfectly(tmp_path):
+    phantom = make_phantom(tmp_path / "p.tiff", seed=3, width=801, height=643, mpp=1.0)
+    canvas = canvas_of(tmp_path / "c", phantom.truth, PHANTOM_CLASSES, sure=1.0)
+    names = {name: index for index, name in enumerate(PHANTOM_CLASSES.names)}
+    truth = open_truth(phantom.annotation, canvas.lattice, ClassMap(PHANTOM_CLASSES, names, rest=GLASS), None)
+    found = assess(canvas, truth, Rules(GLASS, 50.0, lesions=(names["Tumour"],)))
+    row = SlideAssessment("p", "P1", "test", found)
+    scores = extended(report([row.pixels], PHANTOM_CLASSES, Mpp(1.0, 1.0), GLASS), [row], PHANTOM_CLASSES, GLASS)
+    pooled = scores["test"]["pooled"]
+    seen = [name for name in ("Stroma", "Gland", "Fat") if pooled[name]["pixels"] > 500]
+    assert "Stroma" in seen
+    for name in seen:
+        figures = [pooled[name][score] for score in SHAPE_SCORES if score != "froc"]
+        assert figures == [1, 1, 0, 0, 1, 0]
+        assert pooled[name]["objects"] == pooled[name]["objects_matched"] > 0
+    assert pooled["Glass"]["object_f1"] is None and pooled["Glass"]["ece"] == 0
+    assert pooled["Stroma"]["lesions"] is None
+
+
+def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
+    shape = (600, 800)
+    truth, labels = discs(shape, (200, 250, 150)), discs(shape, (210, 250, 140), (500, 700, 60))
+    canvas = canvas_of(tmp_path / "c", labels, PAIR)
+    rules = Rules(0, 50.0, lesions=(1,))
+    found = assess(canvas, ArrayTruth(truth), rules).detections
+    assert found[0] is None
+    assert found[1].false == found[1].lesions == pytest.approx((204 / 255,))
+    truth[:100, 500:] = IGNORED
+    assert assess(canvas, ArrayTruth(truth), rules).detections == (None, None)
+
+
+def test_pooled_scores_have_intervals_over_patients_and_are_json(tmp_path):
+    shape = (200, 260)
+    truth = discs(shape, (90, 100, 50))
+    rows = []
+    for number, grow in enumerate([0, 3, 8, 14]):
+        canvas = canvas_of(tmp_path / str(number), discs(shape, (90, 100, 50 - grow)), PAIR)
+        found = assess(canvas, ArrayTruth(truth), Rules(0, 50.0))
+        rows.append(SlideAssessment(f"s{number}", f"P{max(number, 1)}", "val", found))
+    pixels = report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0)
+    scores = extended(pixels, rows, PAIR, 0, samples=200, seed=1)
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+    gland = scores["val"]["pooled"]["gland"]
+    alone = [scores["val"][f"s{number}"]["gland"] for number in range(4)]
+    for name in ("object_dice", "object_hausdorff_um", "hd95_um", "nsd", "ece"):
+        values = [part[name] for part in alone]
+        ordered = [min(values), gland[f"{name}_low"], gland[name], gland[f"{name}_high"], max(values)]
+        np.testing.assert_allclose(ordered, sorted(ordered), rtol=1e-9)
+        assert gland[f"{name}_low"] < gland[f"{name}_high"]
+        assert alone[0][f"{name}_low"] is None
+    assert (gland["objects"], gland["objects_predicted"], gland["objects_matched"]) == (4, 4, 4)
+    assert gland["dice"] == pixels["val"]["pooled"]["gland"]["dice"]
+    assert len({tuple(row) for row in table(scores)}) == 1  # every row has the same columns
+    error = overall_error(rows, 200, 1)
+    assert error["ece_low"] <= error["ece"] <= error["ece_high"]
+    assert overall_error(rows[:1], 200, 1)["ece_low"] is None

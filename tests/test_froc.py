@@ -1,0 +1,80 @@
+"""Lesion FROC: lesions that are found, missed, merged or too small, and the average over rates by hand."""
+
+import numpy as np
+import pytest
+
+from pipeline.froc import RATES, Detections, detect, resampled_froc, sensitivities
+from pipeline.geometry import Mpp
+
+MPP = Mpp(8.0, 8.0)
+SHAPE = (300, 400)
+
+
+def disc(row, column, radius):
+    rows, columns = np.ogrid[: SHAPE[0], : SHAPE[1]]
+    return (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
+
+
+def levels(*discs):
+    """255 times the probability: each (row, column, radius, level) over 10 everywhere else."""
+    probability = np.full(SHAPE, 10, np.uint8)
+    for row, column, radius, level in discs:
+        probability[disc(row, column, radius)] = level
+    return probability
+
+
+def found(truth, probability, min_area_um2=0.0):
+    return detect(truth, probability > 127, probability, MPP, min_area_um2)
+
+
+def test_lesions_found_and_missed_and_false_alarms():
+    truth = disc(60, 60, 25) | disc(60, 300, 25) | disc(220, 120, 25)
+    one = found(truth, levels((60, 60, 20, 250), (220, 125, 20, 200), (230, 330, 10, 180)))
+    assert sorted(one.lesions) == pytest.approx([0, 200 / 255, 250 / 255])
+    assert one.false == pytest.approx((180 / 255,))
+    # 2 of 3 are found before the first false alarm: at no rate are there more
+    np.testing.assert_allclose(sensitivities(one), 2 / 3)
+
+
+def test_sensitivity_grows_with_the_false_alarms_that_are_allowed():
+    curve = Detections(false=(0.9, 0.7), lesions=(0.95, 0.8, 0.6, 0.0), slides=1)
+    # thresholds 0.95, 0.9, 0.8, 0.7, 0.6: rates 0, 1, 1, 2, 2 and sensitivities 1/4, 1/4, 1/2, 1/2, 3/4
+    np.testing.assert_allclose(sensitivities(curve)[2:], [0.5, 0.75, 0.75, 0.75])
+    np.testing.assert_allclose(sensitivities(curve)[:2], [0.25, 0.25])
+    spread = Detections(curve.false, curve.lesions, slides=8)
+    np.testing.assert_allclose(sensitivities(spread), 0.75)  # at most a quarter of a false alarm a slide
+
+
+def test_a_perfect_and_certain_prediction_scores_one():
+    truth = disc(60, 60, 25) | disc(220, 120, 25)
+    certain = np.where(truth, 255, 0).astype(np.uint8)
+    assert sensitivities(found(truth, certain)).mean() == 1
+    assert sensitivities(found(truth, np.zeros(SHAPE, np.uint8))).mean() == 0
+    assert np.isnan(sensitivities(found(np.zeros(SHAPE, bool), certain))).all()
+
+
+def test_close_lesions_are_one_and_isolated_cells_are_none():
+    near = disc(100, 100, 25) | disc(100, 158, 25)  # 56 um apart
+    assert len(found(near, levels()).lesions) == 1
+    apart = disc(100, 100, 25) | disc(100, 165, 25)  # 112 um
+    assert len(found(apart, levels()).lesions) == 2
+    small = found(disc(100, 100, 5), levels((100, 100, 5, 240)))
+    assert small == Detections((), (), 1)  # neither to be found nor false
+
+
+def test_a_detection_stands_where_it_is_surest():
+    truth = disc(150, 150, 30)
+    probability = levels((150, 190, 40, 150), (150, 215, 6, 230))  # reaches into the lesion, is surest outside
+    assert len(found(truth, probability).false) == 1
+    probability = levels((150, 190, 40, 150), (150, 160, 6, 230))
+    assert found(truth, probability) == Detections((), (230 / 255,), 1)
+    assert found(truth, probability, min_area_um2=1e7) == Detections((), (0.0,), 1)
+
+
+def test_rounds_pool_the_slides_of_the_patients_that_are_drawn():
+    good, bad = Detections((), (0.9, 0.8), 1), Detections((0.95, 0.9), (0.0,), 2)
+    draws = np.array([[2, 0], [1, 1], [0, 2]])
+    scores = resampled_froc([good, bad], draws)
+    assert (scores[0], scores[2]) == (1, 0)
+    assert scores[1] == pytest.approx(sensitivities(Detections.gathered([good, bad])).mean())
+    assert len(RATES) == 6
