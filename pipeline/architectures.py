@@ -1,6 +1,6 @@
 """Builds the networks that specs describe.
 
-Nothing in these networks is tied to an image's size: convolutions, batch norm, pooling, strides, upsampling by two.
+Nothing in these networks is tied to an image's size: convolutions, norms, pooling, strides, upsampling by two.
 So what was trained on patches runs on an image of any size that is a multiple of its stride.
 Importing this module imports neither torch nor MONAI.
 """
@@ -131,7 +131,7 @@ def _unet(spec: ModelSpec) -> nn.Module:
     # MONAI's own PReLU would take a fifth of the training step on a CPU, most of it for its gradient.
     units = FAMILIES["unet"].residual_units[0] if spec.residual_units is None else spec.residual_units
     network: nn.Module = UNet(
-        2, 3, len(spec.classes), channels, [2] * spec.depth, num_res_units=units, norm="BATCH", act=relu
+        2, 3, len(spec.classes), channels, [2] * spec.depth, num_res_units=units, norm=_norm(spec), act=relu
     )
     return network
 
@@ -140,7 +140,7 @@ def _basic_unet(spec: ModelSpec) -> nn.Module:
     from monai.networks.nets.basic_unet import BasicUNet
 
     features = [spec.width * factor for factor in (1, 1, 2, 4, 8, 1)]
-    network: nn.Module = BasicUNet(2, 3, len(spec.classes), features, norm="batch", upsample="deconv")
+    network: nn.Module = BasicUNet(2, 3, len(spec.classes), features, norm=_norm(spec), upsample="deconv")
     return network
 
 
@@ -158,6 +158,11 @@ def _flexible_unet(spec: ModelSpec) -> nn.Module:
         is_pad=False,
     )
     return network
+
+
+def _norm(spec: ModelSpec) -> str | tuple[str, dict[str, bool]]:
+    """MONAI's name of a unet's norm; either kind learns a scale and a shift for each channel."""
+    return ("instance", {"affine": True}) if spec.norm == "instance" else "batch"
 
 
 def _channels(spec: ModelSpec, level: int) -> int:

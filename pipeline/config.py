@@ -101,6 +101,7 @@ class NetworkSettings(Section):
     upsample: Literal["nearest", "transpose"] | None = None
     encoder: str | None = None
     residual_units: Annotated[int, Field(ge=0, le=2)] | None = None
+    norm: Literal["batch", "instance"] | None = None
 
 
 class TileSettings(Section):
@@ -142,11 +143,15 @@ class TrainingSettings(Section):
 
 
 class SegmentationSettings(Section):
-    """Which splits are segmented by `run`, and how. `tile_size` null: chosen by what a few tiles take, see tiling.py."""
+    """Which splits are segmented by `run`, and how. `tile_size` null: chosen by what a few tiles take, see tiling.py.
+
+    `blend` averages overlapping windows instead of tiling exactly: for networks that are not local, see blending.py.
+    """
 
     splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("val", "test")
     tile_size: Annotated[int, Field(ge=32, le=16384)] | None = None
     min_region_um2: NotNegative = 50.0
+    blend: bool = False
 
 
 class EngineSettings(Section):
@@ -238,6 +243,11 @@ class Config(Section):
         strangers = sorted(set(self.evaluation.lesions) - set(names))
         if strangers:
             raise ValueError(f"evaluation.lesions should name classes of {names}, found {strangers}")
+        if self.network.norm == "instance" and not self.segmentation.blend:
+            raise ValueError(
+                "segmentation.blend should be true for network.norm instance: it looks at the whole image at once, so that "
+                "no tiling is exact (or leave network.norm out)"
+            )
         for key in ("rest", "unnamed"):
             name = getattr(self.annotations, key)
             if name is not None and name not in names:

@@ -1,4 +1,4 @@
-"""Holds the tiled answer against one forward pass, on a real slide."""
+"""Holds the answer put together from tiles against one forward pass, on a real slide."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from pipeline.engine import Engine
 from pipeline.geometry import Lattice, Roi
 from pipeline.grid import Grid, Tile, round_up
-from pipeline.prediction import predict
 from pipeline.slide import Pixels
+from pipeline.stitching import Stitching
 from pipeline.tissue import Tissue
 
 TOLERANCE = 1e-5
@@ -23,11 +23,14 @@ _WHOLE = 4_000_000  # pixels: a slide up to this size is compared as a whole
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one window showed: pixels of output compared, the largest difference of probability, labels that differ."""
+    """What one window showed: pixels of output compared, how much probabilities differ at most, and on average over pixels
+    and classes, and how many labels differ.
+    """
 
     window: Roi
     pixels: int
     difference: float
+    mean_difference: float
     flips: int
 
     @property
@@ -36,7 +39,7 @@ class Comparison:
         return self.difference <= TOLERANCE and self.flips == 0
 
 
-def comparisons(slide: Pixels, tissue: Tissue, lattice: Lattice, engine: Engine) -> Iterator[Comparison]:
+def comparisons(slide: Pixels, tissue: Tissue, lattice: Lattice, engine: Engine, way: Stitching) -> Iterator[Comparison]:
     """Compare the whole of a small slide, or windows of a large one that reach over the corners of its tiles.
 
     The windows are the top-left and the bottom-right one, where the network's own padding counts, and the one with most
@@ -45,28 +48,29 @@ def comparisons(slide: Pixels, tissue: Tissue, lattice: Lattice, engine: Engine)
     spec = engine.spec
     if lattice.roi.area <= _WHOLE:
         half = round_up(max(lattice.shape) // 2, spec.stride)
-        yield compare(slide, Grid(lattice, min(half, _TILE), spec.halo, spec.stride), lattice.roi, engine)
+        yield compare(slide, way.grid(lattice, min(half, _TILE)), lattice.roi, engine, way)
         return
-    grid = Grid(lattice, _TILE, spec.halo, spec.stride)
+    grid = way.grid(lattice, _TILE)
     for window in _windows(grid, tissue):
-        yield compare(slide, grid, window, engine)
+        yield compare(slide, grid, window, engine, way)
 
 
-def compare(slide: Pixels, grid: Grid, window: Roi, engine: Engine) -> Comparison:
+def compare(slide: Pixels, grid: Grid, window: Roi, engine: Engine, way: Stitching) -> Comparison:
     """One forward pass over a window and its surroundings against the grid's tiles, stitched.
 
     `window` starts at a multiple of the stride. The surroundings are twice the halo, so that the pass's own borders, where
-    they are not the slide's, cannot reach the window.
+    they are not the slide's, cannot reach the window. For a network that is not local no surroundings are enough, and the
+    pass is one over the window alone.
     """
     spec = engine.spec
-    surroundings = _whole_strides(window.grow(2 * grid.halo).intersect(grid.padded.roi), grid.stride)
+    surroundings = _whole_strides(window.grow(2 * (spec.halo or 0)).intersect(grid.padded.roi), grid.stride)
     whole = engine(slide.read(surroundings, grid.lattice)[None])[0]
     place = window.shrink(spec.output_stride)
     whole = whole[(slice(None), *place.within(surroundings.shrink(spec.output_stride)).slices())]
     tiles = (tile for tile in grid if tile.write_roi.intersect(window).area)
-    tiled = _stitched(predict(slide, grid, tiles, engine), whole.shape, place, spec.output_stride)
-    flips = int((tiled.argmax(axis=0) != whole.argmax(axis=0)).sum())
-    return Comparison(window, place.area, float(np.abs(tiled - whole).max()), flips)
+    tiled = _stitched(way.predict(slide, grid, tiles, engine), whole.shape, place, spec.output_stride)
+    flips, differences = int((tiled.argmax(axis=0) != whole.argmax(axis=0)).sum()), np.abs(tiled - whole)
+    return Comparison(window, place.area, float(differences.max()), float(differences.mean()), flips)
 
 
 def _whole_strides(roi: Roi, stride: int) -> Roi:

@@ -92,7 +92,12 @@ def assert_exact(network: nn.Module, footprint: Footprint, in_channels: int = 3)
 
 
 def with_footprint(spec: ModelSpec, network: nn.Module) -> ModelSpec:
-    """The spec with the halo, stride and output stride of its network, measured and cross-checked. Raises NetworkError."""
+    """The spec with the halo, stride and output stride of its network, measured and cross-checked. Raises NetworkError.
+
+    Of a network whose spec says that it is not local there is nothing to measure: it takes multiples of its halvings.
+    """
+    if spec.halo is None:
+        return replace(spec, stride=2**spec.depth)
     footprint = measure(network)
     assert_exact(network, footprint)
     return replace(spec, halo=footprint.halo, stride=footprint.stride, output_stride=footprint.output_stride)

@@ -28,6 +28,7 @@ class Family:
     upsample: tuple[str, ...]
     encoders: tuple[str, ...] = ()
     residual_units: tuple[int, ...] = ()
+    norms: tuple[str, ...] = ("batch",)
 
 
 _RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")
@@ -35,10 +36,12 @@ FAMILIES = {
     "fcn": Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ("nearest", "transpose")),
     "heatmap": Family((1, 2, 3, 4, 5, 6), ("pool", "stride"), ()),
     "classifier": Family((1, 2, 3, 4, 5, 6), ("pool",), ()),
-    "unet": Family((1, 2, 3, 4, 5, 6), ("stride",), ("transpose",), residual_units=(2, 1, 0)),
-    "basic_unet": Family((4,), ("pool",), ("transpose",)),  # its other upsampling depends on the image's size
+    "unet": Family((1, 2, 3, 4, 5, 6), ("stride",), ("transpose",), residual_units=(2, 1, 0), norms=("batch", "instance")),
+    # Its other upsampling depends on the image's size.
+    "basic_unet": Family((4,), ("pool",), ("transpose",), norms=("batch", "instance")),
     "flexible_unet": Family((5,), (), ("nearest", "transpose"), _RESNETS),
 }
+_ADDED = {"norm", "normalisation"}  # keys that the first models were written without; each means there what None means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,10 @@ class ModelSpec:
 
     `width` counts the channels at full size, `depth` the halvings. `downsample` ("pool", "stride") and `upsample`
     ("nearest", "transpose") may stay None: the architecture's own way, as may a unet's `residual_units`, the convolutions of
-    a level: 2, 1, or 0 for a plain one. `mpp` is in micrometres per pixel, `patch_size`
-    in pixels of that mpp, and so are `stride`, `halo` and `output_stride`, which `footprint.with_footprint` measures.
+    a level: 2, 1, or 0 for a plain one. `norm` None is batch norm; a unet and a basic_unet may have "instance" norm, which
+    looks at the whole image that it is given, so that the network is not local. `mpp` is in micrometres per pixel,
+    `patch_size` in pixels of that mpp, and so are `stride`, `halo` and `output_stride`, which `footprint.with_footprint`
+    measures. `halo` None says that no halo is enough: the network is not local, and can be blended but not tiled exactly.
     `rest` is the index of the class that stands for everything else, of which no regions are drawn; None: there is none.
     RGB enters as (value / 255 - mean) / std, of slides that had their stain made that of `normalisation`; None: as scanned.
     """
@@ -71,9 +76,10 @@ class ModelSpec:
     upsample: str | None = None
     encoder: str | None = None
     residual_units: int | None = None
+    norm: str | None = None
     rest: int | None = None
     stride: int = 1
-    halo: int = 0
+    halo: int | None = 0
     output_stride: int = 1
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
@@ -82,6 +88,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         _check_family(self)
         _check_numbers(self)
+        _check_norm(self)
         _check_footprint(self)
         if self.architecture == "classifier":
             _check_classifier(self)
@@ -91,6 +98,14 @@ class ModelSpec:
         """White as it enters the network: red, green and blue."""
         red, green, blue = ((1 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
         return red, green, blue
+
+    def required_halo(self) -> int:
+        """The halo with which tiles are exact. Raises NetworkError for a network that is not local, which has none."""
+        if self.halo is None:
+            found = f"a network that looks at the whole image at once, with {self.norm} norm"
+            remedy = "Say --blend (segmentation.blend=true) to blend overlapping windows, or train one with batch norm."
+            raise NetworkError(f"exact tiling, {self.architecture}", found, "one that looks no further than a halo", remedy)
+        return self.halo
 
     def to_dict(self) -> dict[str, object]:
         """The spec as plain values that YAML can hold."""
@@ -107,13 +122,12 @@ class ModelSpec:
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping):
             raise _wrong("", type(values).__name__, "keys and values", "Use a model.yaml as Fullfield wrote it.")
-        values = {"normalisation": None, **values}  # models from before there was any do not say so
-        unlike = sorted(set(names) ^ set(values), key=str)
+        unlike = sorted((set(names) ^ set(values)) - (_ADDED - set(values)), key=str)
         if unlike:
             found = ", ".join(f"{'no' if key in names else 'unknown'} key `{key}`" for key in unlike)
             raise _wrong("", found, f"the keys {', '.join(names)}", "Use the version of Fullfield that wrote it.")
         listed = {key: _tuple(key, values[key]) for key in ("mean", "std")}
-        parsed = {"classes": _classes(values["classes"]), "normalisation": _normalisation(values["normalisation"])}
+        parsed = {"classes": _classes(values["classes"]), "normalisation": _normalisation(values.get("normalisation"))}
         return cls(**{**values, **listed, **parsed})
 
 
@@ -146,6 +160,7 @@ def _check_family(spec: ModelSpec) -> None:
         ("upsample", (None, *family.upsample)),
         ("encoder", family.encoders or (None,)),
         ("residual_units", (None, *family.residual_units)),
+        ("norm", (None, *family.norms)),
     )
     for key, allowed in choices:
         value = getattr(spec, key)
@@ -157,6 +172,8 @@ def _check_family(spec: ModelSpec) -> None:
 def _check_numbers(spec: ModelSpec) -> None:
     for key, least in (("patch_size", 1), ("width", 1), ("stride", 1), ("halo", 0), ("output_stride", 1)):
         value = getattr(spec, key)
+        if key == "halo" and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise _wrong(key, repr(value), f"a whole number from {least} up", f"Correct `{key}`.")
     if not _is_number(spec.mpp) or not 0.05 <= spec.mpp <= 20:
@@ -174,8 +191,20 @@ def _check_numbers(spec: ModelSpec) -> None:
         raise _wrong("patch_size", str(spec.patch_size), expected, f"Set `patch_size` to {nearest}, say.")
 
 
+def _check_norm(spec: ModelSpec) -> None:
+    """What is not local has no halo, and all else has one; instance norm needs more than one value to work with."""
+    instance = spec.norm == "instance"
+    if instance != (spec.halo is None):
+        expected = "no halo for instance norm, and one for any other"
+        raise _wrong("halo", f"{spec.halo} with norm {spec.norm}", expected, "Leave both as `fullfield train` wrote them.")
+    least = 2 ** (spec.depth + 1)
+    if instance and spec.patch_size < least:
+        expected = f"{least} or more, as instance norm needs more than one pixel at depth {spec.depth}"
+        raise _wrong("patch_size", str(spec.patch_size), expected, f"Set `patch_size` to {least} or more, or `depth` lower.")
+
+
 def _check_footprint(spec: ModelSpec) -> None:
-    if spec.halo % spec.stride or spec.stride % spec.output_stride:
+    if (spec.halo or 0) % spec.stride or spec.stride % spec.output_stride:
         found = f"halo {spec.halo}, stride {spec.stride}, output_stride {spec.output_stride}"
         expected = "a halo of whole strides, and a stride of whole output_strides"
         raise _wrong("halo", found, expected, "Measure them with `with_footprint`.")

@@ -20,8 +20,8 @@ from pipeline.files import write_text
 from pipeline.grid import Grid, Tile, round_up
 from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, inside
-from pipeline.prediction import predict
 from pipeline.runtime import describe, engines_folder
+from pipeline.stitching import usual
 from pipeline.tissue import Tissue
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class Deviation:
 
 def hold(exact: Engine, other: Engine, sources: Iterable[tuple[Source, Tissue]]) -> Deviation:
     """Run both engines over all tissue of the slides of which something is known, and compare."""
-    both, classes = _Both(exact, other), len(exact.spec.classes)
+    both, way, classes = _Both(exact, other), usual(exact.spec), len(exact.spec.classes)
     counts = np.zeros((2, classes, classes + 1), np.int64)
     pixels, changed, largest = 0, 0, 0.0
     for source, tissue in sources:
-        grid = Grid(source.lattice, _TILE, exact.spec.halo, exact.spec.stride)
+        grid = way.grid(source.lattice, _TILE)
         lattice = source.lattice.shrink(exact.spec.output_stride)
-        for tile, probabilities in predict(source.slide, grid, _known_tiles(source, tissue, grid), both):
+        for tile, probabilities in way.predict(source.slide, grid, _known_tiles(source, tissue, grid), both):
             target = tile.target(exact.spec.output_stride)
             truth = np.where(tissue.sampled(target, lattice), source.truth.read(target, lattice), IGNORED)
             known, answers = truth != IGNORED, probabilities.reshape(2, classes, *truth.shape)

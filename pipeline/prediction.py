@@ -25,12 +25,16 @@ def predict(slide: Pixels, grid: Grid, tiles: Iterable[Tile], engine: Engine) ->
     The place of the array in the output is `tile.target(output_stride)`. The next windows are read while the network runs.
     Raises SlideError where the slide cannot be read.
     """
-    for tile, window in _read_ahead(slide, grid, tiles):
+    for tile, window in read_ahead(slide, grid, tiles):
         rows, columns = tile.crop(engine.spec.output_stride).slices()
         yield tile, engine(window[None])[0, :, rows, columns]
 
 
-def _read_ahead(slide: Pixels, grid: Grid, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, np.ndarray]]:
+def read_ahead(slide: Pixels, grid: Grid, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, np.ndarray]]:
+    """Each tile with its `read_roi`, (height, width, 3) uint8 RGB, while a thread reads the next ones.
+
+    Raises SlideError where the slide cannot be read.
+    """
     waiting: deque[tuple[Tile, Future[np.ndarray]]] = deque()
     remaining = iter(tiles)
     with ThreadPoolExecutor(1, "reader") as reader:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline import __version__, checkpoint
+from pipeline.blending import TILE_SIZE
 from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.cluster import Cluster
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
@@ -26,7 +27,6 @@ from pipeline.errors import CanvasError, FullfieldError
 from pipeline.export import overlay, write_ome_tiff, write_png
 from pipeline.files import locked, write_text
 from pipeline.geometry import Mpp
-from pipeline.grid import Grid
 from pipeline.measurement import measure, write_measurements
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate
@@ -34,6 +34,7 @@ from pipeline.regions import find_regions, write_geojson
 from pipeline.runtime import EXACT, describe, load_engine, settled
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.staining import Staining
+from pipeline.stitching import Stitching, stitching
 from pipeline.tiling import tile_size_for
 from pipeline.tissue import Tissue, find_tissue, outlined
 
@@ -99,6 +100,8 @@ class Step:
 def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> list[SlideJob]:
     """The same jobs, each with a tile size: the user's; else its canvas's; else one for all others, chosen in a worker.
 
+    What is blended and has no size yet gets one of `blending.TILE_SIZE`.
+
     A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
     ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded.
     """
@@ -106,6 +109,7 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     for job in jobs:
         with suppress(CanvasError):
             sizes[job.slide_id] = _tile_size(job)
+    sizes |= {job.slide_id: TILE_SIZE for job in jobs if job.settings.blend and job.slide_id not in sizes}
     fresh = [job for job in jobs if job.slide_id not in sizes]
     if fresh:
         slides = [(job.slide, job.mpp) for job in fresh]
@@ -221,13 +225,11 @@ def is_finished(job: SlideJob) -> bool:
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
-    from pipeline.prediction import predict
-
     opened, engine = _Opened(job), load_engine(job.model, _engine(job))
     canvas, pixels = open_canvas(job.folder / CANVAS), 0
     tiles = (opened.grid[index] for index in block)
     with locked(job.folder, shared=True):
-        for tile, probabilities in predict(opened.pixels(canvas), opened.grid, tiles, engine):
+        for tile, probabilities in opened.stitching.predict(opened.pixels(canvas), opened.grid, tiles, engine):
             canvas.write(tile.target(opened.spec.output_stride), probabilities)
             pixels += tile.write_roi.area
     return pixels / 1e6
@@ -279,7 +281,8 @@ class _Opened:
         self.slide: Slide = open_slide(job.slide, job.mpp)
         self.spec: ModelSpec = checkpoint.load_spec(job.model)
         lattice = self.slide.base.at(Mpp.square(self.spec.mpp))
-        self.grid = Grid(lattice, _tile_size(job), self.spec.halo, self.spec.stride)
+        self.stitching: Stitching = stitching(self.spec, job.settings.blend)
+        self.grid = self.stitching.grid(lattice, _tile_size(job))
 
     def tissue(self) -> Tissue:
         """The slide's tissue."""
@@ -308,6 +311,7 @@ class _Opened:
             "classes": ", ".join(self.spec.classes.names),
             "tile_size": str(self.grid.write_size),
             "tissue": json.dumps(self.job.tissue.model_dump(), sort_keys=True),
+            **({} if self.stitching.exact else {"blend": str(self.stitching)}),
         }
 
     def provenance(self, canvas: Canvas, tissue: Tissue) -> dict[str, object]:
@@ -317,6 +321,8 @@ class _Opened:
             "model_path": str(self.job.model.resolve()),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "identity": self.identity(),
+            "exact": self.stitching.exact and self.job.engine.precision == "exact",
+            "stitching": str(self.stitching),
             "model_spec": self.spec.to_dict(),
             "staining": canvas.measured.get(_STAINING),
             "min_region_um2": self.job.settings.min_region_um2,

@@ -14,24 +14,25 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas
-from pipeline.config import EngineSettings, TissueSettings
+from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.grid import Grid, round_up
+from pipeline.grid import round_up
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide
-from pipeline.prediction import predict
 from pipeline.runtime import EXACT, load_engine
 from pipeline.slide import Pixels, open_slide
 from pipeline.staining import Staining
+from pipeline.stitching import Exact, Stitching, stitching
 from pipeline.tissue import Tissue, find_tissue
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ _PYRAMID = 4 / 3  # pixels of all levels, relative to the finest
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few tiles took: bytes held, `base_bytes` and more for each pixel of a window; windows' pixels a second; and
-    bytes on disk for each pixel of a tile, probabilities and labels together.
+    """What a few tiles took: bytes held, `base_bytes` and more for each pixel that the network computes for a tile; such
+    pixels a second; and bytes on disk for each pixel of a tile, probabilities and labels together.
     """
 
     base_bytes: float
@@ -63,7 +64,7 @@ class Probe:
     output_bytes: float
 
     def peak_bytes(self, pixels: int) -> float:
-        """Memory of the whole process at its peak, for windows of so many pixels."""
+        """Memory of the whole process at its peak, for tiles that take so many pixels."""
         return self.base_bytes + _FRAGMENTED * self.bytes_per_pixel * pixels
 
 
@@ -71,8 +72,9 @@ class Probe:
 class Estimate:
     """What segmenting a slide will take. `pixels` counts those of tiles with tissue, at the model's scale.
 
-    `halo_cost` is (1 + 2 h / t)^2. `seconds` leaves out starting up and what is made of a finished canvas. `output_bytes`
-    is the canvas with its pyramid, at the rate at which the probe's tiles were compressed.
+    `halo_cost` is the pixels computed for each that is written: (1 + 2 h / t)^2, or what overlapping windows cost. `seconds`
+    leaves out starting up and what is made of a finished canvas. `output_bytes` is the canvas with its pyramid, at the rate
+    at which the probe's tiles were compressed.
     """
 
     tile_size: int
@@ -93,7 +95,7 @@ def tile_size_for(
     The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count.
     """
     engine = load_engine(model, settings)
-    scale = Mpp.square(engine.spec.mpp)
+    scale, way = Mpp.square(engine.spec.mpp), stitching(engine.spec, blended=False)
     opened = []
     for path, mpp in slides:
         with suppress(SlideError):
@@ -102,25 +104,24 @@ def tile_size_for(
     for slide in opened:
         lattice = slide.base.at(scale)
         with suppress(SlideError):
-            found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1))
+            found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
             return choose(engine.spec, [slide.base.at(scale) for slide in opened], found, memory_gib)
     return _STEP
 
 
-def foresee(
-    path: Path, mpp: float | None, model: Path, settings: TissueSettings, tile_size: int | None, memory_gib: float | None
-) -> Estimate:
+def foresee(path: Path, mpp: float | None, model: Path, settings: TissueSettings, wanted: SegmentationSettings) -> Estimate:
     """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
     engine, slide = load_engine(model), open_slide(path, mpp)
+    way = stitching(engine.spec, wanted.blend)
     lattice = slide.base.at(Mpp.square(engine.spec.mpp))
     tissue = find_tissue(slide, settings)
-    places = (tile.write_roi for tile in Grid(lattice, _PROBE_SIZES[-1], engine.spec.halo, engine.spec.stride))
-    found = probe(slide, lattice, engine, max(places, key=lambda place: tissue.fraction(place, lattice)))
-    size = tile_size or choose(engine.spec, [lattice], found, memory_gib)
-    return estimate(engine.spec, lattice, tissue, found, size)
+    places = (tile.write_roi for tile in way.grid(lattice, _PROBE_SIZES[-1]))
+    found = probe(slide, lattice, engine, max(places, key=lambda place: tissue.fraction(place, lattice)), way)
+    usual = TILE_SIZE if wanted.blend else choose(engine.spec, [lattice], found, None)
+    return estimate(way, lattice, tissue, found, wanted.tile_size or usual)
 
 
-def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi) -> Probe:
+def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching) -> Probe:
     """Run a few tiles of two sizes at `place`, a rectangle of `lattice`, and write them to a folder that is then dropped.
 
     Raises SlideError where the slide cannot be read.
@@ -129,11 +130,11 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi) -> Probe:
         white = Staining((255.0, 255.0, 255.0), engine.spec.normalisation.dyes)
         slide = NormalisedSlide(slide, white, engine.spec.normalisation)
     held = _start_measuring()
-    small, large = (_run(slide, lattice, engine, place, size) for size in _PROBE_SIZES)
+    small, large = (_run(slide, lattice, engine, place, way, size) for size in _PROBE_SIZES)
     _start_measuring()  # the work begins with a heap that is whole again
     # The process holds no less than before: where the line would say so, it goes through what was held then.
-    slope = max(min((large.peak - small.peak) / (large.window - small.window), (large.peak - held) / large.window), 0.0)
-    return Probe(large.peak - slope * large.window, slope, large.window / large.seconds, large.output_bytes)
+    slope = max(min((large.peak - small.peak) / (large.pixels - small.pixels), (large.peak - held) / large.pixels), 0.0)
+    return Probe(large.peak - slope * large.pixels, slope, large.pixels / large.seconds, large.output_bytes)
 
 
 def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gib: float | None) -> int:
@@ -142,48 +143,43 @@ def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gi
     `memory_gib` None: as much as the machine has free, up to 2 GiB, or 3 where the halo would cost more than a fifth.
     Raises ClusterError where not even the smallest tile fits.
     """
-    step = math.lcm(spec.stride, _STEP)
+    way, step = Exact(spec.required_halo(), spec.stride), math.lcm(spec.stride, _STEP)
     extent = max(max(lattice.shape) for lattice in lattices)
     least = round_up(-(-extent // _TILES_ACROSS), step)
-    largest = max(least, min(_largest_useful(spec, step), round_up(extent, step)))
+    largest = max(least, min(_largest_useful(way, step), round_up(extent, step)))
     fitting: list[int] = []
     limits = _default_limits() if memory_gib is None else [memory_gib]
     for limit in limits:
-        fitting = [size for size in range(step, largest + 1, step) if _peak(spec, size, found) <= limit * GIB]
-        if fitting and halo_cost(spec, fitting[-1]) <= _DEAR:
+        fitting = [size for size in range(step, largest + 1, step) if _peak(way, size, found) <= limit * GIB]
+        if fitting and way.cost(fitting[-1]) <= _DEAR:
             break
     if not fitting:
-        raise _too_little(limits[-1], step, _peak(spec, step, found))
+        raise _too_little(limits[-1], step, _peak(way, step, found))
     few = [size for size in fitting if size >= least] or fitting[-1:]
-    return min(few, key=lambda size: (sum(_read(spec, lattice, size) for lattice in lattices), size))
+    return min(few, key=lambda size: (sum(_read(way, lattice, size) for lattice in lattices), size))
 
 
-def estimate(spec: ModelSpec, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int) -> Estimate:
+def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int) -> Estimate:
     """What segmenting a slide with tiles of a size will take."""
-    grid = Grid(lattice, tile_size, spec.halo, spec.stride)
+    grid = way.grid(lattice, tile_size)
     pixels = [tile.write_roi.area for tile in grid if tissue.fraction(tile.write_roi, lattice) > 0]
-    window = math.prod(grid.read_shape)
+    computed = way.computed(grid)
     return Estimate(
         tile_size=grid.write_size,
-        halo_cost=halo_cost(spec, grid.write_size),
+        halo_cost=way.cost(grid.write_size),
         tiles=len(grid),
         tissue_tiles=len(pixels),
         pixels=sum(pixels),
-        seconds=len(pixels) * window / found.pixels_per_second,
-        peak_bytes=round(found.peak_bytes(window)),
+        seconds=len(pixels) * computed / found.pixels_per_second,
+        peak_bytes=round(found.peak_bytes(computed)),
         output_bytes=round(sum(pixels) * found.output_bytes * _PYRAMID),
     )
 
 
-def halo_cost(spec: ModelSpec, tile_size: int) -> float:
-    """Pixels read for each that is written: (1 + 2 h / t)^2."""
-    return (1 + 2 * spec.halo / tile_size) ** 2
-
-
-def _largest_useful(spec: ModelSpec, step: int) -> int:
+def _largest_useful(way: Exact, step: int) -> int:
     """The first size from which doubling saves too little, up to the largest that there is."""
     sizes = range(step, _LARGEST + 1, step)
-    saved = ((size, 1 - halo_cost(spec, 2 * size) / halo_cost(spec, size)) for size in sizes)
+    saved = ((size, 1 - way.cost(2 * size) / way.cost(size)) for size in sizes)
     return next((size for size, saving in saved if saving < _LEAST_SAVING), _LARGEST)
 
 
@@ -192,13 +188,13 @@ def _default_limits() -> list[float]:
     return [min(free, _USUAL_GIB), min(free, _MOST_GIB)]
 
 
-def _peak(spec: ModelSpec, size: int, found: Probe) -> float:
-    return found.peak_bytes((size + 2 * spec.halo) ** 2)
+def _peak(way: Exact, size: int, found: Probe) -> float:
+    return found.peak_bytes((size + 2 * way.halo) ** 2)
 
 
-def _read(spec: ModelSpec, lattice: Lattice, size: int) -> int:
+def _read(way: Exact, lattice: Lattice, size: int) -> int:
     """Pixels of all windows of a slide: the last tiles of rows and columns read whole windows, too."""
-    grid = Grid(lattice, size, spec.halo, spec.stride)
+    grid = way.grid(lattice, size)
     return len(grid) * math.prod(grid.read_shape)
 
 
@@ -213,27 +209,27 @@ def _too_little(limit_gib: float, size: int, needed: float) -> ClusterError:
 
 @dataclass(frozen=True)
 class _Run:
-    """A few tiles of one size: pixels of a window, bytes held at the peak, seconds a tile, bytes on disk a pixel."""
+    """A few tiles of one size: pixels computed for one, bytes held at the peak, seconds a tile, bytes on disk a pixel."""
 
-    window: int
+    pixels: int
     peak: int
     seconds: float
     output_bytes: float
 
 
-def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, size: int) -> _Run:
-    spec = engine.spec
+def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching, size: int) -> _Run:
+    spec, grid = engine.spec, way.grid(lattice, size)
     # A small slide is continued with glass, so that the windows of the two sizes differ.
-    least = _PROBE_TILES * (size + spec.stride) + 2 * spec.halo
+    least = _PROBE_TILES * grid.write_size + 2 * grid.halo
     wide = Lattice(max(lattice.width, least), max(lattice.height, least), lattice.mpp)
-    grid = Grid(wide, size, spec.halo, spec.stride)
+    grid = replace(grid, lattice=wide)
     row, column = place.y // grid.write_size, min(place.x // grid.write_size, grid.shape[1] - _PROBE_TILES)
     tiles = [grid[row, column + offset] for offset in range(_PROBE_TILES)]
     with TemporaryDirectory(prefix="fullfield-") as folder:
         shape = wide.shrink(spec.output_stride)
         canvas = create_canvas(Path(folder) / "probe", shape, spec.classes, grid.write_size // spec.output_stride, {})
         times = []
-        for tile, probabilities in predict(slide, grid, tiles, engine):
+        for tile, probabilities in way.predict(slide, grid, tiles, engine):
             canvas.write(tile.target(spec.output_stride), probabilities)
             times.append(time.perf_counter())
             if len(times) == 1:  # an engine may compile itself for windows of this size, which takes memory but once
@@ -242,7 +238,7 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, size: int)
         pixels = sum(tile.write_roi.area for tile in tiles)
         written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
     seconds = (times[-1] - times[0]) / (len(times) - 1)
-    return _Run(math.prod(grid.read_shape), peak, seconds, written / pixels)
+    return _Run(way.computed(grid), peak, seconds, written / pixels)
 
 
 def _start_measuring() -> int:

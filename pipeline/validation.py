@@ -11,7 +11,7 @@ from pipeline.classes import IGNORED
 from pipeline.grid import Grid, Tile
 from pipeline.metrics import confusion
 from pipeline.patches import Source
-from pipeline.prediction import predict
+from pipeline.stitching import usual
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -24,12 +24,12 @@ def validate(sources: Iterable[Source], engine: Engine) -> np.ndarray:
 
     Returns (classes, classes + 1) int64 as `metrics.confusion` does. Tiles in which nothing is known are not run.
     """
-    spec = engine.spec
+    spec, way = engine.spec, usual(engine.spec)
     total = np.zeros((len(spec.classes), len(spec.classes) + 1), np.int64)
     for source in sources:
-        grid = Grid(source.lattice, _TILE, spec.halo, spec.stride)
+        grid = way.grid(source.lattice, _TILE)
         lattice = source.lattice.shrink(spec.output_stride)
-        for tile, probabilities in predict(source.slide, grid, _known_tiles(source, grid), engine):
+        for tile, probabilities in way.predict(source.slide, grid, _known_tiles(source, grid), engine):
             labels = probabilities.argmax(axis=0).astype(np.uint8)
             total += confusion(source.truth.read(tile.target(spec.output_stride), lattice), labels, len(spec.classes))
     return total

@@ -104,6 +104,8 @@ def model_spec(config: Config) -> ModelSpec:
         upsample=network.upsample,
         encoder=network.encoder,
         residual_units=network.residual_units,
+        norm=network.norm,
+        halo=None if network.norm == "instance" else 0,
         rest=rest_index(config),
     )
 

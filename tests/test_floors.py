@@ -18,6 +18,8 @@ FLOORS = [
     "footprint patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment",
     "runtime prediction regions measurement export tracking memory",
+    "blending",
+    "stitching",
     "validation exactness tiling precision",
     "segmentation",
     "workspace",

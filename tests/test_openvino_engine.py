@@ -20,11 +20,11 @@ from pipeline.exactness import TOLERANCE, compare
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Mpp
 from pipeline.graph import GraphNetwork
-from pipeline.grid import Grid
 from pipeline.network import ModelSpec, activation, normalise
 from pipeline.openvino_engine import GRAPH, OpenVinoEngine, export, graph_digest, quantise
 from pipeline.phantom import render, write_slide
 from pipeline.slide import open_slide
+from pipeline.stitching import stitching
 from pipeline.tracing import trace
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
@@ -113,7 +113,8 @@ def test_tiled_equals_whole(
         engine = OpenVinoEngine(spec, graphs[architecture])
     else:
         engine = OpenVinoEngine(spec, int8[architecture], "fastest")
-    found = compare(slide, Grid(lattice, 160, spec.halo, spec.stride), lattice.roi, engine)
+    way = stitching(spec, blended=False)
+    found = compare(slide, way.grid(lattice, 160), lattice.roi, engine, way)
     assert found.pixels == -(-641 // spec.output_stride) * -(-383 // spec.output_stride)
     assert found.exact, found
     assert found.difference <= TOLERANCE

@@ -19,6 +19,7 @@ from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.prediction import predict
 from pipeline.slide import Slide, open_slide
+from pipeline.stitching import stitching
 from pipeline.tissue import Tissue
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
@@ -94,7 +95,7 @@ def test_a_large_slide_is_compared_in_windows_over_tile_corners(tmp_path: Path) 
     write_slide(image, tmp_path / "large.tiff", 0.5)
     slide, model = open_slide(tmp_path / "large.tiff"), ENGINES["fcn", 2]
     tissue = Tissue(np.ones((76, 88), bool), Lattice(88, 76, Mpp.square(16)))
-    found = list(comparisons(slide, tissue, slide.base, model))
+    found = list(comparisons(slide, tissue, slide.base, model, stitching(model.spec, blended=False)))
     assert len(found) == 3
     assert all(item.exact and item.pixels > 1024**2 for item in found)
     assert found[0].window.x == found[0].window.y == 0

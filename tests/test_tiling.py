@@ -26,7 +26,8 @@ from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.segmentation import SlideJob, is_finished, plan_slide, with_tile_sizes
 from pipeline.slide import open_slide
-from pipeline.tiling import GIB, Probe, choose, estimate, halo_cost, probe, tile_size_for
+from pipeline.stitching import stitching
+from pipeline.tiling import GIB, Probe, choose, estimate, probe, tile_size_for
 from pipeline.tissue import Tissue
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
@@ -82,7 +83,8 @@ def test_large_tiles_are_worth_their_memory_only_where_the_halo_is_dear() -> Non
     assert 3072 <= choose(spec(96), [vast], plenty, 30.0) <= 4096
     least = choose(spec(8), [vast], plenty, 30.0)
     assert least < 4096
-    assert halo_cost(spec(8), 2 * least) > 0.98 * halo_cost(spec(8), least)
+    way = stitching(spec(8), blended=False)
+    assert way.cost(2 * least) > 0.98 * way.cost(least)
 
 
 def test_a_slide_is_hundreds_of_files_also_without_a_halo() -> None:
@@ -117,7 +119,7 @@ def test_an_estimate_counts_the_tiles_that_are_run() -> None:
     slide, mask = lattice(1000, 700), np.zeros((7, 10), bool)
     mask[0:3, 0:6] = True
     tissue = Tissue(mask, Lattice(10, 7, Mpp.square(100.0)))
-    found = estimate(spec(), slide, tissue, MODEST, 256)
+    found = estimate(stitching(spec(), blended=False), slide, tissue, MODEST, 256)
     assert (found.tile_size, found.tiles, found.tissue_tiles) == (256, 12, 6)
     assert found.pixels == 3 * 256 * 256 + 3 * 256 * 256
     assert found.halo_cost == pytest.approx(1.5625)
@@ -141,11 +143,13 @@ PROBED = """
 from pathlib import Path
 from pipeline.geometry import Roi
 from pipeline.slide import open_slide
+from pipeline.stitching import stitching
 from pipeline.tiling import probe
 from tests.test_tiling import Held
 
-slide = open_slide(Path({path!r}))
-first, second = (probe(slide, slide.base, Held(400), Roi(600, 400, 1, 1)) for _ in range(2))
+slide, engine = open_slide(Path({path!r})), Held(400)
+way = stitching(engine.spec, blended=False)
+first, second = (probe(slide, slide.base, engine, Roi(600, 400, 1, 1), way) for _ in range(2))
 print(first.bytes_per_pixel, second.bytes_per_pixel, first.base_bytes, second.base_bytes)
 """
 
@@ -163,8 +167,9 @@ def test_the_memory_measured_is_that_which_is_held_also_where_a_process_has_kept
 
 def test_windows_of_two_sizes_are_run_however_small_the_slide(scan: Path) -> None:
     engine, slide = Held(1), open_slide(scan)
+    way = stitching(engine.spec, blended=False)
     for base, place in ((slide.base, Roi(1290, 900, 8, 5)), (lattice(40, 1), Roi(0, 0, 40, 1))):
-        found = probe(slide, base, engine, place)
+        found = probe(slide, base, engine, place, way)
         assert found.pixels_per_second > 0
         assert found.output_bytes > 0
     assert {shape[1:3] for shape in engine.windows} == {(320, 320), (832, 832)}
@@ -207,7 +212,7 @@ def test_chosen_sizes_have_chunks_of_their_own(architecture: str, tile: int, tmp
 def test_a_real_engine_is_probed(model: Path, scan: Path) -> None:
     from pipeline.checkpoint import load
 
-    slide = open_slide(scan)
-    found = probe(slide, slide.base, TorchEngine(*load(model)), Roi(600, 400, 1, 1))
+    slide, engine = open_slide(scan), TorchEngine(*load(model))
+    found = probe(slide, slide.base, engine, Roi(600, 400, 1, 1), stitching(engine.spec, blended=False))
     assert found.bytes_per_pixel > 12  # the normalised window alone
     assert found.base_bytes > 5e7

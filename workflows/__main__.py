@@ -37,6 +37,10 @@ TileSize = Annotated[
     typer.Option(help="Pixels of a tile, without its halo; chosen by running a few.", min=32, max=16384, show_default=False),
 ]
 PrecisionOption = Annotated[Literal["exact", "fast", "fastest"], typer.Option(help="fp32, half (bf16 or fp16) or int8.")]
+BlendOption = Annotated[
+    bool,
+    typer.Option("--blend", help="Average overlapping windows; for networks that are not local. The result is not exact."),
+]
 BackendOption = Annotated[Literal["auto", "torch", "openvino"], typer.Option(help="What computes; auto: the faster one.")]
 
 
@@ -112,6 +116,7 @@ def segment(
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, instead of local workers.")] = None,
     precision: PrecisionOption = "exact",
     backend: BackendOption = "auto",
+    blend: BlendOption = False,
 ) -> None:
     """Segment slides with a trained model. What is done is skipped; what was interrupted is finished.
 
@@ -124,7 +129,7 @@ def segment(
 
     where = ClusterSettings(workers=workers, scheduler=scheduler)
     engine = EngineSettings(precision=precision, backend=backend)
-    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, engine))
+    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, engine, blend))
 
 
 @app.command()
@@ -133,6 +138,7 @@ def plan(
     model: Model,
     mpp: MppOption = None,
     tile_size: TileSize = None,
+    blend: BlendOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what segmenting a slide will take, without doing it: tile size, cost of the halo, seconds, memory, disk.
@@ -143,7 +149,7 @@ def plan(
     """
     from workflows.plan import plan as verb
 
-    verb(slide, model, mpp, tile_size, as_json)
+    verb(slide, model, mpp, tile_size, blend, as_json)
 
 
 @app.command()
@@ -183,17 +189,20 @@ def verify(
     mpp: MppOption = None,
     precision: PrecisionOption = "exact",
     backend: BackendOption = "auto",
+    blend: BlendOption = False,
 ) -> None:
     """Prove on your own slide that tiles, stitched, are what one forward pass over the whole gives.
 
-    Prints the largest difference of probability and the number of labels that differ. The exit code is 1 where the
-    difference is above 1e-5 or a label differs. Example: `fullfield verify slide.svs --model runs/demo/model`
+    Prints the largest and the mean difference of probability and the number of labels that differ. The exit code is 1 where
+    a difference is above 1e-5 or a label differs: so it is with --blend, which tells how far off blending is. For a network
+    that is not local, one forward pass is over the whole of a small slide, or over windows of a large one.
+    Example: `fullfield verify slide.svs --model runs/demo/model`
     """
     from pipeline.config import EngineSettings
     from workflows.verify import verify as verb
 
     engine = EngineSettings(precision=precision, backend=backend)
-    raise typer.Exit(verb(slide, model, mpp, engine))
+    raise typer.Exit(verb(slide, model, mpp, engine, blend))
 
 
 @config_app.command("schema")

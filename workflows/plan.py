@@ -10,21 +10,24 @@ from rich.table import Table
 
 from pipeline import checkpoint
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings, TissueSettings
+from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
 from pipeline.progress import console
 from pipeline.registry import resolve_model
 from pipeline.slide import fallback_mpp, open_slide
+from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Estimate, foresee
 
 
-def plan(path: Path, model: str, mpp: float | None, tile_size: int | None, as_json: bool) -> None:
+def plan(path: Path, model: str, mpp: float | None, tile_size: int | None, blend: bool, as_json: bool) -> None:
     """Estimate in a worker such as `fullfield segment` starts, with the tissue of the model's own run, and print."""
     folder, path = resolve_model(model).absolute(), path.absolute()
     tissue = TissueSettings(**checkpoint.load_lineage(folder).get("tissue", {}))
     mpp = fallback_mpp(path, mpp)
     open_slide(path, mpp)  # before workers are started for nothing
+    stitching(checkpoint.load_spec(folder), blend)
+    wanted = SegmentationSettings(tile_size=tile_size, blend=blend)
     with connect(ClusterSettings()) as cluster:
-        cluster.submit(path, foresee, path, mpp, folder, tissue, tile_size, None)
+        cluster.submit(path, foresee, path, mpp, folder, tissue, wanted)
         (outcome,) = cluster
     if outcome.error:
         raise outcome.error
@@ -38,7 +41,7 @@ def _table(found: Estimate) -> Table:
     table = Table(show_header=False, box=None)
     rows = {
         "tile size": f"{found.tile_size} px",
-        "cost of the halo": f"{found.halo_cost - 1:.1%} more pixels",
+        "cost of halo or overlap": f"{found.halo_cost - 1:.1%} more pixels",
         "tiles with tissue": f"{found.tissue_tiles} of {found.tiles}",
         "pixels": f"{found.pixels / 1e6:.1f} Mpx",
         "time": f"about {found.seconds:.0f} s on one worker, after it has started",

@@ -1,4 +1,6 @@
-"""`fullfield segment SLIDE...`: segments slides with a trained model, exactly, and finishes what was interrupted."""
+"""`fullfield segment SLIDE...`: segments slides with a trained model, exactly unless told to blend, and finishes what was
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ from pipeline.registry import resolve_model
 from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
 from pipeline.segmentation import Row, SlideJob, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
+from pipeline.stitching import stitching
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 from pipeline.workspace import Workspace, open_source, slide_job
@@ -40,13 +43,16 @@ def segment(
     tile_size: int | None,
     where: ClusterSettings,
     engine: EngineSettings,
+    blend: bool = False,
 ) -> int:
     """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed."""
     folder = resolve_model(model).absolute()
+    stitching(checkpoint.load_spec(folder), blend)  # refuses what is not local before workers are started
     require_approval(settled(engine, checkpoint.load_spec(folder).architecture), folder)
     looked = checkpoint.load_lineage(folder)
     tissue = TissueSettings(**looked.get("tissue", {}))
-    settings = SegmentationSettings(tile_size=tile_size, min_region_um2=looked.get("min_region_um2", _MIN_REGION_UM2))
+    smallest = looked.get("min_region_um2", _MIN_REGION_UM2)
+    settings = SegmentationSettings(tile_size=tile_size, min_region_um2=smallest, blend=blend)
     ids = [slide.stem for slide in slides]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
