@@ -1,7 +1,16 @@
-"""`make bench`: how fast a slide is segmented, beside the bare forward pass and MONAI's sliding window.
+"""How fast a slide is segmented, in how much memory, beside the bare forward pass and other tools: `make bench`.
 
-Every contender is a process of its own, run three times in turn on the same weights and the same slide; medians count. The
-clock starts when the model is loaded. Results go to benchmarks/results as Markdown, with machine and versions.
+    python -m benchmarks.bench [SECTION...] [--size 8192] [--runs 3] [--networks fcn,unet] [--slides DIR] [--pyfast PYTHON]
+
+    peers    all contenders on a slide of tissue; on one of twice the side those that may be as fast
+    big      four times the side, 30 % tissue
+    growth   one, two, four and eight times the side, 30 % tissue, with one worker and with two
+    huge     sixteen times the side, 2 % tissue
+    dense    a patch classifier made convolutional, beside the same run patch by patch
+
+Contenders take turns, each in a process of its own. Every run is kept in benchmarks/results/SECTION.json as it ends, and from
+these files bench.md and bench.png are drawn beside them. Called again, the bench goes on where it stopped; but a section that
+was measured on another machine, with other versions or with other code is measured anew.
 """
 
 from __future__ import annotations
@@ -9,169 +18,187 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
-import numpy as np
-
-from pipeline.classes import Class, Classes
+from benchmarks.contenders import CONTENDERS, Task, inside
+from benchmarks.models import NETWORKS, make_model
+from benchmarks.process import Usage, measure
+from benchmarks.record import RESULTS, Key, Plan, Record, Run
+from benchmarks.report import SECTIONS, write_report
+from benchmarks.slides import make_slide
 from pipeline.cluster import cores, worker_environment
-from pipeline.grid import Grid
 
-SIZE, TILE, RUNS = 4096, 1024, 3
-RESULTS = Path(__file__).parent / "results"
-CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
-NETWORKS = {"small FCN": ("fcn", 16, 3), "MONAI UNet": ("unet", 32, 4)}
+_OURS = ("fullfield, exact", "fullfield, fast", "fullfield, fastest")
+_LIMITS = ("limit, exact", "limit, fast", "limit, fastest")
+_ONCE = "MONAI PatchInferer, AvgMerger, allocator tuned"  # of the big slide, where a run of it takes most of an hour
 
 
-def prepare(folder: Path) -> None:
-    """A slide that is all tissue, and a model of each network with random weights and warmed batch norms."""
-    import torch
+@dataclass(frozen=True)
+class Contest:
+    """One slide, `scale` times the side of the smallest, and who segments it, with how many workers (0: as usual)."""
 
-    from pipeline.architectures import build_network
-    from pipeline.checkpoint import save
-    from pipeline.footprint import with_footprint
-    from pipeline.network import ModelSpec
-    from pipeline.phantom import render, write_slide
-
-    write_slide(render(1, SIZE, SIZE, 0.5, spread=4)[0], folder / "slide.tiff", 0.5)
-    for name, (architecture, width, depth) in NETWORKS.items():
-        spec = ModelSpec(architecture=architecture, classes=CLASSES, mpp=0.5, patch_size=256, width=width, depth=depth)
-        torch.manual_seed(0)
-        network = build_network(spec)
-        with torch.no_grad():
-            for _ in range(10):
-                network.train()(torch.randn(2, 3, 128, 160))
-        save(folder / name, with_footprint(spec, network.eval()), network)
+    scale: int
+    share: float
+    contenders: tuple[str, ...]
+    workers: tuple[int, ...] = (0,)
 
 
-def limit(folder: Path, model: Path) -> tuple[float, np.ndarray]:
-    """The bare forward pass over windows that are in memory already; nothing is read or written."""
-    from pipeline.runtime import load_engine
-    from pipeline.slide import open_slide
-
-    slide, engine = open_slide(folder / "slide.tiff"), load_engine(model)
-    grid = Grid(slide.base, TILE, engine.spec.halo, engine.spec.stride)
-    windows = [slide.read(tile.read_roi, slide.base)[None] for tile in grid]
-    started = time.perf_counter()
-    answers = [engine(window)[0].argmax(0).astype(np.uint8) for window in windows]
-    seconds = time.perf_counter() - started
-    labels = np.zeros(slide.base.shape, np.uint8)
-    for tile, answer in zip(grid, answers, strict=True):
-        labels[tile.target(1).slices()] = answer[tile.crop(1).slices()]
-    return seconds, labels
+CONTESTS = {
+    "peers": (Contest(1, 1.0, tuple(CONTENDERS)), Contest(2, 1.0, (*_OURS, "pyFAST"))),
+    "big": (
+        Contest(4, 0.3, (*_OURS, *_LIMITS, "MONAI SlidingWindowInferer, allocator tuned", _ONCE, "pyFAST")),
+    ),
+    "growth": tuple(Contest(scale, 0.3, ("fullfield, exact",), (1, 2)) for scale in (1, 2, 4, 8)),
+    "huge": (Contest(16, 0.02, ("fullfield, exact",)),),
+}  # fmt: skip
 
 
-def fullfield(folder: Path, model: Path) -> tuple[float, np.ndarray]:
-    """Read, run, crop and write, as a worker of `fullfield segment` does."""
-    from pipeline.canvas import create_canvas
-    from pipeline.prediction import predict
-    from pipeline.runtime import load_engine
-    from pipeline.slide import open_slide
+@dataclass(frozen=True)
+class Bench:
+    """What was asked for: side of the smallest slide in pixels, runs of each contender, networks, folder, interpreter."""
 
-    slide, engine = open_slide(folder / "slide.tiff"), load_engine(model)
-    grid = Grid(slide.base, TILE, engine.spec.halo, engine.spec.stride)
-    with TemporaryDirectory(dir=folder) as place:
-        canvas = create_canvas(Path(place) / "out.ome.zarr", slide.base, CLASSES, TILE, {})
-        started = time.perf_counter()
-        for tile, probabilities in predict(slide, grid, grid, engine):
-            canvas.write(tile.target(1), probabilities)
-        return time.perf_counter() - started, canvas.read_labels(slide.base.roi)
-
-
-def monai_sliding_window(folder: Path, model: Path) -> tuple[float, np.ndarray]:
-    """MONAI's SlidingWindowInferer with its usual settings, on an image that is in memory already."""
-    import torch
-    from monai.inferers.inferer import SlidingWindowInferer
-
-    from pipeline.checkpoint import load
-    from pipeline.network import normalise
-    from pipeline.slide import open_slide
-
-    slide = open_slide(folder / "slide.tiff")
-    spec, network = load(model)
-    image = normalise(slide.read(slide.base.roi, slide.base)[None], spec).contiguous()
-    inferer = SlidingWindowInferer(TILE, sw_batch_size=1, overlap=0.25, mode="gaussian")
-    started = time.perf_counter()
-    with torch.inference_mode():
-        labels = inferer(image, network)[0].argmax(0)
-    return time.perf_counter() - started, labels.numpy().astype(np.uint8)
-
-
-CONTENDERS: dict[str, tuple[Callable[[Path, Path], tuple[float, np.ndarray]], bool]] = {
-    "limit: bare forward pass": (limit, True),
-    "Fullfield": (fullfield, True),
-    "MONAI SlidingWindowInferer, as shipped": (monai_sliding_window, False),
-    "MONAI SlidingWindowInferer, allocator tuned": (monai_sliding_window, True),
-}
-
-
-def once(name: str, folder: Path, model: Path) -> None:
-    """Run one contender in this process and print what it took."""
-    seconds, labels = CONTENDERS[name][0](folder, model)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    np.save(folder / f"{model.name} {name}.npy", labels)
-    print(json.dumps({"seconds": seconds, "gib": peak}))
-
-
-def measure(name: str, folder: Path, model: Path) -> dict[str, float]:
-    """Run one contender in a process of its own."""
-    tuned = worker_environment(cores()) if CONTENDERS[name][1] else {"OMP_NUM_THREADS": str(cores())}
-    command = [sys.executable, "-m", "benchmarks.bench", "--once", name, str(folder), str(model)]
-    done = subprocess.run(command, env={**os.environ, **tuned}, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def table(folder: Path, network: str) -> list[str]:
-    """The Markdown rows of one network: contenders take turns, so that a drift of the machine's speed meets all."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    for _ in range(RUNS):
-        for name in CONTENDERS:
-            found[name].append(measure(name, folder, folder / network))
-    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
-    exact = np.load(folder / f"{network} limit: bare forward pass.npy")
-    rows = []
-    for name, runs in found.items():
-        differ = np.mean(np.load(folder / f"{network} {name}.npy") != exact)
-        rows.append(
-            f"| {network} | {name} | {seconds[name]:.1f} | {SIZE**2 / 1e6 / seconds[name]:.2f} | "
-            f"{seconds[name] / seconds['Fullfield']:.2f} | {max(run['gib'] for run in runs):.2f} | {differ:.2%} |"
-        )
-    return rows
+    size: int
+    runs: int
+    networks: tuple[str, ...]
+    folder: Path
+    pyfast: Path | None
 
 
 def main() -> None:
-    """Run everything and write the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--once", nargs=3, metavar=("NAME", "FOLDER", "MODEL"))
-    chosen = parser.parse_args().once
-    if chosen:
-        once(chosen[0], Path(chosen[1]), Path(chosen[2]))
+    """Run the sections that are named, all if none is, and draw what was measured after each."""
+    sections, bench = _asked()
+    for section in sections:
+        record = Record(RESULTS / f"{section}.json")
+        if section == "dense":
+            _dense(record)
+        for contest in CONTESTS.get(section, ()):
+            for network in bench.networks:
+                _run(bench, contest, network, record)
+        write_report(RESULTS)
+    print((RESULTS / "bench.md").read_text(encoding="utf-8"))
+
+
+def _run(bench: Bench, contest: Contest, network: str, record: Record) -> None:
+    """Let the contenders of one slide take turns with one network; what is in the record already is not run again."""
+    tasks = {task.key: task for task in _tasks(bench, contest, network)}
+    if all(_done(record, key, bench.runs) for key in tasks):
         return
-    lines = [
-        f"{SIZE} x {SIZE} px, all tissue, tiles of {TILE} px, fp32, {cores()} cores ({platform.machine()}); "
-        f"torch {version('torch')}, MONAI {version('monai')}; {date.today()}; medians of {RUNS} runs",
-        "",
-        "| network | contender | s | Mpx/s | times Fullfield's | peak GiB | labels that differ |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    with TemporaryDirectory() as place:
-        prepare(Path(place))
-        for network in NETWORKS:
-            lines += table(Path(place), network)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "segmentation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    first = _prepared(next(iter(tasks.values())), record)
+    for turn in range(bench.runs):
+        for key, task in tasks.items():
+            if not _done(record, key, turn + 1):
+                size = _tile_size(record, key) or first.tile_size
+                found = _refused(first, record, key) or CONTENDERS[key.contender](replace(task, tile_size=size))
+                record.add(found)
+                print(_said(found), flush=True)
+
+
+def _tasks(bench: Bench, contest: Contest, network: str) -> Iterator[Task]:
+    size = contest.scale * bench.size
+    model, slide = make_model(bench.folder / "models", network), make_slide(bench.folder, size, contest.share)
+    reference = bench.folder / f"{slide.stem}-{network}.npy"
+    for workers in contest.workers:
+        for contender in contest.contenders:
+            key = Key(size, contest.share, network, contender, workers)
+            yield Task(key, slide, model, reference, bench.folder, 0, bench.pyfast)
+
+
+def _prepared(task: Task, record: Record) -> Task:
+    """The task with the tile size that `fullfield plan` would choose; the labels of one forward pass are made as well.
+
+    They come from tiles: that these give one pass over the whole is what the tests and `fullfield verify` show.
+    """
+    command = [sys.executable, "-m", "workflows", "plan", str(task.slide), "--model", str(task.model), "--json"]
+    used = measure(command, task.cache)
+    if used.error:
+        sys.exit(f"{' '.join(command)}: {used.error}")
+    found = json.loads(used.output)
+    names = ("tile_size", "halo_cost", "seconds", "peak_bytes")
+    plan = Plan(task.key.size, task.key.share, task.key.network, *(found[name] for name in names))
+    if not any((old.size, old.share, old.network) == (plan.size, plan.share, plan.network) for old in record.plans):
+        record.add(plan)
+    chosen = replace(task, tile_size=plan.tile_size)
+    if not task.reference.exists():
+        first = inside("limit", True, "exact", chosen)
+        if first.error:
+            sys.exit(f"the forward pass that all are compared with: {first.error}")
+    return chosen
+
+
+def _refused(task: Task, record: Record, key: Key) -> Run | None:
+    """A run that failed, where Fullfield cannot be run here in the precision that is asked for; else it is approved now."""
+    precision = key.contender.rpartition(", ")[2]
+    if precision not in ("fast", "fastest"):
+        return None
+    used = _approval(task, precision)
+    if used.error:
+        return Run(key, error=used.error)
+    remark = f"{key.network}, {precision}, approved by the bench itself: {used.output.strip().splitlines()[-1]}"
+    if remark not in record.remarks:
+        record.add(remark)
+    return None
+
+
+@lru_cache
+def _approval(task: Task, precision: str) -> Usage:
+    command = [sys.executable, "-m", "benchmarks.approval", task.model, task.slide, task.reference, precision]
+    return measure(command, {**worker_environment(cores()), **task.cache})
+
+
+def _done(record: Record, key: Key, runs: int) -> bool:
+    """Whether a contender needs no more turns: it had them, or failed, or is one of which a single run is enough."""
+    found = record.of(key)
+    once = key.contender == _ONCE and key.share < 1
+    return len(found) >= (1 if once else runs) or any(run.error for run in found)
+
+
+def _tile_size(record: Record, key: Key) -> int:
+    """The tile size that Fullfield chose last in the same precision: the bare forward pass gets the same windows."""
+    twin = replace(key, contender=key.contender.replace("limit", "fullfield"))
+    return next((run.tile_size for run in reversed(record.of(twin))), 0)
+
+
+def _said(run: Run) -> str:
+    said = run.error or f"{run.whole:.1f} s, {run.seconds:.1f} after start-up, {run.peak_bytes / 2**30:.2f} GiB"
+    key = run.key
+    return f"{key.size} px, {key.share:.0%} tissue, {key.network}, {key.contender}, {key.workers or 'usual'} workers: {said}"
+
+
+def _dense(record: Record) -> None:
+    if not record.remarks:
+        used = measure([sys.executable, "-m", "benchmarks.dense"], {"OMP_NUM_THREADS": str(cores())})
+        record.add(used.error or used.output.strip())
+
+
+def _asked() -> tuple[list[str], Bench]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", type=_section, metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--size", type=int, default=8192, help="side of the smallest slide, a multiple of 1024 px")
+    parser.add_argument("--runs", type=int, default=3, help="of each contender; medians count")
+    parser.add_argument("--networks", default=",".join(NETWORKS), type=_networks)
+    parser.add_argument("--slides", type=Path, default=Path(gettempdir()) / "fullfield-bench", help="where slides are kept")
+    parser.add_argument("--pyfast", type=Path, default=os.environ.get("FULLFIELD_PYFAST"), help="an interpreter with pyFAST")
+    asked = parser.parse_args()
+    folder = asked.slides.absolute()
+    return asked.sections or list(SECTIONS), Bench(asked.size, asked.runs, asked.networks, folder, asked.pyfast)
+
+
+def _section(name: str) -> str:
+    if name not in SECTIONS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SECTIONS)}")
+    return name
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(NETWORKS):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(NETWORKS)}")
+    return names
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""Approves a precision below exact for a model of the bench, whatever it changes: its table shows what.
+
+    python -m benchmarks.approval MODEL SLIDE LABELS PRECISION
+
+Calibrates int8 on the slide's texture. LABELS (.npy) are those of one forward pass. Prints how far from exact it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.models import patches
+from pipeline import checkpoint
+from pipeline.classes import IGNORED
+from pipeline.config import EngineSettings, Precision, TissueSettings
+from pipeline.errors import FullfieldError
+from pipeline.geometry import Lattice, Roi
+from pipeline.openvino_engine import quantise
+from pipeline.patches import Source
+from pipeline.precision import Deviation, approve, hold
+from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
+from pipeline.slide import open_slide
+from pipeline.tissue import find_tissue
+
+_HELD, _PATCHES, _PATCH = 1024, 100, 256  # pixels along a side; patches to calibrate on, and pixels along theirs
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """The labels of one forward pass as truth, in the first square of a slide that was examined."""
+
+    base: Lattice
+    labels: np.ndarray
+    remarks: tuple[str, ...] = ()
+
+    def known_roi(self) -> Roi:
+        """The square."""
+        row, column = np.argwhere(self.labels[::_HELD, ::_HELD] != IGNORED)[0] * _HELD
+        return Roi(int(column), int(row), _HELD, _HELD).intersect(self.base.roi)
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """See Truth."""
+        truth = np.full(roi.shape, IGNORED, np.uint8)
+        common = roi.intersect(self.known_roi())
+        truth[common.within(roi).slices()] = self.labels[common.slices()]
+        return truth
+
+
+def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) -> Deviation:
+    """How far a precision is from exact; from now on it is approved. Raises EngineError where it cannot be run here."""
+    architecture = checkpoint.load_spec(model).architecture
+    settings = settled(EngineSettings(precision=precision, max_label_change=1.0), architecture)
+    if precision == "fastest" and not has_int8(model):
+        quantise(fp32_graph(model), list(patches(_PATCHES, _PATCH)), int8_folder(model))
+    slide = open_slide(slide_path)
+    source = Source(slide, OnePass(slide.base, np.load(labels, mmap_mode="r")), slide.base)
+    exact = open_engine(model, settled(EXACT, architecture))
+    found = hold(exact, load_engine(model, settings), [(source, find_tissue(slide, TissueSettings()))])
+    approve(found, settings, model)
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        print(approved(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))  # type: ignore[arg-type]
+    except FullfieldError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,173 @@
+"""Who is measured. Each contender segments one slide with one network in a process of its own, and gives one Run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from benchmarks.inside import PATCH
+from benchmarks.models import make_onnx
+from benchmarks.process import Usage, measure
+from benchmarks.record import Key, Run
+from pipeline.canvas import Canvas, open_canvas
+from pipeline.classes import IGNORED
+from pipeline.cluster import cores, worker_environment
+from pipeline.geometry import Roi
+from pipeline.segmentation import CANVAS
+
+_BAND = 1024  # rows
+
+Rows = Callable[[int, int], np.ndarray]
+"""Labels of the rows from the first number up to the second."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A slide, a model, the labels of one forward pass (.npy), and a folder for what is made and then dropped.
+
+    `tile_size` is for the bare forward pass; `pyfast` is an interpreter that has pyFAST.
+    """
+
+    key: Key
+    slide: Path
+    model: Path
+    reference: Path
+    folder: Path
+    tile_size: int
+    pyfast: Path | None
+
+    @property
+    def cache(self) -> dict[str, str]:
+        """Environment in which Fullfield keeps what it compiles beside the bench's slides."""
+        return {"XDG_CACHE_HOME": str(self.folder / "cache")}
+
+
+def fullfield(precision: str, task: Task) -> Run:
+    """`fullfield segment`, as a user calls it; after start-up: from planning a slide's tiles to its last file."""
+    output, workers = task.folder / "output", task.key.workers
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "workflows", "segment", str(task.slide), "--model", str(task.model)]
+    command += ["--output", str(output), "--precision", precision, *(["--workers", str(workers)] if workers else [])]
+    used = measure(command, task.cache)
+    if used.error:
+        return Run(task.key, error=used.error)
+    with (output / "slides.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    canvas = open_canvas(output / "slides" / task.slide.stem / CANVAS)
+    found = _run(task, used, float(row["seconds"]), float(row["megapixels"]), _of_canvas(canvas))
+    found = replace(found, tile_size=canvas.write_size, tiles=_tile_seconds(canvas))
+    shutil.rmtree(output)
+    return found
+
+
+def inside(name: str, tuned: bool, precision: str, task: Task) -> Run:
+    """One of `benchmarks.inside`, with the allocator as Fullfield sets it or as shipped."""
+    labels = task.folder / "labels.npy"
+    environment = worker_environment(cores()) if tuned else {"OMP_NUM_THREADS": str(cores())}
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.inside",
+        name,
+        task.slide,
+        task.model,
+        labels,
+        precision,
+        str(task.tile_size),
+    ]
+    used = measure(command, {**environment, **task.cache})
+    if used.error:
+        return Run(task.key, error=used.error)
+    took = json.loads(used.output.splitlines()[-1])
+    if name == "limit" and not task.reference.exists():
+        shutil.copy(labels, task.reference)
+    found = _run(task, used, took["seconds"], took["megapixels"], _of_array(np.load(labels, mmap_mode="r")))
+    labels.unlink()
+    return replace(found, tile_size=task.tile_size if name == "limit" else PATCH)
+
+
+def pyfast(task: Task) -> Run:
+    """pyFAST with the same network as ONNX, patches side by side; on a slide with glass, where it sees tissue."""
+    if task.pyfast is None:
+        return Run(task.key, error="not installed (--pyfast PYTHON, or FULLFIELD_PYFAST)")
+    try:
+        model = make_onnx(task.model, PATCH)
+    except Exception as error:  # noqa: BLE001 - whatever stops a peer is its row
+        return Run(task.key, error=f"{type(error).__name__}: {error}")
+    output = task.folder / "pyfast.tiff"
+    area = "all" if task.key.share == 1 else "tissue"
+    script = Path(__file__).with_name("pyfast_segmentation.py")
+    used = measure([task.pyfast, script, task.slide, model, output, str(PATCH), area], {"OMP_NUM_THREADS": str(cores())})
+    if used.error:
+        return Run(task.key, error=used.error)
+    took = next(json.loads(line) for line in reversed(used.output.splitlines()) if line.startswith("{"))
+    labels = tifffile.imread(output, key=0)
+    found = _run(task, used, took["seconds"], task.key.size**2 * task.key.share / 1e6, _of_array(labels))
+    output.unlink()
+    return replace(found, tile_size=PATCH)
+
+
+CONTENDERS: dict[str, Callable[[Task], Run]] = {
+    "fullfield, exact": partial(fullfield, "exact"),
+    "limit, exact": partial(inside, "limit", True, "exact"),
+    "fullfield, fast": partial(fullfield, "fast"),
+    "limit, fast": partial(inside, "limit", True, "fast"),
+    "fullfield, fastest": partial(fullfield, "fastest"),
+    "limit, fastest": partial(inside, "limit", True, "fastest"),
+    "MONAI SlidingWindowInferer, as shipped": partial(inside, "sliding-window", False, "exact"),
+    "MONAI SlidingWindowInferer, allocator tuned": partial(inside, "sliding-window", True, "exact"),
+    "MONAI PatchInferer, AvgMerger, as shipped": partial(inside, "AvgMerger", False, "exact"),
+    "MONAI PatchInferer, AvgMerger, allocator tuned": partial(inside, "AvgMerger", True, "exact"),
+    "MONAI PatchInferer, ZarrAvgMerger, as shipped": partial(inside, "ZarrAvgMerger", False, "exact"),
+    "MONAI PatchInferer, ZarrAvgMerger, allocator tuned": partial(inside, "ZarrAvgMerger", True, "exact"),
+    "pyFAST": pyfast,
+}
+
+
+def differing(labels: Rows, reference: np.ndarray) -> float:
+    """The share, 0 to 1, of labels that are not the reference's, where both are there."""
+    differ = known = 0
+    for top in range(0, len(reference), _BAND):
+        expected = np.asarray(reference[top : top + _BAND])
+        found = labels(top, top + len(expected))
+        both = (expected != IGNORED) & (found != IGNORED)
+        known += int(both.sum())
+        differ += int((found != expected)[both].sum())
+    return differ / max(known, 1)
+
+
+def _run(task: Task, used: Usage, seconds: float, megapixels: float, labels: Rows) -> Run:
+    share = differing(labels, np.load(task.reference, mmap_mode="r"))
+    return Run(
+        task.key,
+        whole=used.seconds,
+        seconds=seconds,
+        cpu_seconds=used.cpu_seconds,
+        peak_bytes=used.peak_bytes,
+        megapixels=megapixels,
+        differ=share,
+    )
+
+
+def _of_canvas(canvas: Canvas) -> Rows:
+    return lambda top, bottom: canvas.read_labels(Roi(0, top, canvas.lattice.width, bottom - top))
+
+
+def _of_array(labels: np.ndarray) -> Rows:
+    return lambda top, bottom: np.asarray(labels[top:bottom])
+
+
+def _tile_seconds(canvas: Canvas) -> float:
+    """From the canvas, which is made before tissue is looked for, to its last tile."""
+    shards = canvas.label_shards(0)
+    last = max(shards.path(place).stat().st_mtime for place in canvas.done())
+    return last - (shards.folder / "zarr.json").stat().st_mtime
