@@ -124,5 +124,5 @@ def _distances(own: Mask, other: Mask, mpp: Mpp) -> Floats:
 
 def _spread(distances: Floats, size: float) -> Spread:
     power = 10.0 ** (np.floor(np.log10(np.maximum(distances, 1e-6))) - _FIGURES + 1)
-    um, counts = np.unique(np.round(distances / power) * power, return_counts=True)
+    um, counts = np.unique(np.round(np.round(distances / power) * power, 6), return_counts=True)
     return Spread(um, counts.astype(np.float64) * size)
