@@ -12,8 +12,9 @@ and white stays white.
   Appl. 21: 34-41), but on optical densities and by a factor alone. Their shift, in the space of l, alpha and beta, would
   colour the glass.
 
-The dyes are told here rather than by MONAI's `ExtractHEStains`, against which they are tested, since segmenting imports no
-MONAI: that would take seconds, and memory, of every worker.
+The dyes are told here rather than by MONAI's `ExtractHEStains`, against which they are tested, for two reasons: segmenting
+imports no MONAI, which would cost every worker seconds and memory; and MONAI 1.6 returns eosin where its reference, and its
+documentation, have haematoxylin.
 """
 
 from __future__ import annotations
