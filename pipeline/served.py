@@ -30,7 +30,8 @@ class Segmenter(PythonModel):
         """Probabilities of (N, H, W, 3) uint8 RGB patches, as `fullfield segment` computes them for a slide of that size.
 
         Returns (N, classes, ceil(H / output_stride), ceil(W / output_stride)) float32, 0 to 1. A patch that is no
-        multiple of the model's stride is continued with glass at its right and bottom, as a slide is.
+        multiple of the model's stride is continued with glass at its right and bottom, as a slide is. A network that is not
+        local, whose windows `fullfield segment` blends, takes the patch for one window.
         """
         spec = self.engine.spec
         _, height, width, _ = model_input.shape
