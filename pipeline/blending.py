@@ -64,7 +64,8 @@ class Windows:
         offsets = np.arange(self.size, dtype=np.float32) - np.float32((self.size - 1) / 2)
         bell = np.exp(offsets**2 / np.float32(-2 * (_SIGMA * self.size) ** 2))
         whole = np.maximum(np.outer(bell, bell), np.float32(_LEAST_WEIGHT))
-        return np.ascontiguousarray(whole[:: self.output_stride, :: self.output_stride])
+        middle = slice(self.output_stride // 2, None, self.output_stride)  # of each pixel of the answer
+        return np.ascontiguousarray(whole[middle, middle])
 
     def _starts(self, first: int, stop: int, length: int) -> list[int]:
         """Where windows start, along a side of a lattice, that reach into `first` to `stop`."""

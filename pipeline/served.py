@@ -31,7 +31,8 @@ class Segmenter(PythonModel):
 
         Returns (N, classes, ceil(H / output_stride), ceil(W / output_stride)) float32, 0 to 1. A patch that is no
         multiple of the model's stride is continued with glass at its right and bottom, as a slide is. A patch does not tell
-        how its slide is stained: a model with a normalisation wants pixels as `NormalisedSlide.read` gives them.
+        how its slide is stained: a model with a normalisation wants pixels as `NormalisedSlide.read` gives them. A network
+        that is not local, whose windows `fullfield segment` blends, takes the patch for one window.
         """
         spec = self.engine.spec
         _, height, width, _ = model_input.shape

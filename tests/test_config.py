@@ -80,6 +80,8 @@ def test_overrides_reach_any_key() -> None:
         ("classes.1.name=tissue", "columns of the table"),
         ("tracking.alias=latest", "MLflow keeps to itself"),
         ("segmentation.splits=[]", "`segmentation.splits`"),
+        ("network.norm=instance", "segmentation.blend should be true"),
+        ("network.norm=group", "`network.norm`"),
         ("seed", "no `=`"),
         ("seed=[", "broken YAML"),
     ],
@@ -87,6 +89,11 @@ def test_overrides_reach_any_key() -> None:
 def test_what_makes_no_sense_is_refused_by_its_key(override: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part.replace("[", r"\[")):
         parse_config(minimal(), "test", [override])
+
+
+def test_a_network_that_is_not_local_is_taken_where_it_is_blended() -> None:
+    config = parse_config(minimal(), "test", ["network.norm=instance", "segmentation.blend=true"])
+    assert config.network.norm == "instance" and config.segmentation.blend
 
 
 def test_a_missing_key_is_named() -> None:

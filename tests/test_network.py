@@ -106,6 +106,18 @@ def test_every_norm_is_a_batch_norm(model: ModelSpec) -> None:
     assert norms == {nn.BatchNorm2d}
 
 
+@pytest.mark.parametrize(("architecture", "depth"), [("unet", 3), ("basic_unet", 4)])
+def test_instance_norm_takes_the_place_of_every_batch_norm(architecture: str, depth: int) -> None:
+    layers = []
+    for norm, halo in (("batch", 0), ("instance", None)):
+        torch.manual_seed(0)
+        layers.append(list(build_network(spec(architecture, depth=depth, norm=norm, halo=halo)).modules()))
+    kinds = [[type(layer) for layer in each] for each in layers]
+    assert nn.InstanceNorm2d in kinds[1] and nn.BatchNorm2d not in kinds[1]
+    assert [nn.BatchNorm2d if kind is nn.InstanceNorm2d else kind for kind in kinds[1]] == kinds[0]
+    assert all(layer.affine for layer in layers[1] if isinstance(layer, nn.InstanceNorm2d))
+
+
 def test_a_1x1_convolution_is_a_dense_layer_at_each_pixel() -> None:
     network = build_network(spec("heatmap", width=8)).eval()
     convolution = network.get_submodule("head.conv")
@@ -186,6 +198,11 @@ def test_a_spec_from_before_normalisation_has_none() -> None:
         ({"mean": (0.5, 0.5)}, "mean"),
         ({"halo": 30, "stride": 8}, "halo"),
         ({"halo": 32, "stride": 8, "output_stride": 3}, "halo"),
+        ({"norm": "instance"}, "norm"),
+        ({"architecture": "unet", "norm": "group"}, "norm"),
+        ({"architecture": "unet", "norm": "instance", "halo": 32, "stride": 8}, "halo"),
+        ({"halo": None}, "halo"),
+        ({"architecture": "unet", "norm": "instance", "halo": None, "patch_size": 8}, "patch_size"),
     ],
 )
 def test_an_impossible_spec_is_refused_by_its_key(changes: dict[str, Any], key: str) -> None:
@@ -223,6 +240,20 @@ def test_a_missing_key_and_no_mapping_are_refused() -> None:
         ModelSpec.from_dict(values)
     with pytest.raises(NetworkError, match="keys and values"):
         ModelSpec.from_dict([values])
+
+
+def test_a_spec_from_before_norms_could_be_chosen_means_batch_norm() -> None:
+    values = spec("unet").to_dict()
+    del values["norm"]
+    assert ModelSpec.from_dict(values) == spec("unet")
+
+
+def test_what_is_not_local_survives_yaml_and_has_no_halo_to_ask_for() -> None:
+    model = spec("unet", norm="instance", halo=None, stride=8)
+    assert ModelSpec.from_dict(yaml.safe_load(yaml.safe_dump(model.to_dict()))) == model
+    with pytest.raises(NetworkError, match="--blend"):
+        model.required_halo()
+    assert spec("unet", halo=32, stride=8).required_halo() == 32
 
 
 def test_a_spec_needs_neither_torch_nor_monai() -> None:
