@@ -25,6 +25,8 @@ from pipeline.geometry import Roi
 from pipeline.segmentation import CANVAS
 
 _BAND = 1024  # rows
+_PATIENCE, _PATIENCE_MPX = 60.0, 2.0  # seconds, and more a megapixel, after which pyFAST hangs, as it sometimes does
+_TRIES = 2
 
 Rows = Callable[[int, int], np.ndarray]
 """Labels of the rows from the first number up to the second."""
@@ -106,12 +108,17 @@ def pyfast(task: Task) -> Run:
     output = task.folder / "pyfast.tiff"
     area = "all" if task.key.share == 1 else "tissue"
     script = Path(__file__).with_name("pyfast_segmentation.py")
-    used = measure([task.pyfast, script, task.slide, model, output, str(PATCH), area], {"OMP_NUM_THREADS": str(cores())})
+    megapixels = task.key.size**2 * task.key.share / 1e6
+    command = [task.pyfast, script, task.slide, model, output, str(PATCH), area]
+    for _ in range(_TRIES):
+        used = measure(command, {"OMP_NUM_THREADS": str(cores())}, _PATIENCE + _PATIENCE_MPX * megapixels)
+        if not used.error:
+            break
     if used.error:
         return Run(task.key, error=used.error)
     took = next(json.loads(line) for line in reversed(used.output.splitlines()) if line.startswith("{"))
     labels = tifffile.imread(output, key=0)
-    found = _run(task, used, took["seconds"], task.key.size**2 * task.key.share / 1e6, _of_array(labels))
+    found = _run(task, used, took["seconds"], megapixels, _of_array(labels))
     output.unlink()
     return replace(found, tile_size=PATCH)
 
