@@ -10,7 +10,6 @@ demo: .venv/.demo
 test: .venv/.test lint
 	$(BIN)/python -m pytest
 
-# FULLFIELD_PYFAST=/path/to/python names an interpreter that has pyFAST, which then takes part.
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks.bench
 
