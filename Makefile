@@ -10,9 +10,8 @@ demo: .venv/.demo
 test: .venv/.test lint
 	$(BIN)/python -m pytest
 
-bench: .venv/.demo
+bench: .venv/.bench
 	$(BIN)/python -m benchmarks.bench
-	$(BIN)/python -m benchmarks.dense
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -28,6 +27,10 @@ lint: .venv/.test
 
 .venv/.test: .venv/.demo
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[test]"
+	touch $@
+
+.venv/.bench: .venv/.demo
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
 	touch $@
 
 # After a change of pyproject.toml: install what it asks for, then write down what was installed.

@@ -19,6 +19,7 @@ from pipeline.classes import IGNORED
 from pipeline.config import EngineSettings, Precision, TissueSettings
 from pipeline.errors import FullfieldError
 from pipeline.geometry import Lattice, Roi
+from pipeline.grid import Grid
 from pipeline.openvino_engine import quantise
 from pipeline.patches import Source
 from pipeline.precision import Deviation, approve, hold
@@ -31,21 +32,21 @@ _HELD, _PATCHES, _PATCH = 1024, 100, 256  # pixels along a side; patches to cali
 
 @dataclass(frozen=True)
 class OnePass:
-    """The labels of one forward pass as truth, in the first square of a slide that was examined."""
+    """The labels of one forward pass as truth, in one square of a slide."""
 
     base: Lattice
     labels: np.ndarray
+    square: Roi
     remarks: tuple[str, ...] = ()
 
     def known_roi(self) -> Roi:
         """The square."""
-        row, column = np.argwhere(self.labels[::_HELD, ::_HELD] != IGNORED)[0] * _HELD
-        return Roi(int(column), int(row), _HELD, _HELD).intersect(self.base.roi)
+        return self.square
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
         """See Truth."""
         truth = np.full(roi.shape, IGNORED, np.uint8)
-        common = roi.intersect(self.known_roi())
+        common = roi.intersect(self.square)
         truth[common.within(roi).slices()] = self.labels[common.slices()]
         return truth
 
@@ -57,9 +58,12 @@ def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) 
     if precision == "fastest" and not has_int8(model):
         quantise(fp32_graph(model), list(patches(_PATCHES, _PATCH)), int8_folder(model))
     slide = open_slide(slide_path)
-    source = Source(slide, OnePass(slide.base, np.load(labels, mmap_mode="r")), slide.base)
+    tissue = find_tissue(slide, TissueSettings())
+    squares = (tile.write_roi for tile in Grid(slide.base, _HELD, 0, 1))
+    square = max(squares, key=lambda square: tissue.fraction(square, slide.base))
+    source = Source(slide, OnePass(slide.base, np.load(labels, mmap_mode="r"), square), slide.base)
     exact = open_engine(model, settled(EXACT, architecture))
-    found = hold(exact, load_engine(model, settings), [(source, find_tissue(slide, TissueSettings()))])
+    found = hold(exact, load_engine(model, settings), [(source, tissue)])
     approve(found, settings, model)
     return found
 

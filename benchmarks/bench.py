@@ -8,9 +8,10 @@
     huge     sixteen times the side, 2 % tissue
     dense    a patch classifier made convolutional, beside the same run patch by patch
 
-Contenders take turns, each in a process of its own. Every run is kept in benchmarks/results/SECTION.json as it ends, and from
-these files bench.md and bench.png are drawn beside them. Called again, the bench goes on where it stopped; but a section that
-was measured on another machine, with other versions or with other code is measured anew.
+Contenders take turns, each in a process of its own. Every run is kept in benchmarks/results/SECTION.json as it ends, and
+bench.md and bench.png are drawn from these files. Called again, the bench goes on where it stopped; but a section that was
+measured on another machine, with other versions or with other code is measured anew. pyFAST takes part where PYTHON, or the
+environment variable FULLFIELD_PYFAST, names an interpreter that has it, and the library onnx is installed in this one.
 """
 
 from __future__ import annotations

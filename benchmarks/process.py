@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 
 import psutil
 
@@ -33,8 +33,11 @@ class Usage:
     error: str
 
 
-def measure(command: Sequence[str | Path], environment: Mapping[str, str]) -> Usage:
-    """Run a command in this process's environment, less what sets threads and allocator, and with `environment`."""
+def measure(command: Sequence[str | Path], environment: Mapping[str, str], patience: float = 3 * 3600) -> Usage:
+    """Run a command in this process's environment, less what sets threads and allocator, and with `environment`.
+
+    After `patience` seconds it is taken to hang, and ended.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _SET_BY_OTHERS}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as complaints:
         started = time.perf_counter()
@@ -42,9 +45,12 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str]) -> Us
         peak, ended = _Peak(), Event()
         watcher = Thread(target=peak.watch, args=(process.pid, ended))
         watcher.start()
+        patience = Timer(patience, process.kill)
+        patience.start()
         _, status, used = os.wait4(process.pid, 0)  # of the process and of its children, for which it waited
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
+        patience.cancel()
         ended.set()
         watcher.join()
         output.seek(0)
@@ -53,7 +59,7 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str]) -> Us
         lines = [line for line in (said + "\n" + complaints.read()).splitlines() if line.strip()]
     error = "" if process.returncode == 0 else (lines or ["nothing said"])[-1].strip()
     if process.returncode < 0:
-        error = f"ended by signal {-process.returncode}"
+        error = f"ended by signal {-process.returncode} after {seconds:.0f} s"
     return Usage(seconds, used.ru_utime + used.ru_stime, peak.bytes, said, error)
 
 

@@ -11,13 +11,16 @@ import time
 
 import fast
 
+_LEAST_TISSUE = 0.01  # of a patch, as near as can be to any tissue at all
+
 
 def segment(slide: str, model: str, output: str, patch: int, tissue_only: bool) -> None:
     """Patches side by side, as pyFAST's own examples do it; the label of highest probability, as a pyramidal TIFF."""
     importer = fast.WholeSlideImageImporter.create(slide)
-    patches = fast.PatchGenerator.create(patch, patch, level=0).connect(0, importer)
+    patches = fast.PatchGenerator.create(patch, patch, level=0, maskThreshold=_LEAST_TISSUE).connect(0, importer)
     if tissue_only:
-        patches.connect(1, fast.TissueSegmentation.create().connect(importer))
+        # By colour: its network for tissue would be downloaded.
+        patches.connect(1, fast.TissueSegmentation.create(useColorThresholdingMethod=True).connect(importer))
     network = fast.SegmentationNetwork.create(model, scaleFactor=1.0, threshold=0.0, inferenceEngine="OpenVINO")
     stitcher = fast.PatchStitcher.create(False, True).connect(network.connect(patches))
     finished = fast.RunUntilFinished.create().connect(stitcher)

@@ -34,7 +34,8 @@ imports, workers and the choice of the tile size (fullfield: from planning the s
 outlines and pictures included), loading and reading (limit and MONAI's sliding window, whose image is in memory already),
 or importing (pyFAST). *Peak* is the resident memory of the largest process. *Labels that differ* are held against one
 forward pass, where it was examined. *Limit* is the same engine over the same windows in memory, neither reading nor writing.
-MONAI: patches of 1024 px, overlap 0.25 (gaussian in the sliding window). pyFAST: patches of 1024 px side by side."""
+MONAI: patches of 1024 px, overlap 0.25 (gaussian in the sliding window). pyFAST: patches of 1024 px side by side; a run that
+hangs is ended and tried once more."""
 
 
 def write_report(folder: Path) -> None:
@@ -132,7 +133,8 @@ def _growth_row(run: Run) -> str:
 def _plans(record: Record) -> list[str]:
     lines = [
         f"- `fullfield plan`, {plan.size} px, {plan.share:.0%} tissue, {plan.network}: tiles of {plan.tile_size} px, "
-        f"halo costs {plan.halo_cost:.3f} (pixels read / written), about {plan.seconds:.1f} s and {plan.peak_bytes / _GIB:.2f} GiB"
+        f"halo costs {plan.halo_cost:.3f} (pixels read / written), about {plan.seconds:.1f} s and "
+        f"{plan.peak_bytes / _GIB:.2f} GiB"
         for plan in record.plans
     ]
     return [*lines, ""] if lines else []
@@ -156,21 +158,26 @@ def draw(records: dict[str, Record]) -> Figure:
     grown = [run for name in ("growth", "huge") if name in records for run in medians(records[name]) if not run.error]
     _lines(panels["seconds"], grown, "whole process, s", [run.whole for run in grown])
     _lines(panels["memory"], grown, "peak of the largest process, GiB", [run.peak_bytes / _GIB for run in grown])
-    panels["seconds"].set(xscale="log", yscale="log")
-    panels["memory"].set(xscale="log", ylim=(0, None))
+    panels["seconds"].set(yscale="log")
+    panels["memory"].set(ylim=(0, None))
     return figure
 
 
 def _bars(panel: Axes, runs: Sequence[Run], title: str) -> None:
     """Whole processes on the smallest slide, the part after start-up darker."""
-    smallest = min((run.key.size for run in runs), default=0)
+    if not runs:
+        panel.set_axis_off()
+        return
+    smallest = min(run.key.size for run in runs)
     shown = [run for run in runs if run.key.size == smallest and not run.error]
     names = [run.key.contender for run in shown]
     colors = ["tab:green" if name.startswith("fullfield") else "tab:gray" for name in names]
     panel.barh(names, [run.whole for run in shown], color=colors, alpha=0.4)
-    bars = panel.barh(names, [run.seconds for run in shown], color=colors)
+    panel.barh(names, [run.seconds for run in shown], color=colors)
     panel.bar_label(
-        bars, [f"{run.seconds:.1f} s of {run.whole:.1f}, {run.peak_bytes / _GIB:.1f} GiB" for run in shown], padding=4
+        panel.containers[0],
+        [f"{run.seconds:.1f} s of {run.whole:.1f}, {run.peak_bytes / _GIB:.1f} GiB" for run in shown],
+        padding=4,
     )
     panel.margins(x=0.35)
     panel.invert_yaxis()
@@ -182,9 +189,11 @@ def _lines(panel: Axes, runs: Sequence[Run], label: str, values: Sequence[float]
     lines = dict[tuple[str, int], list[tuple[float, float]]]()
     for run, value in zip(runs, values, strict=True):
         lines.setdefault((run.key.network, run.key.workers), []).append((run.megapixels, value))
+    if not lines:
+        panel.set_axis_off()
+        return
     for (network, workers), points in lines.items():
         name = f"{network}, {workers} worker{'s' if workers > 1 else ''}" if workers else f"{network}, huge slide"
         panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    panel.set(xlabel="Mpx segmented", ylabel=label)
-    if lines:
-        panel.legend()
+    panel.set(xlabel="Mpx segmented", ylabel=label, xscale="log")
+    panel.legend()
