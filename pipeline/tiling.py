@@ -2,38 +2,45 @@
 
 A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles compute less, and hold
 more memory. Both are measured in the process that does the work, on its own slide, with everything that a tile takes:
-reading ahead, the forward pass, compressing and writing.
+reading ahead, the forward pass, compressing and writing. What was measured of a model on a machine is kept for the next run.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import math
+import platform
 import resource
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline import __version__, checkpoint
 from pipeline.canvas import create_canvas
 from pipeline.config import EngineSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
+from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid, round_up
 from pipeline.network import ModelSpec
+from pipeline.openvino_engine import threads
 from pipeline.prediction import predict
-from pipeline.runtime import EXACT, load_engine
-from pipeline.slide import Pixels, open_slide
-from pipeline.tissue import Tissue, find_tissue
+from pipeline.runtime import EXACT, cache_folder, describe, load_engine, settled
+from pipeline.slide import Pixels, Slide, open_slide
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
+    from pipeline.tissue import Tissue
 
 GIB = 2**30
 
@@ -88,7 +95,8 @@ def tile_size_for(
 ) -> int:
     """One tile size for all slides, given as path and mpp, with the model in a folder run in one way; see `choose`.
 
-    The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count.
+    The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count. What was
+    measured before, of such a slide with this model on this machine, is not measured again.
     """
     engine = load_engine(model, settings)
     scale = Mpp.square(engine.spec.mpp)
@@ -98,9 +106,8 @@ def tile_size_for(
             opened.append(open_slide(path, mpp))
     opened.sort(key=lambda slide: slide.levels[slide.best_level(scale)].mpp.area_um2)
     for slide in opened:
-        lattice = slide.base.at(scale)
         with suppress(SlideError):
-            found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1))
+            found = _known_probe(slide, engine, _kept_probe(slide, engine.spec, model, settings))
             return choose(engine.spec, [slide.base.at(scale) for slide in opened], found, memory_gib)
     return _STEP
 
@@ -109,6 +116,8 @@ def foresee(
     path: Path, mpp: float | None, model: Path, settings: TissueSettings, tile_size: int | None, memory_gib: float | None
 ) -> Estimate:
     """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
+    from pipeline.tissue import find_tissue
+
     engine, slide = load_engine(model), open_slide(path, mpp)
     lattice = slide.base.at(Mpp.square(engine.spec.mpp))
     tissue = find_tissue(slide, settings)
@@ -129,6 +138,31 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi) -> Probe:
     # The process holds no less than before: where the line would say so, it goes through what was held then.
     slope = max(min((large.peak - small.peak) / (large.window - small.window), (large.peak - held) / large.window), 0.0)
     return Probe(large.peak - slope * large.window, slope, large.window / large.seconds, large.output_bytes)
+
+
+def _known_probe(slide: Slide, engine: Engine, path: Path) -> Probe:
+    """What `path` keeps of an earlier probe in the middle of such a slide, else a new one, which is then kept there.
+
+    What a process holds already differs from one to the next, and is not kept. Raises SlideError.
+    """
+    held = _start_measuring()
+    with suppress(OSError, ValueError, TypeError):
+        kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(kept, base_bytes=kept.base_bytes + held)
+    lattice = slide.base.at(Mpp.square(engine.spec.mpp))
+    found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1))
+    with suppress(OSError):
+        write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))
+    return found
+
+
+def _kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSettings) -> Path:
+    """Where a probe is kept: a file of its own for everything that may change what it finds."""
+    engine, scale = settled(settings, spec.architecture), Mpp.square(spec.mpp)
+    versions = [__version__, *(version(library) for library in ("numpy", engine.backend))]
+    shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
+    facts = [versions, checkpoint.digest(model), describe(model, engine), platform.node(), threads(), shrink]
+    return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
 
 
 def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gib: float | None) -> int:
