@@ -49,7 +49,7 @@ _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
 _USUAL_GIB, _MOST_GIB = 2.0, 3.0  # that a worker takes when nobody says; the second where the halo is dear
 _DEAR = 1.2
-_SHARE = 0.8  # of the machine's free memory
+_SHARE = 0.8  # of the free memory of the machine, or of all that its container may take
 _PROBE_SIZES = (256, 768)  # pixels
 _PROBE_TILES = 3  # the first warms up; by then a window is read while another is run and a third is written
 _FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations no longer fit the gaps that they left
@@ -217,7 +217,9 @@ def _largest_useful(spec: ModelSpec, step: int) -> int:
 
 
 def _default_limits() -> list[float]:
-    free = _SHARE * psutil.virtual_memory().available / GIB
+    from distributed.system import MEMORY_LIMIT  # of the container, where there is one
+
+    free = _SHARE * min(psutil.virtual_memory().available, MEMORY_LIMIT) / GIB
     return [min(free, _USUAL_GIB), min(free, _MOST_GIB)]
 
 
