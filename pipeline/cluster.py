@@ -76,7 +76,7 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
             yield _Dask(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
     with _local_cluster(settings.workers) as local, Client(local) as client:
-        yield _Dask(client, f"{len(local.workers)} local Dask worker(s), dashboard {local.dashboard_link}")
+        yield _Dask(client, f"{len(local.workers)} local Dask worker(s)")
 
 
 def _client(scheduler: str) -> Any:
@@ -122,6 +122,7 @@ def _local_cluster(workers: int | None) -> Any:
             threads_per_worker=1,
             memory_limit=0,
             dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},  # to import what draws it takes longer than to import all of Dask
             silence_logs="CRITICAL",
         )
 

@@ -11,14 +11,14 @@ import torch
 from pipeline.graph import IMAGE, OPERATIONS, Graph, GraphNetwork, Node, described
 
 _CONVOLUTIONS = ("conv2d", "conv_transpose2d")
-_IN_PLACE = ("relu", "leaky_relu")
+_IN_PLACE = ("relu", "leaky_relu", "add")
 
 
 def fuse(network: GraphNetwork) -> GraphNetwork:
     """A network with the same answers, and weights of its own.
 
-    Batch norm after a convolution becomes part of it, worked out in float64; a ReLU works in place where nobody else reads
-    what it reads. The new weights are named after the nodes.
+    Batch norm after a convolution becomes part of it, worked out in float64; ReLUs and sums write over what they read where
+    nobody reads it later. The new weights are named after the nodes.
     """
     graph, given = network.graph, network.state_dict()
     readers = _readers(graph)
@@ -74,9 +74,10 @@ def _folded(
 
 
 def _in_place(graph: Graph) -> Graph:
-    readers = _readers(graph)
-    nodes = []
+    last = {name: node.name for node in graph.nodes for name in node.inputs}
+    kept, nodes = {IMAGE, graph.output}, list[Node]()
     for node in graph.nodes:
-        alone = node.op in _IN_PLACE and readers[node.inputs[0]] == 1 and node.inputs[0] != IMAGE
+        dead = all(last[name] == node.name and name not in kept for name in node.inputs)
+        alone = node.op in _IN_PLACE and dead
         nodes.append(replace(node, settings={**node.settings, "inplace": True}) if alone else node)
     return replace(graph, nodes=tuple(nodes))

@@ -206,6 +206,10 @@ def _flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _maybe(value: object) -> bool:
+    return value is None or _flag(value)
+
+
 def _number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
@@ -231,6 +235,10 @@ def _factors(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(_number(item) and item > 0 for item in value)
 
 
+def _add(first: torch.Tensor, second: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    return first.add_(second) if inplace and first.shape == second.shape else first + second
+
+
 def _join(*values: torch.Tensor) -> torch.Tensor:
     return torch.cat(values, dim=1)
 
@@ -254,7 +262,7 @@ OPERATIONS = {
     "upsample_nearest2d": Operation(partial(functional.interpolate, mode="nearest"), settings={"scale_factor": _factors}),
     "pad": Operation(functional.pad, settings={"pad": _pixels(2, 4, 6), "value": _number}),
     "cat": Operation(_join, None),
-    "add": Operation(torch.add, 2),
+    "add": Operation(_add, 2, settings={"inplace": _maybe}),
     "mul": Operation(torch.mul, 2),
 }
 """What a graph may consist of: nothing here depends on an image's size, or is bound to a place in it."""

@@ -3,7 +3,7 @@
     MODEL/                          the checkpoint, which nothing is added to
     MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
     MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see precision.py
-    ~/.cache/fullfield/             what can be made again at any time: fp32 graphs and what OpenVINO compiled
+    ~/.cache/fullfield/             what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles take
 
 DIGEST is the beginning of the model's own, so that nothing made for one model is ever used with another.
 """

@@ -4,6 +4,8 @@ A slide is planned (tissue found, canvas made), then its tiles are run in blocks
 regions, measurements, pictures). A tile is done when its shard is on disk, a slide when its provenance is; so a run that was
 killed at any moment is finished by running it again. A worker that outlives its command may still write; so blocks share a
 lock on their slide's folder, and what plans or finishes the slide has it alone.
+
+What only tasks use is imported in them, so that a command has its workers sooner.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import __version__, checkpoint
 from pipeline.blending import TILE_SIZE
@@ -24,19 +27,17 @@ from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.cluster import Cluster
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CanvasError, FullfieldError
-from pipeline.export import overlay, write_ome_tiff, write_png
 from pipeline.files import locked, write_text
 from pipeline.geometry import Mpp
-from pipeline.measurement import measure, write_measurements
 from pipeline.network import ModelSpec
-from pipeline.normalised import NormalisedSlide, estimate
-from pipeline.regions import find_regions, write_geojson
 from pipeline.runtime import EXACT, describe, load_engine, settled
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.staining import Staining
 from pipeline.stitching import Stitching, stitching
 from pipeline.tiling import tile_size_for
-from pipeline.tissue import Tissue, find_tissue, outlined
+
+if TYPE_CHECKING:
+    from pipeline.tissue import Tissue
 
 CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
 _STAINING = "staining"  # of what the canvas says was measured
@@ -237,6 +238,11 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
 
 def finish_slide(job: SlideJob) -> None:
     """Make everything that follows from the canvas; the provenance comes last, and says that the slide is done."""
+    from pipeline.export import overlay, write_ome_tiff, write_png
+    from pipeline.measurement import measure, write_measurements
+    from pipeline.regions import find_regions, write_geojson
+    from pipeline.tissue import outlined
+
     opened = _Opened(job)
     tissue = opened.tissue()
     with locked(job.folder):
@@ -286,18 +292,24 @@ class _Opened:
 
     def tissue(self) -> Tissue:
         """The slide's tissue."""
+        from pipeline.tissue import find_tissue
+
         return find_tissue(self.slide, self.job.tissue)
 
     def measured(self, tissue: Tissue) -> dict[str, object]:
         """What is measured once on the slide, and then holds for every tile, whichever worker segments it."""
         if self.spec.normalisation is None:
             return {}
+        from pipeline.normalised import estimate
+
         return {_STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
 
     def pixels(self, canvas: Canvas) -> Pixels:
         """The slide as the network sees it."""
         if self.spec.normalisation is None:
             return self.slide
+        from pipeline.normalised import NormalisedSlide
+
         return NormalisedSlide(self.slide, Staining.from_dict(canvas.measured[_STAINING]), self.spec.normalisation)
 
     def identity(self) -> dict[str, str]:

@@ -2,41 +2,47 @@
 
 A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles compute less, and hold
 more memory. Both are measured in the process that does the work, on its own slide, with everything that a tile takes:
-reading ahead, the forward pass, compressing and writing.
+reading ahead, the forward pass, compressing and writing. What was measured of a model on a machine is kept for the next run.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import math
+import platform
 import resource
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline import __version__, checkpoint
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
+from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import round_up
 from pipeline.network import ModelSpec
-from pipeline.normalised import NormalisedSlide
-from pipeline.runtime import EXACT, load_engine
-from pipeline.slide import Pixels, open_slide
+from pipeline.openvino_engine import threads
+from pipeline.runtime import EXACT, cache_folder, describe, load_engine, settled
+from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.staining import Staining
 from pipeline.stitching import Exact, Stitching, stitching
-from pipeline.tissue import Tissue, find_tissue
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
+    from pipeline.tissue import Tissue
 
 GIB = 2**30
 
@@ -45,7 +51,7 @@ _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
 _USUAL_GIB, _MOST_GIB = 2.0, 3.0  # that a worker takes when nobody says; the second where the halo is dear
 _DEAR = 1.2
-_SHARE = 0.8  # of the machine's free memory
+_SHARE = 0.8  # of the free memory of the machine, or of all that its container may take
 _PROBE_SIZES = (256, 768)  # pixels
 _PROBE_TILES = 3  # the first warms up; by then a window is read while another is run and a third is written
 _FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations no longer fit the gaps that they left
@@ -92,7 +98,8 @@ def tile_size_for(
 ) -> int:
     """One tile size for all slides, given as path and mpp, with the model in a folder run in one way; see `choose`.
 
-    The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count.
+    The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count. What was
+    measured before, of such a slide with this model on this machine, is not measured again.
     """
     engine = load_engine(model, settings)
     scale, way = Mpp.square(engine.spec.mpp), stitching(engine.spec, blended=False)
@@ -102,15 +109,16 @@ def tile_size_for(
             opened.append(open_slide(path, mpp))
     opened.sort(key=lambda slide: slide.levels[slide.best_level(scale)].mpp.area_um2)
     for slide in opened:
-        lattice = slide.base.at(scale)
         with suppress(SlideError):
-            found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
+            found = _known_probe(slide, engine, way, _kept_probe(slide, engine.spec, model, settings))
             return choose(engine.spec, [slide.base.at(scale) for slide in opened], found, memory_gib)
     return _STEP
 
 
 def foresee(path: Path, mpp: float | None, model: Path, settings: TissueSettings, wanted: SegmentationSettings) -> Estimate:
     """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
+    from pipeline.tissue import find_tissue
+
     engine, slide = load_engine(model), open_slide(path, mpp)
     way = stitching(engine.spec, wanted.blend)
     lattice = slide.base.at(Mpp.square(engine.spec.mpp))
@@ -127,6 +135,8 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
     Raises SlideError where the slide cannot be read.
     """
     if engine.spec.normalisation is not None:  # to whichever stain: the cost is the same
+        from pipeline.normalised import NormalisedSlide
+
         white = Staining((255.0, 255.0, 255.0), engine.spec.normalisation.dyes)
         slide = NormalisedSlide(slide, white, engine.spec.normalisation)
     held = _start_measuring()
@@ -135,6 +145,31 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
     # The process holds no less than before: where the line would say so, it goes through what was held then.
     slope = max(min((large.peak - small.peak) / (large.pixels - small.pixels), (large.peak - held) / large.pixels), 0.0)
     return Probe(large.peak - slope * large.pixels, slope, large.pixels / large.seconds, large.output_bytes)
+
+
+def _known_probe(slide: Slide, engine: Engine, way: Stitching, path: Path) -> Probe:
+    """What `path` keeps of an earlier probe in the middle of such a slide, else a new one, which is then kept there.
+
+    What a process holds already differs from one to the next, and is not kept. Raises SlideError.
+    """
+    held = _start_measuring()
+    with suppress(OSError, ValueError, TypeError):
+        kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(kept, base_bytes=kept.base_bytes + held)
+    lattice = slide.base.at(Mpp.square(engine.spec.mpp))
+    found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
+    with suppress(OSError):
+        write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))
+    return found
+
+
+def _kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSettings) -> Path:
+    """Where a probe is kept: a file of its own for everything that may change what it finds."""
+    engine, scale = settled(settings, spec.architecture), Mpp.square(spec.mpp)
+    versions = [__version__, *(version(library) for library in ("numpy", engine.backend))]
+    shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
+    facts = [versions, checkpoint.digest(model), describe(model, engine), platform.node(), threads(), shrink]
+    return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
 
 
 def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gib: float | None) -> int:
@@ -184,7 +219,9 @@ def _largest_useful(way: Exact, step: int) -> int:
 
 
 def _default_limits() -> list[float]:
-    free = _SHARE * psutil.virtual_memory().available / GIB
+    from distributed.system import MEMORY_LIMIT  # of the container, where there is one
+
+    free = _SHARE * min(psutil.virtual_memory().available, MEMORY_LIMIT) / GIB
     return [min(free, _USUAL_GIB), min(free, _MOST_GIB)]
 
 

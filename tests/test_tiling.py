@@ -1,8 +1,10 @@
 """The tile size: what is measured is what a process really holds, and what is chosen reads least of all that fits."""
 
+import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -41,6 +43,15 @@ def spec(halo: int = 32, stride: int = 8, output_stride: int = 1) -> ModelSpec:
 
 def lattice(width: int, height: int) -> Lattice:
     return Lattice(width, height, Mpp.square(1.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing that earlier runs found on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +191,23 @@ def test_slides_that_cannot_be_read_do_not_count(model: Path, scan: Path, tmp_pa
     broken = (tmp_path / "broken.svs", None)
     assert tile_size_for([broken, (scan, None)], model, 30.0) == tile_size_for([(scan, None)], model, 30.0)
     assert tile_size_for([broken], model, 30.0) == 256
+
+
+def test_what_was_measured_is_not_measured_again(scan: Path, model: Path, cache: Path) -> None:
+    def size() -> int:
+        return tile_size_for([(scan, None)], model, 3.0)
+
+    first = size()
+    (kept,) = (cache / "fullfield" / "probes").iterdir()
+    found = kept.read_text()
+    assert size() == first
+    assert kept.read_text() == found
+    kept.write_text(json.dumps({**json.loads(found), "bytes_per_pixel": 1e6}))
+    with pytest.raises(ClusterError):
+        size()
+    kept.write_text(found[:20])  # a damaged file is worth no more than none
+    assert size() == first
+    assert set(json.loads(kept.read_text())) == set(json.loads(found))
 
 
 def test_an_output_keeps_its_tile_size_and_the_user_counts_before_all(model: Path, scan: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """`fullfield segment SLIDE...`: segments slides with a trained model, exactly unless told to blend, and finishes what was
 interrupted.
+
+What only runs with a cohort need is imported where it is used, so that the command starts at once.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,18 +22,17 @@ from pipeline.config import ClusterSettings, Config, EngineSettings, Segmentatio
 from pipeline.errors import CohortError
 from pipeline.files import locked, write_csv
 from pipeline.network import ModelSpec
-from pipeline.openvino_engine import quantise
-from pipeline.patches import read_index
-from pipeline.precision import Deviation, approval, approve, calibration_patches, hold, require_approval
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
 from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
 from pipeline.segmentation import Row, SlideJob, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
-from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-from pipeline.workspace import Workspace, open_source, slide_job
+
+if TYPE_CHECKING:
+    from pipeline.precision import Deviation
+    from pipeline.workspace import Workspace
 
 _MIN_REGION_UM2 = SegmentationSettings().min_region_um2
 
@@ -47,8 +49,12 @@ def segment(
 ) -> int:
     """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed."""
     folder = resolve_model(model).absolute()
-    stitching(checkpoint.load_spec(folder), blend)  # refuses what is not local before workers are started
-    require_approval(settled(engine, checkpoint.load_spec(folder).architecture), folder)
+    spec = checkpoint.load_spec(folder)
+    stitching(spec, blend)  # refuses what is not local before workers are started
+    if engine.precision != "exact":
+        from pipeline.precision import require_approval
+
+        require_approval(settled(engine, spec.architecture), folder)
     looked = checkpoint.load_lineage(folder)
     tissue = TissueSettings(**looked.get("tissue", {}))
     smallest = looked.get("min_region_um2", _MIN_REGION_UM2)
@@ -72,6 +78,8 @@ def segment(
 
 def segment_cohort(workspace: Workspace) -> int:
     """Segment the slides of a run's splits with the run's model; returns 1 where one failed, else 0."""
+    from pipeline.workspace import slide_job
+
     config = workspace.config
     splits = config.segmentation.splits
     jobs = [slide_job(case, config) for case in workspace.cases if case.split in splits]
@@ -103,6 +111,11 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
 
     Calibrates int8 where the model has none yet. What was approved before is not run again.
     """
+    from pipeline.openvino_engine import quantise
+    from pipeline.precision import approval, approve, hold
+    from pipeline.tissue import find_tissue
+    from pipeline.workspace import open_source
+
     if (engine.precision, engine.backend) == ("fastest", "openvino") and not has_int8(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
     found = approval(engine, model)
@@ -124,6 +137,10 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
 
 def _calibration(config: Config, cases: Sequence[Case], tiles: Path, spec: ModelSpec) -> list[np.ndarray]:
     """Patches of the training slides, on which int8 is calibrated."""
+    from pipeline.patches import read_index
+    from pipeline.precision import calibration_patches
+    from pipeline.workspace import open_source
+
     index = read_index(tiles, config.class_list.names, "train")
     drawn = [case for case in cases if case.slide_id in index.slide_ids]
     sources = {case.slide_id: open_source(case, config, spec.normalisation) for case in drawn}
