@@ -17,7 +17,8 @@ _GREY = np.rint(255 * np.exp(-np.arange(math.ceil(math.log(255 / _DARKEST) * _ST
 
 def density(values: np.ndarray, light: np.ndarray) -> np.ndarray:
     """Optical density (natural logarithm) of grey levels, 0 to 255, in `light`, the grey level of none; never below 0."""
-    return np.maximum(-np.log(np.maximum(values, _DARKEST) / light), 0)
+    found: np.ndarray = np.maximum(-np.log(np.maximum(values, _DARKEST) / light), 0)
+    return found
 
 
 def density_tables(light: np.ndarray) -> np.ndarray:
