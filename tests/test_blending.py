@@ -26,7 +26,6 @@ from pipeline.metrics import confusion
 from pipeline.network import ModelSpec
 from pipeline.patches import Source
 from pipeline.phantom import render, write_slide
-from pipeline.runtime import EXACT
 from pipeline.slide import Slide, open_slide
 from pipeline.stitching import stitching, usual
 from pipeline.tiling import choose, foresee
@@ -38,7 +37,7 @@ from workflows.verify import verify
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
 SIZES = [(301, 203), (131, 50), (40, 31), (64, 97)]
-HERE = ClusterSettings(workers=0)
+HERE, TORCH = ClusterSettings(workers=0), EngineSettings(backend="torch")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,9 +166,9 @@ def test_a_network_that_is_not_local_is_refused_everywhere_with_the_way_out(
     calls = [
         lambda: stitching(spec, blended=False),
         lambda: choose(spec, [Lattice(900, 700, Mpp.square(1.0))], None, None),
-        lambda: segment([slide], str(folder), tmp_path / "out", None, None, HERE, EXACT),
+        lambda: segment([slide], str(folder), tmp_path / "out", None, None, HERE, TORCH),
         lambda: plan(slide, str(folder), None, None, False, False),
-        lambda: verify(slide, str(folder), None, EXACT, False),
+        lambda: verify(slide, str(folder), None, TORCH, False),
     ]
     for call in calls:
         with pytest.raises(NetworkError, match="--blend"):
@@ -223,7 +222,7 @@ def test_a_blended_segmentation_says_so_and_is_resumed_to_the_same_bytes(
     folder: Path, slides: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slide = slides[301, 203]
-    arguments = ([slide.path], str(folder), tmp_path, None, 96, HERE, EXACT)
+    arguments = ([slide.path], str(folder), tmp_path, None, 96, HERE, TORCH)
     assert segment(*arguments, blend=True) == 0
     output = tmp_path / "slides" / "301x203"
     provenance, before = json.loads((output / "provenance.json").read_text()), shards(output)
@@ -243,7 +242,7 @@ def test_a_blended_segmentation_says_so_and_is_resumed_to_the_same_bytes(
 
 def test_exact_and_blended_output_do_not_mix(slides: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "model", *model("fcn"))
-    arguments = ([slides[301, 203].path], str(tmp_path / "model"), tmp_path, None, 96, HERE, EXACT)
+    arguments = ([slides[301, 203].path], str(tmp_path / "model"), tmp_path, None, 96, HERE, TORCH)
     assert segment(*arguments) == 0
     provenance = json.loads((tmp_path / "slides" / "301x203" / "provenance.json").read_text())
     assert provenance["exact"] is True and provenance["stitching"].startswith("halo ")
@@ -268,7 +267,7 @@ def test_what_verify_reports_is_the_distance_from_one_forward_pass(slides: dict,
 
 
 def test_verify_tells_how_far_off_it_is_and_fails(folder: Path, slides: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(slides[301, 203].path, str(folder), None, EngineSettings(backend="torch"), True) == 1
+    assert verify(slides[301, 203].path, str(folder), None, TORCH, True) == 1
     printed = capsys.readouterr().out
     assert "NOT exact, as asked" in printed and "mean difference" in printed and "windows of 64 px" in printed
 
