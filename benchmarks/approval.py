@@ -2,7 +2,7 @@
 
     python -m benchmarks.approval MODEL SLIDE LABELS PRECISION
 
-Calibrates int8 on the slide's texture. LABELS (.npy) are those of one forward pass. Prints how far from exact it is.
+Calibrates int8 on the slide's texture. LABELS (see labels.py) are one forward pass. Prints how far from exact it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.labels import Labels
 from benchmarks.models import patches
 from pipeline import checkpoint
 from pipeline.classes import IGNORED
@@ -35,7 +36,7 @@ class OnePass:
     """The labels of one forward pass as truth, in one square of a slide."""
 
     base: Lattice
-    labels: np.ndarray
+    labels: Labels
     square: Roi
     remarks: tuple[str, ...] = ()
 
@@ -47,7 +48,7 @@ class OnePass:
         """See Truth."""
         truth = np.full(roi.shape, IGNORED, np.uint8)
         common = roi.intersect(self.square)
-        truth[common.within(roi).slices()] = self.labels[common.slices()]
+        truth[common.within(roi).slices()] = self.labels.read(common)
         return truth
 
 
@@ -61,7 +62,7 @@ def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) 
     tissue = find_tissue(slide, TissueSettings())
     squares = (tile.write_roi for tile in Grid(slide.base, _HELD, 0, 1))
     square = max(squares, key=lambda square: tissue.fraction(square, slide.base))
-    source = Source(slide, OnePass(slide.base, np.load(labels, mmap_mode="r"), square), slide.base)
+    source = Source(slide, OnePass(slide.base, Labels.open(labels), square), slide.base)
     exact = open_engine(model, settled(EXACT, architecture))
     found = hold(exact, load_engine(model, settings), [(source, tissue)])
     approve(found, settings, model)

@@ -15,6 +15,7 @@ import numpy as np
 import tifffile
 
 from benchmarks.inside import PATCH
+from benchmarks.labels import Labels, Rows, differing
 from benchmarks.models import make_onnx
 from benchmarks.process import Usage, measure
 from benchmarks.record import Key, Run
@@ -25,12 +26,8 @@ from pipeline.cluster import cores, worker_environment
 from pipeline.geometry import Roi
 from pipeline.segmentation import CANVAS
 
-_BAND = CELL  # rows
 _PATIENCE, _PATIENCE_MPX = 60.0, 2.0  # seconds, and more a megapixel, after which pyFAST hangs, as it sometimes does
 _TRIES = 2
-
-Rows = Callable[[int, int], np.ndarray]
-"""Labels of the rows from the first number up to the second."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +89,10 @@ def inside(name: str, tuned: bool, precision: str, task: Task) -> Run:
         return Run(task.key, error=used.error)
     took = json.loads(used.output.splitlines()[-1])
     if name == "limit" and not task.reference.exists():
-        shutil.copy(labels, task.reference)
-    found = _run(task, used, took["seconds"], took["megapixels"], _of_array(np.load(labels, mmap_mode="r")))
-    labels.unlink()
+        labels = labels.replace(task.reference)
+    found = _run(task, used, took["seconds"], took["megapixels"], Labels.open(labels).rows)
+    if labels != task.reference:
+        labels.unlink()
     return replace(found, tile_size=task.tile_size if name == "limit" else PATCH)
 
 
@@ -141,20 +139,8 @@ CONTENDERS: dict[str, Callable[[Task], Run]] = {
 }
 
 
-def differing(labels: Rows, reference: np.ndarray) -> float:
-    """The share, 0 to 1, of labels that are not the reference's, where both are there."""
-    differ = known = 0
-    for top in range(0, len(reference), _BAND):
-        expected = np.asarray(reference[top : top + _BAND])
-        found = labels(top, top + len(expected))
-        both = (expected != IGNORED) & (found != IGNORED)
-        known += int(both.sum())
-        differ += int((found != expected)[both].sum())
-    return differ / max(known, 1)
-
-
 def _run(task: Task, used: Usage, seconds: float, megapixels: float, labels: Rows) -> Run:
-    share = differing(labels, np.load(task.reference, mmap_mode="r"))
+    share = differing(labels, Labels.open(task.reference))
     return Run(
         task.key,
         whole=used.seconds,
@@ -168,10 +154,6 @@ def _run(task: Task, used: Usage, seconds: float, megapixels: float, labels: Row
 
 def _of_canvas(canvas: Canvas) -> Rows:
     return lambda top, bottom: canvas.read_labels(Roi(0, top, canvas.lattice.width, bottom - top))
-
-
-def _of_array(labels: np.ndarray) -> Rows:
-    return lambda top, bottom: np.asarray(labels[top:bottom])
 
 
 def _of_cells(labels: np.ndarray, tissue: np.ndarray) -> Rows:

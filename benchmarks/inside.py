@@ -2,7 +2,7 @@
 
     python -m benchmarks.inside CONTENDER SLIDE MODEL LABELS PRECISION TILE
 
-Writes the labels to LABELS (.npy), (rows, columns) uint8, and prints what it took after start-up, as JSON.
+Writes the labels to LABELS (see labels.py) and prints what it took after start-up, as JSON.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
+from benchmarks.labels import BAND, Labels
 from pipeline import checkpoint
-from pipeline.classes import IGNORED
 from pipeline.config import EngineSettings, Precision, TissueSettings
+from pipeline.geometry import Roi
 from pipeline.grid import Grid
 from pipeline.network import ModelSpec, activation, normalise
 from pipeline.runtime import load_engine
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 PATCH, OVERLAP = 1024, 0.25
 """Of the peers: pixels along a side of a patch, and the share of it that neighbours have in common."""
-
-_BAND = 1024  # rows
 
 
 @dataclass
@@ -60,13 +59,13 @@ def limit(slide_path: Path, model: Path, labels: Path, precision: Precision, til
     grid, tissue = Grid(slide.base, tile_size, engine.spec.halo, engine.spec.stride), find_tissue(slide, TissueSettings())
     tiles = [tile for tile in grid if tissue.fraction(tile.write_roi, slide.base) > 0]
     windows = [slide.read(tile.read_roi, slide.base)[None] for tile in tiles]
-    answer, clock = _empty(labels, slide.base.shape), Clock()
+    answer, clock = Labels.create(labels, slide.base.shape), Clock()
     engine(windows[0])  # an engine may compile itself for this shape
     for tile, window in zip(tiles, windows, strict=True):
         with clock.running():
             probabilities = engine(window)[0]
         crop = probabilities[:, *tile.crop(1).slices()]
-        answer[tile.write_roi.slices()] = crop.argmax(axis=0)
+        answer.write(tile.write_roi, crop.argmax(axis=0))
         clock.megapixels += tile.write_roi.area / 1e6
     return clock
 
@@ -83,7 +82,7 @@ def sliding_window(slide_path: Path, model: Path, labels: Path, precision: Preci
     inferer, clock = SlidingWindowInferer(PATCH, sw_batch_size=1, overlap=OVERLAP, mode="gaussian"), Clock()
     with clock.running(), torch.inference_mode():
         answer = inferer(image, network)[0].argmax(0)
-    _empty(labels, slide.base.shape)[:] = answer.numpy()
+    Labels.create(labels, slide.base.shape).write(slide.base.roi, answer.numpy())
     return Clock(clock.seconds, slide.base.roi.area / 1e6)
 
 
@@ -106,9 +105,10 @@ def patch_inferer(merger: str, slide_path: Path, model: Path, labels: Path, prec
         splitter = WSISlidingWindowSplitter(PATCH, overlap=OVERLAP, reader="OpenSlide")
         inferer = PatchInferer(splitter, merger, preprocessing=prepared, postprocessing=activation, **settings)
         with clock.running(), torch.inference_mode():
-            merged, answer = inferer(str(slide_path), network), _empty(labels, slide.base.shape)
-            for top in range(0, slide.base.height, _BAND):
-                answer[top : top + _BAND] = np.asarray(merged[0, :, top : top + _BAND]).argmax(axis=0)
+            merged, answer = inferer(str(slide_path), network), Labels.create(labels, slide.base.shape)
+            for top in range(0, slide.base.height, BAND):
+                band = Roi(0, top, slide.base.width, BAND).intersect(slide.base.roi)
+                answer.write(band, np.asarray(merged[0, :, *band.slices()]).argmax(axis=0))
     return clock
 
 
@@ -135,13 +135,6 @@ def _as_built(model: Path) -> tuple[ModelSpec, torch.nn.Module]:
 def _limit_memory() -> None:
     """Let what asks for more than the machine has fail by itself, before the kernel ends another process for it."""
     resource.setrlimit(resource.RLIMIT_AS, (psutil.virtual_memory().total,) * 2)
-
-
-def _empty(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Labels on disk, each IGNORED."""
-    labels: np.ndarray = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    labels[:] = IGNORED
-    return labels
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.contenders import differing
+from benchmarks.labels import Labels, differing
 from benchmarks.process import measure
 from benchmarks.record import Key, Plan, Record, Run
 from benchmarks.report import median, write_report
 from benchmarks.slides import CELL, blobs, make_slide, texture, write_slide
 from pipeline.classes import IGNORED
+from pipeline.geometry import Roi
 from pipeline.slide import open_slide
 
 EXACT = Run(Key(8192, 1.0, "fcn", "fullfield, exact"), 10.0, 8.0, 7.0, 16.0, 2**30, 64.0, 1024)
@@ -43,10 +44,15 @@ def test_blobs_have_the_share_and_the_shape_at_every_size(tmp_path: Path) -> Non
     assert make_slide(tmp_path, CELL, 1.0).stat().st_mtime_ns == made
 
 
-def test_labels_that_were_not_examined_do_not_count() -> None:
-    reference = np.array([[0, 1, IGNORED], [2, 2, 2]], np.uint8)
-    found = np.array([[0, 2, 1], [2, IGNORED, 2]], np.uint8)
+def test_labels_that_were_not_examined_do_not_count_and_take_no_disk(tmp_path: Path) -> None:
+    labels = Labels.create(tmp_path / "labels.npy", (3000, 5000))
+    labels.write(Roi(4000, 2000, 2, 3), np.array([[0, 1], [2, 2], [IGNORED, 2]]))
+    reference = Labels.open(tmp_path / "labels.npy")
+    assert np.array_equal(reference.read(Roi(3999, 2000, 3, 1)), [[IGNORED, 0, 1]])
+    found = np.full((3000, 5000), 7, np.uint8)
+    found[2000:2003, 4000:4002] = [[0, 2], [2, IGNORED], [1, 2]]
     assert differing(lambda top, bottom: found[top:bottom], reference) == 0.25
+    assert (tmp_path / "labels.npy").stat().st_blocks * 512 < 2**20
 
 
 def test_a_command_is_measured_with_its_children() -> None:
