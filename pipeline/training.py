@@ -105,7 +105,7 @@ class Trainer:
         """
         self.network.load_state_dict(_part(state, "network"))
         self.average.load_state_dict(_part(state, "average"))
-        # As far apart in memory as the optimiser would have laid them out itself: other strides add in another order.
+        # Laid out in memory as the optimiser would have done it: other strides take other loops, which may round otherwise.
         moments = {
             index: {
                 name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
@@ -117,7 +117,7 @@ class Trainer:
         recent = _part(state, "recent")
         self.recent.extend(recent[str(index)].numpy() for index in range(len(recent)))
         torch.set_rng_state(state["random.cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"])
         self._done, self._started = done, time.monotonic() - seconds
 

@@ -52,13 +52,13 @@ def train_model(workspace: Workspace) -> None:
     config, model, unfinished = workspace.config, workspace.model, workspace.output / "model.partial"
     _check_tiles(workspace)
     cases = _cases(workspace)
-    earlier = () if model.exists() else _interrupted(unfinished, training_facts(config, cases))
-    with workspace.run.child("train", anew=not (model.exists() or earlier)) as run:
+    done = 0 if model.exists() else _interrupted(unfinished, training_facts(config, cases))
+    with workspace.run.child("train", anew=not (model.exists() or done)) as run:
         run.log_params({"training": config.training.model_dump(), "network": config.network.model_dump()})
         if model.exists():
             console.print("train: done already")
         else:
-            _watch(workspace, run, cases, unfinished, earlier)
+            _watch(workspace, run, cases, unfinished, done)
         snapshot.beside(unfinished).unlink(missing_ok=True)
         address = run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
     console.print(f"train: model at {model}, in MLflow {address}")
@@ -77,36 +77,34 @@ def _cases(workspace: Workspace) -> list[Case]:
     return [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
 
 
-def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> tuple[Record, ...]:
-    """The epochs of a training that was interrupted, if it was this very one; the state of any other is deleted."""
+def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
+    """How many epochs an interrupted training has done, if it was this very one; the state of any other is deleted."""
     state = snapshot.beside(unfinished)
     standing = snapshot.read_standing(state)
     if standing is None:
-        return ()
+        return 0
     checkpoint.recover(unfinished)
     changed = standing.changes(facts) if unfinished.exists() else f"{unfinished} is gone"
     if changed:
         console.print(f"train: begins anew, since the interrupted training was another: {changed}", markup=False)
         state.unlink()
-        return ()
+        return 0
     console.print(f"train: goes on after epoch {len(standing.records)}")
-    return standing.records
+    return len(standing.records)
 
 
-def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Path, earlier: Sequence[Record]) -> None:
-    """Train, and tell of each epoch as it ends; the model takes its name once it is complete."""
-    config, logged, records = workspace.config, run.steps("loss"), list(earlier)
-    for record in earlier:  # the last one may have been kept and, as it happened, not been told
-        if record.epoch not in logged:
-            run.log_metrics(record.metrics, step=record.epoch)
+def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Path, done: int) -> None:
+    """Train, and tell of each epoch as it ends, `done` earlier ones first; the model takes its name once it is complete."""
+    config, logged, records = workspace.config, run.steps("loss"), list[Record]()
     arguments = (config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases))
     with progress("train: epochs", config.training.epochs) as bar:
-        bar.skip(len(earlier))
+        bar.skip(done)
         for record in workspace.cluster.stream(fit, *arguments):
             records.append(record)
-            run.log_metrics(record.metrics, step=record.epoch)
+            if record.epoch not in logged:  # the kill may have come between keeping an epoch and telling of it
+                run.log_metrics(record.metrics, step=record.epoch)
             bar.grow(record.planned - bar.total)
-            bar.advance(note=_note(record))
+            bar.advance(int(record.epoch > done), _note(record))
     unfinished.replace(workspace.model)
     console.print(f"train: {_pace([record.metrics for record in records])}")
 
@@ -114,7 +112,8 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
 def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it.
 
-    After each epoch the state is kept beside it; where there is one of this very training, it is gone on from.
+    After each epoch the state is kept beside it; where there is one of this very training, its epochs are told again and it
+    goes on.
     """
     import torch
 
@@ -132,6 +131,7 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     stream = _stream(config, tiles, sources)
     trainer = Trainer(spec, learner, config.training, config.seed)
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
+    yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config)):
         averaged = for_slides(trainer.averaged())
         dice = _dice(validate(validation, TorchEngine(spec, averaged)), spec, rest_index(config))
