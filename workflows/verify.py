@@ -43,7 +43,7 @@ def verify(path: Path | None, model: str, mpp: float | None, settings: EngineSet
         table.add_row(window, f"{item.pixels}", f"{item.difference:.2e}", f"{item.mean_difference:.2e}", f"{item.flips}")
     console.print(
         f"{scan.name}: {lattice.width} x {lattice.height} px at {spec.mpp:g} um/px; {spec.architecture}, "
-        f"{way}; {settings.precision}, {settled(settings, spec.architecture).backend}"
+        f"{way}; precision {settings.precision}, {settled(settings, spec.architecture).backend}"
     )
     console.print(table)
     console.print(_verdict(found, way))
