@@ -285,7 +285,7 @@ def test_a_killed_segmentation_is_finished_alike(project: Path, tmp_path: Path) 
     """Client, scheduler and worker are killed twice; what is then finished is what one forward pass gives."""
     slide, model = tmp_path / "big.tiff", project / "out" / "model"
     make_phantom(slide, seed=5, width=3001, height=2403, mpp=1.0)
-    command = ("segment", slide, "--model", model, "--output", tmp_path, "--workers", 1, "--tile-size", 96)
+    command = ("segment", slide, "--model", model, "--output", tmp_path, "--workers", 1, "--tile-size", 192)
     folder = tmp_path / "slides" / "big"
     shards = folder / "segmentation.ome.zarr" / "labels" / "classes" / "0" / "c"
     for least in (1, 9):
