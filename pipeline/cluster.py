@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,7 @@ _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
 _POLL_SECONDS = 0.5
+_DEATHS = 2  # of local workers, before a task is tried alone, and again before it is given up
 
 _Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]
 """Key, function and arguments."""
@@ -75,8 +76,13 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
         with silence_logging_cmgr("CRITICAL"), _client(settings.scheduler) as client:
             yield _Dask(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
-    with _local_cluster(settings.workers) as local, Client(local) as client:
-        yield _Dask(client, f"{len(local.workers)} local Dask worker(s)")
+    local = _local_cluster(settings.workers)
+    try:
+        with Client(local) as client:
+            yield _Dask(client, f"{len(local.workers)} local Dask worker(s)")
+    finally:
+        with suppress(TimeoutError):  # on a busy machine: workers that are slow to end will end with this process
+            local.close()
 
 
 def _client(scheduler: str) -> Any:
@@ -122,7 +128,10 @@ def _local_cluster(workers: int | None) -> Any:
             threads_per_worker=1,
             memory_limit=0,
             dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"dashboard": False},  # to import what draws it takes longer than to import all of Dask
+            scheduler_kwargs={
+                "dashboard": False,  # to import what draws it takes longer than to import all of Dask
+                "allowed_failures": _DEATHS - 1,
+            },
             silence_logs="CRITICAL",
         )
 

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ import pytest
 
 from pipeline.cluster import connect, cores
 from pipeline.config import ClusterSettings
-from pipeline.errors import SlideError
+from pipeline.errors import SlideError, WorkerError
 
 
 def double(value: int) -> int:
@@ -20,6 +21,10 @@ def count(stop: int) -> Iterator[int]:
     yield from range(stop)
     if stop == 3:
         raise SlideError("slide.svs", "3", "another number", "Take it.")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def environment() -> dict[str, str]:
@@ -88,6 +93,20 @@ def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.Monke
     assert int(found["environment"]["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
     if sys.platform == "linux":
         assert found["memory"] > 90_000_000
+
+
+def test_a_task_that_kills_its_workers_fails_and_no_other_does() -> None:
+    with connect(ClusterSettings(workers=1)) as cluster:
+        cluster.submit("deadly", die)
+        for value in range(3):
+            cluster.submit(value, double, value)
+        outcomes = {outcome.key: outcome for outcome in cluster}
+        assert [outcomes[value].value for value in range(3)] == [0, 2, 4]
+        assert isinstance(outcomes["deadly"].error, WorkerError)
+        assert "worker_memory_gib" in str(outcomes["deadly"].error)
+        cluster.submit("environment", environment)
+        (outcome,) = cluster
+        assert int(outcome.value["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30  # of the worker that came last, too
 
 
 def test_an_address_is_used() -> None:

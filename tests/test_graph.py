@@ -97,6 +97,7 @@ def test_a_graph_survives_json(name: str) -> None:
     assert len(found.to_json().splitlines()) == len(found.nodes) + len(found.weights) + 7
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python")  # tracing fixes which sums are made in place
 def test_torch_can_trace_what_runs_a_graph() -> None:
     fused = fuse(traced("fcn"))
     with torch.no_grad():

@@ -34,7 +34,7 @@ from workflows.segment import segment
 
 ROOT = Path(__file__).parents[1]
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
-TILE, TILES = 48, 15 * 11  # pixels; those of the slide, nearly all of which hold tissue
+TILE, TILES = 96, 8 * 6  # pixels; those of the slide, nearly all of which hold tissue
 MOMENTS = range(int(os.environ.get("FULLFIELD_KILLS", "1")))
 PATIENCE = 120  # seconds until something is taken to hang
 

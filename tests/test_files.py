@@ -1,0 +1,58 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline.files import locked, write_text
+
+HOLD = """
+import pathlib, sys, time
+from pipeline.files import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_nothing_is_lost_where_many_write_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    write_text(path, "")
+
+    def write(row: int) -> None:
+        with locked(path):
+            found = path.read_text()
+            time.sleep(0.002)  # long enough for the others to write, if they could
+            write_text(path, f"{found}{row}\n")
+
+    writers = [threading.Thread(target=write, args=(row,)) for row in range(20)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(map(int, path.read_text().split())) == list(range(20))
+
+
+def test_shared_locks_wait_only_for_those_that_are_not(tmp_path: Path) -> None:
+    path, entered = tmp_path / "slide", threading.Event()
+
+    def work_alone() -> None:
+        with locked(path):
+            entered.set()
+
+    alone = threading.Thread(target=work_alone)
+    with locked(path, shared=True), locked(path, shared=True):
+        alone.start()
+        assert not entered.wait(0.1)
+    alone.join()
+    assert entered.is_set()
+
+
+def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "slide")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    os.kill(holder.pid, signal.SIGKILL)
+    with locked(tmp_path / "slide"):
+        holder.communicate()
