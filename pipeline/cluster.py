@@ -14,7 +14,7 @@ import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,8 +76,13 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
         with silence_logging_cmgr("CRITICAL"), _client(settings.scheduler) as client:
             yield _Dask(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
-    with _local_cluster(settings.workers) as local, Client(local) as client:
-        yield _Dask(client, f"{len(local.workers)} local Dask worker(s)")
+    local = _local_cluster(settings.workers)
+    try:
+        with Client(local) as client:
+            yield _Dask(client, f"{len(local.workers)} local Dask worker(s)")
+    finally:
+        with suppress(TimeoutError):  # on a busy machine: workers that are slow to end will end with this process
+            local.close()
 
 
 def _client(scheduler: str) -> Any:
