@@ -143,7 +143,9 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
     small, large = (_run(slide, lattice, engine, place, way, size) for size in _PROBE_SIZES)
     _start_measuring()  # the work begins with a heap that is whole again
     # The process holds no less than before: where the line would say so, it goes through what was held then.
-    slope = max(min((large.peak - small.peak) / (large.pixels - small.pixels), (large.peak - held) / large.pixels), 0.0)
+    # What comes and goes beside the network, such as a window being read, may meet it in one tile and miss it in another.
+    rise = (large.peak - small.least) / (large.pixels - small.pixels)
+    slope = max(min(rise, (large.peak - held) / large.pixels), 0.0)
     return Probe(large.peak - slope * large.pixels, slope, large.pixels / large.seconds, large.output_bytes)
 
 
@@ -246,9 +248,12 @@ def _too_little(limit_gib: float, size: int, needed: float) -> ClusterError:
 
 @dataclass(frozen=True)
 class _Run:
-    """A few tiles of one size: pixels computed for one, bytes held at the peak, seconds a tile, bytes on disk a pixel."""
+    """A few tiles of one size: pixels computed for one; bytes held at the peak of the tile that took least, and of the one
+    that took most; seconds a tile; bytes on disk a pixel.
+    """
 
     pixels: int
+    least: int
     peak: int
     seconds: float
     output_bytes: float
@@ -265,17 +270,19 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
     with TemporaryDirectory(prefix="fullfield-") as folder:
         shape = wide.shrink(spec.output_stride)
         canvas = create_canvas(Path(folder) / "probe", shape, spec.classes, grid.write_size // spec.output_stride, {})
-        times = []
+        times, peaks = [], []
         for tile, probabilities in way.predict(slide, grid, tiles, engine):
             canvas.write(tile.target(spec.output_stride), probabilities)
             times.append(time.perf_counter())
+            peaks.append(_peak_resident())
             if len(times) == 1:  # an engine may compile itself for windows of this size, which takes memory but once
+                peaks.clear()
                 _start_measuring()
-        peak = _peak_resident()
+            _forget_peak()
         pixels = sum(tile.write_roi.area for tile in tiles)
         written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
     seconds = (times[-1] - times[0]) / (len(times) - 1)
-    return _Run(way.computed(grid), peak, seconds, written / pixels)
+    return _Run(way.computed(grid), min(peaks), max(peaks), seconds, written / pixels)
 
 
 def _start_measuring() -> int:
@@ -284,9 +291,14 @@ def _start_measuring() -> int:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    _forget_peak()
     return int(psutil.Process().memory_info().rss)
+
+
+def _forget_peak() -> None:
+    """Let the peak be what is held now, where the kernel can do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_resident() -> int:

@@ -169,9 +169,9 @@ print(first.bytes_per_pixel, second.bytes_per_pixel, first.base_bytes, second.ba
 def test_the_memory_measured_is_that_which_is_held_also_where_a_process_has_kept_some(scan: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PROBED.format(path=str(scan))], capture_output=True, text=True, check=True)
     first, second, base, base_later = map(float, done.stdout.split())
-    # The engine takes 400 bytes a pixel; windows, answers and what is written of them some tens more, at times less at once.
-    assert 350 < first < 500
-    assert 350 < second < 500
+    # Beside the engine's 400 there are windows, answers and what is written of them: some tens of bytes a pixel.
+    assert 390 < first < 500
+    assert 390 < second < 500
     assert 2e7 < base < GIB
     assert abs(base_later - base) < 1e8
 
