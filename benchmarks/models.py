@@ -12,6 +12,7 @@ from benchmarks.slides import MPP, texture
 from pipeline import checkpoint
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
+from pipeline.files import replacing
 from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec, activation, normalise
 
@@ -43,9 +44,8 @@ def make_onnx(model: Path, size: int) -> Path:
     path = model.with_name(f"{model.name}-{size}.onnx")
     if not path.exists():
         spec, network = checkpoint.load(model)
-        partial = path.with_name(path.name + ".partial")
-        torch.onnx.export(_Whole(spec, network).eval(), (torch.zeros(1, 3, size, size),), partial, dynamo=False)
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.onnx.export(_Whole(spec, network).eval(), (torch.zeros(1, 3, size, size),), partial, dynamo=False)
     return path
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.record import Record, Run
-from pipeline.files import write_text
+from pipeline.files import replacing, write_text
 
 SECTIONS = ("peers", "big", "growth", "huge", "dense")
 OURS = "fullfield, exact"
@@ -43,9 +43,8 @@ def write_report(folder: Path) -> None:
     records = {name: Record.read(folder / f"{name}.json") for name in SECTIONS if (folder / f"{name}.json").is_file()}
     write_text(folder / "bench.md", "\n".join(markdown(records)) + "\n")
     figure = draw(records)
-    partial = folder / "bench.png.partial"
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(folder / "bench.png")
+    with replacing(folder / "bench.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def median(runs: Sequence[Run]) -> Run:

@@ -18,6 +18,8 @@ import tifffile
 from scipy import ndimage
 from skimage.data import immunohistochemistry
 
+from pipeline.files import replacing
+
 CELL = 1024
 """Pixels along a side of the squares that are all tissue or all glass."""
 
@@ -61,9 +63,7 @@ def texture() -> np.ndarray:
 def write_slide(tissue: np.ndarray, path: Path) -> None:
     """Write a slide of CELL pixels for each value of `tissue`, (rows, columns) bool, as a tiled, pyramidal JPEG TIFF."""
     height, width = (CELL * cells for cells in tissue.shape)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    with tifffile.TiffWriter(unfinished, bigtiff=True) as writer:
+    with replacing(path) as unfinished, tifffile.TiffWriter(unfinished, bigtiff=True) as writer:
         level, cell = 0, texture()
         while True:
             writer.write(
@@ -83,7 +83,6 @@ def write_slide(tissue: np.ndarray, path: Path) -> None:
             if max(height, width) >> level <= _SMALLEST or len(cell) == 1:
                 break
             level, cell = level + 1, _halved(cell)
-    unfinished.replace(path)
 
 
 @dataclass(frozen=True, eq=False)

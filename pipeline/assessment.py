@@ -33,7 +33,7 @@ SHAPE_SCORES = (*OBJECT_SCORES, "hd95_um", "nsd", "froc", "ece")
 
 @dataclass(frozen=True)
 class Rules:
-    """How a slide is assessed: the class of what is not examined, the least object, the tolerance, classes with lesions."""
+    """How a slide is assessed: the class of everything else, the least object, the tolerance, classes with lesions."""
 
     rest: int | None
     min_area_um2: float
@@ -151,14 +151,13 @@ def _detections(canvas: Canvas, truth: Truth, rules: Rules) -> tuple[Detections 
     """For each class what was detected; None where it has no lesions, or where something examined is not known."""
     if not rules.lesions:
         return (None,) * len(canvas.classes)
-    fine = [number for number, level in enumerate(canvas.levels) if level.mpp.x <= FROC_MPP]
-    number = max(fine, default=0)
-    lattice = canvas.levels[number]
-    true, labels = truth.read(lattice.roi, lattice), canvas.read_labels(lattice.roi, number)
+    level = max((index for index, item in enumerate(canvas.levels) if item.mpp.x <= FROC_MPP), default=0)
+    lattice = canvas.levels[level]
+    true, labels = truth.read(lattice.roi, lattice), canvas.read_labels(lattice.roi, level)
     inside = (slice(lattice.height - 1), slice(lattice.width - 1))  # the last pixels may reach past the slide
     if ((true == IGNORED) & (labels != IGNORED))[inside].any():
         return (None,) * len(canvas.classes)
-    probabilities = canvas.read_probabilities(lattice.roi, number)
+    probabilities = canvas.read_probabilities(lattice.roi, level)
     return tuple(
         detect(true == index, labels == index, probabilities[index], lattice.mpp, rules.min_area_um2)
         if index in rules.lesions

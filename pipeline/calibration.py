@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.classes import IGNORED
+from pipeline.files import replacing
 from pipeline.resampling import Counts, Floats
 
 Bytes = npt.NDArray[np.uint8]
@@ -80,6 +81,5 @@ def draw_reliability(path: Path, splits: Mapping[str, Counts]) -> None:
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right", title="How right, by how sure")
     lower.set(xlabel="probability of the class that won", ylabel="share of pixels")
     upper.legend(loc="upper left")
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

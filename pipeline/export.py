@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Classes
+from pipeline.files import replacing
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.slide import Slide
 
@@ -33,9 +34,8 @@ def write_ome_tiff(canvas: Canvas, path: Path) -> None:
     it is complete; memory does not depend on its size.
     """
     tile = canvas.chunk if canvas.chunk % 16 == 0 else _TILE
-    partial = path.with_name(path.name + ".partial")
     big = 1.4 * canvas.lattice.width * canvas.lattice.height > _CLASSIC_TIFF_BYTES
-    with tifffile.TiffWriter(partial, bigtiff=big, ome=True) as writer:
+    with replacing(path) as partial, tifffile.TiffWriter(partial, bigtiff=big, ome=True) as writer:
         for number, level in enumerate(canvas.levels):
             pyramid = {"subifds": len(canvas.levels) - 1, "metadata": _ome(canvas)} if number == 0 else {"subfiletype": 1}
             writer.write(
@@ -50,7 +50,6 @@ def write_ome_tiff(canvas: Canvas, path: Path) -> None:
                 resolutionunit="CENTIMETER",
                 **pyramid,
             )
-    partial.replace(path)
 
 
 def overlay(slide: Slide, canvas: Canvas) -> np.ndarray:
@@ -95,10 +94,8 @@ def truth_beside_prediction(image: np.ndarray, truth: np.ndarray, prediction: np
 
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture, (rows, columns, 3) uint8 RGB, as PNG; the file appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    Image.fromarray(picture).save(partial, format="PNG", compress_level=_PNG_LEVEL)
-    partial.replace(path)
+    with replacing(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG", compress_level=_PNG_LEVEL)
 
 
 def _encoded_tiles(canvas: Canvas, level: int, tile: int) -> Iterator[bytes]:

@@ -10,12 +10,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under another name first, so that no reader ever sees a part of it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, so that no reader ever sees a part of it.
+
+    The file takes its own name as the block ends; where that ends in an error, it is dropped, and an older one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
@@ -35,7 +49,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
     Where the file system knows no locks, nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a") as file:
+    with path.with_name(f".{path.name}.lock").open("a+") as file:  # network file systems lock by what may be read
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield

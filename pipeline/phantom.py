@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.classes import Class, Classes
 from pipeline.errors import CohortError
-from pipeline.files import write_csv, write_text
+from pipeline.files import replacing, write_csv, write_text
 from pipeline.histology import FAT, GLAND, GLASS, STROMA, TUMOUR, Bytes, Floats, draw, plan
 
 __all__ = [
@@ -104,8 +104,7 @@ def write_slide(image: Bytes, path: Path, mpp: float, description: str = "") -> 
 
     Levels halve, rounded down: with odd sides their downsamples are no whole numbers.
     """
-    unfinished = path.with_name(path.name + ".partial")
-    with tifffile.TiffWriter(unfinished, bigtiff=image.size > 2**32) as writer:
+    with replacing(path) as unfinished, tifffile.TiffWriter(unfinished, bigtiff=image.size > 2**32) as writer:
         for level in range(32):
             writer.write(
                 _tiles(image),
@@ -125,7 +124,6 @@ def write_slide(image: Bytes, path: Path, mpp: float, description: str = "") -> 
             if min(image.shape[:2]) < 2 * _SMALLEST:
                 break
             image = _halve(image)
-    unfinished.replace(path)
 
 
 def write_outlines(truth: Bytes, path: Path) -> None:

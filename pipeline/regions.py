@@ -19,6 +19,7 @@ from skimage import measure
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Classes
 from pipeline.contours import find_corners, trace_polygons
+from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 
 _BATCH = 1_000_000  # corners that are made into outlines at once
@@ -73,8 +74,7 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
     Returns how many there are of each class, by name. The file appears when it is complete.
     """
     counts = dict.fromkeys(classes.names, 0)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         for number, region in enumerate(regions):
             item = classes[region.class_index]
@@ -92,7 +92,6 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
             file.write(shapely.to_geojson(shapely.transform(region.polygon, _rounded)) + "}")
             counts[item.name] += 1
         file.write("\n]}\n")
-    partial.replace(path)
     return counts
 
 

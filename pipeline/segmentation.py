@@ -99,9 +99,8 @@ class Step:
 
 
 def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> list[SlideJob]:
-    """The same jobs, each with a tile size: the user's; else its canvas's; else one for all others, chosen in a worker.
-
-    What is blended and has no size yet gets one of `blending.TILE_SIZE`.
+    """The same jobs, each with a tile size: the user's; else its canvas's; else one for all others, chosen in a worker (or
+    `blending.TILE_SIZE` where they are blended).
 
     A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
     ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded.

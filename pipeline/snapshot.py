@@ -16,6 +16,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from pipeline.errors import TrainingError
+from pipeline.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +68,9 @@ def save(path: Path, standing: Standing, tensors: Mapping[str, torch.Tensor]) ->
     """Write a training's state over the one before it, whole or not at all."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(path.name + ".partial")
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(flat, partial, {_KEY: json.dumps(asdict(standing))})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(flat, partial, {_KEY: json.dumps(asdict(standing))})
 
 
 def read_standing(path: Path) -> Standing | None:

@@ -30,6 +30,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.errors import TrackingError
+from pipeline.files import write_text
 from pipeline.registry import log_model, resolve_model
 from pipeline.store import Store, chosen_address, open_store, own_address, without_password
 
@@ -241,9 +242,7 @@ def _recorded(output: Path, store: Store, experiment_id: str) -> str | None:
 
 
 def _record(output: Path, content: Mapping[str, str]) -> None:
-    partial = output / "run.json.partial"
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    partial.replace(output / "run.json")
+    write_text(output / "run.json", json.dumps(content, indent=2))
 
 
 def _origin() -> dict[str, str]:

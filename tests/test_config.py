@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, Section, load_config, parse_config
+from pipeline.config import Config, Section
+from pipeline.config_file import load_config, parse_config
 from pipeline.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "workflows" / "configs").glob("*.yaml"))

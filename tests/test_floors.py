@@ -12,7 +12,7 @@ FLOORS = [
     "errors",
     "classes geometry files progress contours polygons density staining resampling",
     "config outlines label_image stencil shards stains objects boundaries calibration froc",
-    "slide grid annotations cohort cluster ngff store snapshot",
+    "slide grid annotations cohort cluster ngff store snapshot config_file",
     "tissue canvas augment network dense graph histology",
     "architectures tracing fusion normalised fields",
     "footprint patches checkpoint metrics phantom",

@@ -14,7 +14,8 @@ from pipeline import checkpoint
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
 from pipeline.cohort import Case, read_manifest
-from pipeline.config import ClusterSettings, Config, EngineSettings, TissueSettings, parse_config
+from pipeline.config import ClusterSettings, Config, EngineSettings, TissueSettings
+from pipeline.config_file import parse_config
 from pipeline.errors import TrainingError
 from pipeline.geometry import Mpp, Roi
 from pipeline.grid import Grid

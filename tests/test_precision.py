@@ -12,7 +12,8 @@ pytest.importorskip("openvino")
 
 from pipeline import checkpoint, runtime
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import EngineSettings, TissueSettings, load_config
+from pipeline.config import EngineSettings, TissueSettings
+from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
 from pipeline.network import ModelSpec

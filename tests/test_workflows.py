@@ -8,7 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +23,10 @@ from PIL import Image
 from pipeline import openvino_engine, runtime
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
+from pipeline.cluster import Cluster
 from pipeline.cohort import read_manifest
-from pipeline.config import SegmentationSettings, TissueSettings, load_config
+from pipeline.config import SegmentationSettings, TissueSettings
+from pipeline.config_file import load_config
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
@@ -28,8 +34,8 @@ from pipeline.runtime import load_engine
 from pipeline.segmentation import SlideJob, is_finished, plan_slide
 from pipeline.slide import open_slide
 from pipeline.snapshot import read_standing
-from pipeline.workspace import slide_job
-from workflows.train import train
+from pipeline.workspace import open_workspace, slide_job
+from workflows.train import train, train_model
 
 FULLFIELD = [sys.executable, "-m", "workflows"]
 ROOT = Path(__file__).parents[1]
@@ -122,7 +128,6 @@ def test_the_figures_are_right(project: Path) -> None:
     canvas = open_canvas(slide_folder(project) / "segmentation.ome.zarr")
     labels = canvas.read_labels(canvas.lattice.roi)
     from pipeline.annotations import open_truth
-    from pipeline.config import load_config
     from pipeline.workspace import class_map
 
     config = load_config(project / "config.yaml")
@@ -375,6 +380,28 @@ def test_another_training_begins_anew_and_says_why(
     assert [step for step, _ in stage["loss"]] == [1]
     assert yaml.safe_load((output / "model" / "model.yaml").read_text())["lineage"]["epoch"] == 1
     assert not list(output.glob("training*"))
+
+
+class Relieved:
+    """A cluster of which a worker dies after an epoch: Dask gives the same task to another, from its beginning."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def stream(self, *task: Any) -> Iterator[Any]:
+        yield from islice(self.cluster.stream(*task), 1)
+        yield from self.cluster.stream(*task)
+
+
+def test_a_worker_that_takes_over_tells_no_epoch_twice(project: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(project / "out" / "tiles.parquet", output)
+    options = (*killed_options(project, output), "training.epochs=2")
+    with open_workspace(load_config(project / "config.yaml", options)) as workspace:
+        train_model(replace(workspace, cluster=Relieved(workspace.cluster)))
+    (stage,) = trainings(project, output)
+    assert [step for step, _ in stage["loss"]] == [1, 2]
 
 
 def test_inspect_says_what_a_slide_is(project: Path, tmp_path: Path) -> None:

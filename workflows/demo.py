@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.config import parse_config
+from pipeline.config_file import parse_config
 from pipeline.phantom import make_cohort
 from pipeline.progress import console
 from workflows.run import run_config

@@ -13,7 +13,8 @@ from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment
 from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import open_canvas
 from pipeline.cohort import Case
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.errors import CanvasError
 from pipeline.export import truth_beside_prediction, write_png
 from pipeline.files import write_csv, write_text

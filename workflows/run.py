@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.progress import console
 from pipeline.workspace import Workspace, open_workspace
 from workflows.evaluate import evaluate_cohort

@@ -122,15 +122,10 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
     if found is None:
         slides = [case for case in cases if case.split == "val"]
         normalisation = checkpoint.load_spec(model).normalisation
-        known = (
-            (
-                open_source(case, config, normalisation),
-                find_tissue(open_slide(case.slide, case.mpp), config.tissue),
-            )
-            for case in slides
-        )
+        sources = (open_source(case, config, normalisation) for case in slides)
+        tissues = (find_tissue(open_slide(case.slide, case.mpp), config.tissue) for case in slides)
         exact = open_engine(model, settled(EXACT, config.network.architecture))
-        found = hold(exact, load_engine(model, engine), known)
+        found = hold(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
     yield found
     approve(found, engine, model)
 

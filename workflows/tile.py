@@ -13,8 +13,10 @@ from pyarrow import parquet
 from rich.table import Table
 
 from pipeline.cohort import SPLITS, Case
-from pipeline.config import TILE_COLUMNS, Config, load_config
+from pipeline.config import TILE_COLUMNS, Config
+from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, SlideError
+from pipeline.files import replacing
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.progress import console, progress
@@ -125,9 +127,8 @@ def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str, complete
     table = pa.Table.from_pylist(
         list(rows), schema=pa.schema(columns, metadata={TILE_STAMP: stamp, TILE_COMPLETE: str(complete)})
     )
-    partial = path.with_name(path.name + ".partial")
-    parquet.write_table(table, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        parquet.write_table(table, partial)
 
 
 def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:

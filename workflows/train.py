@@ -14,7 +14,8 @@ from pipeline import checkpoint, snapshot
 from pipeline.architectures import build_learner, for_slides
 from pipeline.augment import Augmentation
 from pipeline.cohort import Case
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
@@ -96,18 +97,20 @@ def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
 
 def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Path, done: int) -> None:
     """Train, and tell of each epoch as it ends, `done` earlier ones first; the model takes its name once it is complete."""
-    config, logged, records = workspace.config, run.steps("loss"), list[Record]()
+    config, logged, records = workspace.config, run.steps("loss"), dict[int, Record]()
     arguments = (config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases))
     with progress("train: epochs", config.training.epochs) as bar:
         bar.skip(done)
         for record in workspace.cluster.stream(fit, *arguments):
-            records.append(record)
             if record.epoch not in logged:  # the kill may have come between keeping an epoch and telling of it
                 run.log_metrics(record.metrics, step=record.epoch)
+                logged.add(record.epoch)
             bar.grow(record.planned - bar.total)
-            bar.advance(int(record.epoch > done), _note(record))
+            if record.epoch > done and record.epoch not in records:  # who takes over from a dead worker tells all again
+                bar.advance(note=_note(record))
+            records[record.epoch] = record
     unfinished.replace(workspace.model)
-    console.print(f"train: {_pace([record.metrics for record in records])}")
+    console.print(f"train: {_pace([record.metrics for record in records.values()])}")
 
 
 def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:

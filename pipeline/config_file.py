@@ -1,0 +1,103 @@
+"""Reads a configuration: a YAML file, overrides of dotted keys, and errors that name the key at fault."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key=value` overrides of dotted keys, whose values are YAML as well.
+
+    Raises ConfigError that names each key at fault, what was found there and what was expected.
+    """
+    if not path.is_file():
+        raise ConfigError(str(path), "no such file", "a YAML file", "Print one with `fullfield config example`.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"broken YAML ({error})", "a YAML file", "Correct it at that place.") from error
+    return parse_config(content, str(path), overrides)
+
+
+def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Config:
+    """The Config in `content`, plain values as YAML gives them, with overrides; `source` names it in errors."""
+    if not isinstance(content, dict):
+        raise ConfigError(source, f"{type(content).__name__}", "keys and values", "See `fullfield config example`.")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Config.model_validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        found = "; ".join(_describe(item) for item in error.errors())
+        remedy = "See `fullfield config example` for every key."
+        raise ConfigError(source, found, "a configuration that makes sense", remedy) from error
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "(whole file)"
+    if error["type"] == "missing":
+        return f"no `{key}`, which is required"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key `{key}`"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"`{key}`: {message}" + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {text!r}", "no `=`", "key=value, such as training.epochs=10", "Write it that way.")
+    *parents, last = key.split(".")
+    place: Any = content
+    for part in parents:
+        place = _step(place, part, text)
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}", f"broken YAML ({error})", "a YAML value", "Quote the value.") from error
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise _no_place(text)
+
+
+def _step(place: Any, part: str, text: str) -> Any:
+    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        return place[int(part)]
+    if isinstance(place, dict):
+        if place.get(part) is None:
+            place[part] = {}
+        return place[part]
+    raise _no_place(text)
+
+
+def _no_place(text: str) -> ConfigError:
+    return ConfigError(f"override {text!r}", "no such place in the file", "a dotted key", "See `fullfield config example`.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that takes 1e-3 for a number, and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {sorted(twice)}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
