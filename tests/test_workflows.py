@@ -86,7 +86,16 @@ def whole_pass(model: Path, slide: Path, mpp: float | None = None) -> np.ndarray
 
 
 def test_a_run_leaves_everything(project: Path) -> None:
-    for name in ("config.yaml", "cohort.csv", "tiles.parquet", "slides.csv", "metrics.json", "metrics.csv", "mlflow.db"):
+    for name in (
+        "config.yaml",
+        "cohort.csv",
+        "tiles.parquet",
+        "slides.csv",
+        "metrics.json",
+        "metrics.csv",
+        "confusions.json",
+        "mlflow.db",
+    ):
         assert (project / "out" / name).is_file(), name
     for name in ("calibration.csv", "reliability.png"):
         assert (project / "out" / name).is_file(), name

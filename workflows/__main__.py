@@ -156,8 +156,8 @@ def plan(
 def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Hold the segmented slides of a run against their annotations.
 
-    Reads OUTPUT/slides; writes metrics.json, metrics.csv, calibration.csv and reliability.png into OUTPUT, and pictures of
-    truth beside prediction.
+    Reads OUTPUT/slides; writes metrics.json, metrics.csv, confusions.json, calibration.csv and reliability.png into OUTPUT,
+    and pictures of truth beside prediction.
     Example: `fullfield evaluate workflows/configs/glas.yaml`
     """
     from workflows.evaluate import evaluate as verb

@@ -22,6 +22,8 @@ from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, progress
 from pipeline.segmentation import CANVAS, is_finished
 from pipeline.slide import open_slide
+from pipeline.tally import FILE as TALLY
+from pipeline.tally import Tally, write_tally
 from pipeline.tissue import PICTURE_PIXELS
 from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index, slide_job
 
@@ -104,13 +106,15 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
     write_text(output / "metrics.json", json.dumps(scores, indent=2) + "\n")
     flat = table(scores)
     write_csv(output / "metrics.csv", list(flat[0]), flat)
+    pixels = tuple(row.pixels for row in rows)
+    write_tally(output / TALLY, Tally(canvas.classes.names, rest, canvas.lattice.mpp.x, pixels))
     _write_calibration(output, splits)
     with workspace.run.child("evaluate") as run:
         metrics = {**_headline(scores), **{f"{split} ece": error["ece"] for split, error in errors.items()}}
         run.log_metrics(metrics)
         workspace.run.log_metrics(metrics)
         run.log_table("metrics_table.csv", flat)
-        for name in ("metrics.json", "metrics.csv", *_CALIBRATION):
+        for name in ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION):
             run.log_file(output / name)
         for row in rows:
             run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")

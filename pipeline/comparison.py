@@ -1,0 +1,45 @@
+"""Which of two is better: the difference over the patients that both were examined on, with its interval.
+
+Patients differ far more from each other than two networks do on one patient. So the difference is taken patient by
+patient, and patients are drawn as pairs. References: see resampling.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.metrics import number
+from pipeline.resampling import bounds, draw_patients
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much a score of the second exceeds that of the first: `mean` over `patients`, in [-1, 1].
+
+    `low` and `high` bound its 95 % interval over patients; None where there are fewer than two.
+    """
+
+    patients: tuple[str, ...]
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def paired_difference(
+    first: Mapping[str, float], second: Mapping[str, float], samples: int = 1000, seed: int = 0
+) -> Difference:
+    """The mean of second minus first over the patients (keys) of both, with a percentile bootstrap interval of 95 %.
+
+    With few patients the interval is honest about those patients only, and too narrow for others. Raises ValueError where
+    the two share no patient.
+    """
+    patients = tuple(sorted(first.keys() & second.keys()))
+    if not patients:
+        raise ValueError("the two share no patient")
+    differences = np.array([second[patient] - first[patient] for patient in patients])
+    rounds = draw_patients(len(patients), samples, seed) @ differences / len(patients)
+    low, high = bounds(rounds)
+    return Difference(patients, float(differences.mean()), number(low), number(high))
