@@ -100,6 +100,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads() -> int:
+    """Number of threads that this process's work may use: what OMP_NUM_THREADS grants, as for torch, else every core."""
+    granted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(granted) if granted.isdecimal() and int(granted) else cores()
+
+
 def keep_memory() -> None:
     """Let this process's allocator keep freed memory for the next activation. Without effect where there is no glibc."""
     if sys.platform != "linux":

@@ -31,12 +31,14 @@ class Measurement:
 
 def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
     """One measurement a class, in the order of the classes; the canvas is read block by block."""
-    pixels, on_tissue = np.zeros(IGNORED + 1, np.int64), np.zeros(IGNORED + 1, np.int64)
+    beside, on_tissue = np.zeros(IGNORED + 1, np.int64), np.zeros(IGNORED + 1, np.int64)
     for row in canvas.block_rows():
         for roi in row:
-            labels = canvas.read_labels(roi)
-            pixels += np.bincount(labels.ravel(), minlength=IGNORED + 1)
-            on_tissue += np.bincount(labels[tissue.sampled(roi, canvas.lattice)], minlength=IGNORED + 1)
+            places = tissue.sampled(roi, canvas.lattice) * np.uint16(IGNORED + 1) + canvas.read_labels(roi)
+            counts = np.bincount(places.ravel(), minlength=2 * (IGNORED + 1)).reshape(2, IGNORED + 1)
+            beside += counts[0]
+            on_tissue += counts[1]
+    pixels = beside + on_tissue
     examined = max(int(on_tissue[: len(canvas.classes)].sum()), 1)
     pixel_mm2 = canvas.lattice.mpp.area_um2 / _UM2_PER_MM2
     return tuple(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cluster import cores
+from pipeline.cluster import threads
 from pipeline.config import Precision
 from pipeline.errors import EngineError
 from pipeline.network import ModelSpec, activation
@@ -106,12 +106,6 @@ def library_version() -> str:
     if not installed():
         raise _missing("openvino")
     return version("openvino")
-
-
-def threads() -> int:
-    """Number of threads that a forward pass may use: what OMP_NUM_THREADS grants, as for torch, else every core."""
-    granted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(granted) if granted.isdecimal() and int(granted) else cores()
 
 
 def export(spec: ModelSpec, network: torch.nn.Module, folder: Path) -> Path:

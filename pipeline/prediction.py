@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.ahead import ahead
 from pipeline.grid import Grid, Tile
 from pipeline.slide import Pixels
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
-
-_READ_AHEAD = 2  # windows that wait in memory for the network
 
 
 def predict(slide: Pixels, grid: Grid, tiles: Iterable[Tile], engine: Engine) -> Iterator[tuple[Tile, np.ndarray]]:
@@ -35,13 +31,4 @@ def read_ahead(slide: Pixels, grid: Grid, tiles: Iterable[Tile]) -> Iterator[tup
 
     Raises SlideError where the slide cannot be read.
     """
-    waiting: deque[tuple[Tile, Future[np.ndarray]]] = deque()
-    remaining = iter(tiles)
-    with ThreadPoolExecutor(1, "reader") as reader:
-        while True:
-            for tile in islice(remaining, _READ_AHEAD - len(waiting)):
-                waiting.append((tile, reader.submit(slide.read, tile.read_roi, grid.lattice)))
-            if not waiting:
-                return
-            tile, window = waiting.popleft()
-            yield tile, window.result()
+    return ahead(lambda tile: slide.read(tile.read_roi, grid.lattice), tiles)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
 import shapely
 from skimage import measure
 
+from pipeline.ahead import ahead
 from pipeline.canvas import Canvas
-from pipeline.classes import IGNORED, Classes
+from pipeline.classes import IGNORED, Class, Classes
+from pipeline.cluster import threads
 from pipeline.contours import find_corners, trace_polygons
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 
 _BATCH = 1_000_000  # corners that are made into outlines at once
+_WRITTEN = 256  # regions that are written at once
 _DECIMALS = 3  # of a coordinate in base pixels: a nanometre
 
 
@@ -48,13 +52,16 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
     finish = _Finish(canvas.lattice.scale_to(base), canvas.lattice.mpp.area_um2, min_area_um2)
     waiting, nothing = _Waiting(), _Edge.empty(canvas.lattice.width)
     above, bottom, first = nothing, 0, 1
-    for row in canvas.block_rows():
-        if row[0].y != bottom:
+    blocks = ahead(
+        partial(_Block.read, canvas, skip=skip), chain.from_iterable(canvas.block_rows()), 2 * threads(), threads()
+    )
+    for top, row in groupby(blocks, key=lambda found: found[0].y):
+        if top != bottom:
             yield from finish.regions(waiting.release(nothing))
             above = nothing
         below, left, right = _Edge.empty(canvas.lattice.width), nothing, -1
-        for roi in row:
-            block = _Block.read(canvas, roi, skip, first)
+        for roi, uncounted in row:
+            block = replace(uncounted, first=first)
             first += len(block.pixels)
             yield from finish.regions(block.components(~block.touching & finish.keeps(block.pixels)))
             waiting.add(block.components(block.touching))
@@ -64,7 +71,7 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
             left, right = block.edge(slice(None), -1), roi.right
             below.fill(roi.x, block.edge(-1, slice(None)))
         yield from finish.regions(waiting.release(below))
-        above, bottom = below, row[0].bottom
+        above, bottom = below, roi.bottom
     yield from finish.regions(waiting.release(nothing))
 
 
@@ -76,23 +83,38 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
     counts = dict.fromkeys(classes.names, 0)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, region in enumerate(regions):
-            item = classes[region.class_index]
-            properties = {
-                "objectType": "annotation",
-                "classification": {"name": item.name, "color": list(item.color)},
-                "isLocked": False,
-                "measurements": {
-                    "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
-                    "Mean probability": round(region.mean_probability, 4),
-                },
-            }
-            file.write(",\n" if number else "\n")
-            file.write(f'{{"type": "Feature", "properties": {json.dumps(properties)}, "geometry": ')
-            file.write(shapely.to_geojson(shapely.transform(region.polygon, _rounded)) + "}")
-            counts[item.name] += 1
+        separator = "\n"
+        for batch in _batches(regions, _WRITTEN):
+            polygons = shapely.transform([region.polygon for region in batch], _rounded)
+            for region, geometry in zip(batch, shapely.to_geojson(polygons), strict=True):
+                item = classes[region.class_index]
+                file.write(
+                    f'{separator}{{"type": "Feature", "properties": {_properties(region, item)}, "geometry": {geometry}}}'
+                )
+                separator = ",\n"
+                counts[item.name] += 1
         file.write("\n]}\n")
     return counts
+
+
+def _properties(region: Region, item: Class) -> str:
+    return json.dumps(
+        {
+            "objectType": "annotation",
+            "classification": {"name": item.name, "color": list(item.color)},
+            "isLocked": False,
+            "measurements": {
+                "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
+                "Mean probability": round(region.mean_probability, 4),
+            },
+        }
+    )
+
+
+def _batches(regions: Iterable[Region], size: int) -> Iterator[list[Region]]:
+    remaining = iter(regions)
+    while batch := list(islice(remaining, size)):
+        yield batch
 
 
 def _rounded(points: np.ndarray) -> np.ndarray:
@@ -136,7 +158,7 @@ class _Edge:
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of the canvas with its components, counted from `first`.
+    """One block of the canvas with its components, counted from `first`, and their corners as `find_corners` has them.
 
     `labels` and `ids` are (rows, columns); ids counts components from 0, and is -1 where there is none. `pixels`,
     `weights` (sums of probability, 0 to 255), `classes` and `touching` (whether it reaches the block's edge) have one
@@ -151,15 +173,19 @@ class _Block:
     weights: np.ndarray
     classes: np.ndarray
     touching: np.ndarray
+    owners: np.ndarray
+    corners: np.ndarray
 
     @classmethod
-    def read(cls, canvas: Canvas, roi: Roi, skip: Collection[int], first: int) -> _Block:
+    def read(cls, canvas: Canvas, roi: Roi, skip: Collection[int]) -> _Block:
+        """A block with its components counted from 0."""
         labels = canvas.read_labels(roi)
         for index in skip:
             labels[labels == index] = IGNORED
         ids, count = measure.label(labels, background=IGNORED, connectivity=1, return_num=True)
-        starts = np.flatnonzero(np.diff(ids.ravel(), prepend=-1))
-        owners, lengths = ids.ravel()[starts], np.diff(starts, append=ids.size)
+        flat = ids.astype(np.int32).ravel()
+        starts = np.append(0, 1 + np.flatnonzero(flat[1:] != flat[:-1]))
+        owners, lengths = flat[starts], np.diff(starts, append=flat.size)
         confidence = canvas.read_probabilities(roi).max(axis=0).ravel()
         sums = np.add.reduceat(confidence, starts, dtype=np.int64)
         pixels, weights = (np.bincount(owners, values, minlength=count + 1) for values in (lengths, sums))
@@ -167,25 +193,22 @@ class _Block:
         classes[owners] = labels.ravel()[starts]
         for line in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
             touching[line] = True
-        return cls(roi, first, labels, ids.astype(np.int32) - 1, pixels[1:], weights[1:], classes[1:], touching[1:])
-
-    @cached_property
-    def corners(self) -> tuple[np.ndarray, np.ndarray]:
-        """The component of each corner, ascending, and its (row, column, mask)."""
-        owners, corners = find_corners(self.ids)
-        return owners, corners + np.array([self.roi.y, self.roi.x, 0], np.int32)
+        numbers = flat.reshape(ids.shape) - 1
+        corner_owners, corners = find_corners(numbers)
+        corners += np.array([roi.y, roi.x, 0], np.int32)
+        of_components = (pixels[1:], weights[1:], classes[1:], touching[1:])
+        return cls(roi, 0, labels, numbers, *of_components, corner_owners, corners)
 
     def edge(self, rows: int | slice, columns: int | slice) -> _Edge:
         return _Edge(self.labels[rows, columns], self.ids[rows, columns].astype(np.int64) + self.first)
 
     def components(self, chosen: np.ndarray) -> Iterator[_Component]:
         """The components for which `chosen`, one bool each, is true."""
-        owners, corners = self.corners
         numbers = np.flatnonzero(chosen)
-        starts, stops = (np.searchsorted(owners, numbers, side) for side in ("left", "right"))
+        starts, stops = (np.searchsorted(self.owners, numbers, side) for side in ("left", "right"))
         for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops.tolist(), strict=True):
             pixels, weight = int(self.pixels[number]), float(self.weights[number])
-            own = [corners[start:stop].copy()]
+            own = [self.corners[start:stop].copy()]
             yield _Component(self.first + number, int(self.classes[number]), pixels, weight, own)
 
 

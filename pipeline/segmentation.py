@@ -21,7 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline import __version__, checkpoint
+from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.cluster import Cluster
@@ -29,6 +32,7 @@ from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CanvasError, FullfieldError
 from pipeline.files import locked, write_text
 from pipeline.geometry import Mpp
+from pipeline.grid import Tile
 from pipeline.network import ModelSpec
 from pipeline.runtime import EXACT, describe, load_engine, settled
 from pipeline.slide import Pixels, Slide, open_slide
@@ -226,34 +230,28 @@ def is_finished(job: SlideJob) -> bool:
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
     opened, engine = _Opened(job), load_engine(job.model, _engine(job))
-    canvas, pixels = open_canvas(job.folder / CANVAS), 0
+    canvas = open_canvas(job.folder / CANVAS)
+
+    def write(done: tuple[Tile, np.ndarray]) -> int:
+        tile, probabilities = done
+        canvas.write(tile.target(opened.spec.output_stride), probabilities)
+        return tile.write_roi.area
+
     tiles = (opened.grid[index] for index in block)
     with locked(job.folder, shared=True):
-        for tile, probabilities in opened.stitching.predict(opened.pixels(canvas), opened.grid, tiles, engine):
-            canvas.write(tile.target(opened.spec.output_stride), probabilities)
-            pixels += tile.write_roi.area
-    return pixels / 1e6
+        predicted = opened.stitching.predict(opened.pixels(canvas), opened.grid, tiles, engine)
+        return sum(pixels for _, pixels in ahead(write, predicted)) / 1e6
 
 
 def finish_slide(job: SlideJob) -> None:
     """Make everything that follows from the canvas; the provenance comes last, and says that the slide is done."""
-    from pipeline.export import overlay, write_ome_tiff, write_png
-    from pipeline.measurement import measure, write_measurements
-    from pipeline.regions import find_regions, write_geojson
-    from pipeline.tissue import outlined
+    from pipeline.finishing import Finish
 
     opened = _Opened(job)
     tissue = opened.tissue()
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
-        canvas.build_pyramid()
-        write_ome_tiff(canvas, job.folder / "segmentation.ome.tif")
-        skip = () if opened.spec.rest is None else (opened.spec.rest,)
-        regions = find_regions(canvas, opened.slide.base, job.settings.min_region_um2, skip)
-        counts = write_geojson(job.folder / "regions.geojson", regions, opened.spec.classes)
-        write_measurements(job.folder / "measurements.csv", measure(canvas, tissue), counts)
-        write_png(job.folder / "tissue.png", outlined(opened.slide, tissue))
-        write_png(job.folder / "overlay.png", overlay(opened.slide, canvas))
+        Finish(job.folder, opened.slide, canvas, tissue, opened.spec.rest, job.settings.min_region_um2).make()
         write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
 
 

@@ -219,11 +219,10 @@ def _number(text: str | None) -> float | None:
 def _fetch(scan: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
     """One rectangle of a level as RGB over white."""
     location = (round(roi.x * downsample), round(roi.y * downsample))
-    pixels = np.asarray(scan.read_region(location, level, (roi.width, roi.height)))
-    if pixels[..., 3].min() == 255:
-        return np.ascontiguousarray(pixels[..., :3])
-    white = Image.new("RGBA", (roi.width, roi.height), "white")
-    return np.asarray(Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB"))
+    picture = scan.read_region(location, level, (roi.width, roi.height))
+    if picture.getchannel("A").getextrema() != (255, 255):
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
 
 
 def _fetch_in_blocks(scan: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:

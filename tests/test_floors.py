@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "errors",
+    "errors ahead",
     "classes geometry files progress contours polygons density staining resampling",
     "config outlines label_image stencil shards stains objects boundaries calibration froc",
     "slide grid annotations cohort cluster ngff store snapshot config_file",
@@ -21,6 +21,7 @@ FLOORS = [
     "blending",
     "stitching",
     "validation exactness tiling precision",
+    "finishing",
     "segmentation",
     "workspace",
 ]
