@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -33,22 +34,42 @@ def write_ome_tiff(canvas: Canvas, path: Path) -> None:
     Pixels are uint8 indices, IGNORED where not examined, with a colour table of the classes' colours. The file appears when
     it is complete; memory does not depend on its size.
     """
+    classes = ", ".join(f"{index} {name}" for index, name in enumerate(canvas.classes.names))
+    palette = {"photometric": "palette", "colormap": _colormap(canvas.classes)}
+    _write_pyramid(canvas, path, f"classes: {classes}", canvas.read_labels, IGNORED, palette)
+
+
+def write_entropy(canvas: Canvas, path: Path) -> None:
+    """Write how undecided the probabilities are, as a tiled, lossless OME-TIFF with all levels of the canvas's pyramid.
+
+    Pixels are uint8: 255 times the entropy of the class probabilities divided by its largest value, the logarithm of the
+    number of classes; so 0 where one class is certain or nothing was examined, 255 where all are equally likely. A coarse
+    pixel has the entropy of its mean probabilities. Reference: Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x.
+    """
+    _write_pyramid(
+        canvas, path, "entropy of the class probabilities", partial(_entropy, canvas), 0, {"photometric": "minisblack"}
+    )
+
+
+def _write_pyramid(
+    canvas: Canvas, path: Path, name: str, read: Callable[..., np.ndarray], empty: int, colours: Mapping[str, Any]
+) -> None:
+    """All levels of what `read` gives for a rectangle of a level, (rows, columns) uint8; most of it may be `empty`."""
     tile = canvas.chunk if canvas.chunk % 16 == 0 else _TILE
     big = 1.4 * canvas.lattice.width * canvas.lattice.height > _CLASSIC_TIFF_BYTES
-    with replacing(path) as partial, tifffile.TiffWriter(partial, bigtiff=big, ome=True) as writer:
+    with replacing(path) as unfinished, tifffile.TiffWriter(unfinished, bigtiff=big, ome=True) as writer:
         for number, level in enumerate(canvas.levels):
-            pyramid = {"subifds": len(canvas.levels) - 1, "metadata": _ome(canvas)} if number == 0 else {"subfiletype": 1}
+            first = {"subifds": len(canvas.levels) - 1, "metadata": _ome(canvas, name)}
             writer.write(
-                _encoded_tiles(canvas, number, tile),
+                _encoded_tiles(level, tile, partial(read, level=number), empty),
                 shape=level.shape,
                 dtype=np.uint8,
                 tile=(tile, tile),
                 compression="zlib",
-                photometric="palette",
-                colormap=_colormap(canvas.classes),
                 resolution=(1e4 / level.mpp.x, 1e4 / level.mpp.y),
                 resolutionunit="CENTIMETER",
-                **pyramid,
+                **colours,
+                **(first if number == 0 else {"subfiletype": 1}),
             )
 
 
@@ -94,30 +115,38 @@ def truth_beside_prediction(image: np.ndarray, truth: np.ndarray, prediction: np
 
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture, (rows, columns, 3) uint8 RGB, as PNG; the file appears when it is complete."""
-    with replacing(path) as partial:
-        Image.fromarray(picture).save(partial, format="PNG", compress_level=_PNG_LEVEL)
+    with replacing(path) as unfinished:
+        Image.fromarray(picture).save(unfinished, format="PNG", compress_level=_PNG_LEVEL)
 
 
-def _encoded_tiles(canvas: Canvas, level: int, tile: int) -> Iterator[bytes]:
-    """The tiles of a level, row by row, each compressed; the many that were not examined are compressed once."""
-    empty = _compressed(np.full((tile, tile), IGNORED, np.uint8))
-    lattice = canvas.levels[level]
-    for y in range(0, lattice.height, tile):
-        for x in range(0, lattice.width, tile):
-            labels = canvas.read_labels(Roi(x, y, tile, tile), level)
-            yield empty if np.all(labels == IGNORED) else _compressed(labels)
+def _entropy(canvas: Canvas, roi: Roi, level: int) -> np.ndarray:
+    """See `write_entropy`; probabilities have 8 bits, so that each term is looked up."""
+    probabilities = np.arange(256) / 255
+    terms = np.zeros(256, np.float32)
+    terms[1:] = -probabilities[1:] * np.log(probabilities[1:]) * 255 / np.log(len(canvas.classes))
+    total = terms[canvas.read_probabilities(roi, level)].sum(axis=0)
+    return np.asarray(np.rint(np.minimum(total, 255)), np.uint8)
 
 
-def _compressed(labels: np.ndarray) -> bytes:
+def _encoded_tiles(level: Lattice, tile: int, read: Callable[[Roi], np.ndarray], empty: int) -> Iterator[bytes]:
+    """The tiles of a level, row by row, each compressed; the many that are `empty` are compressed once."""
+    nothing = _compressed(np.full((tile, tile), empty, np.uint8))
+    for y in range(0, level.height, tile):
+        for x in range(0, level.width, tile):
+            pixels = read(Roi(x, y, tile, tile))
+            yield nothing if np.all(pixels == empty) else _compressed(pixels)
+
+
+def _compressed(pixels: np.ndarray) -> bytes:
     """Deflate as TIFF has it; this library is twice as fast as Python's own and no worse."""
-    return bytes(imagecodecs.deflate_encode(labels.tobytes(), level=6))
+    return bytes(imagecodecs.deflate_encode(pixels.tobytes(), level=6))
 
 
-def _ome(canvas: Canvas) -> dict[str, object]:
+def _ome(canvas: Canvas, name: str) -> dict[str, object]:
     mpp = canvas.lattice.mpp
     return {
         "axes": "YX",
-        "Name": "classes: " + ", ".join(f"{index} {name}" for index, name in enumerate(canvas.classes.names)),
+        "Name": name,
         "PhysicalSizeX": mpp.x,
         "PhysicalSizeXUnit": "µm",
         "PhysicalSizeY": mpp.y,

@@ -2,7 +2,7 @@
 
 Two chains go side by side, since neither can use more than a processor for most of its time:
 
-    canvas --+--> pyramid --> segmentation.ome.tif --> overlay.png
+    canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png
              `--> regions.geojson --> measurements.csv; tissue.png
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.canvas import Canvas
-from pipeline.export import overlay, write_ome_tiff, write_png
+from pipeline.export import overlay, write_entropy, write_ome_tiff, write_png
 from pipeline.measurement import measure, write_measurements
 from pipeline.regions import find_regions, write_geojson
 from pipeline.slide import Slide
@@ -22,7 +22,10 @@ from pipeline.tissue import Tissue, outlined
 
 @dataclass(frozen=True)
 class Finish:
-    """What is finished, and where to. Regions of less than `min_region_um2`, and of the class `rest`, are left out."""
+    """What is finished, and where to. Regions of less than `min_region_um2`, and of the class `rest`, are left out.
+
+    What an `ensemble` made has a map of its entropy.
+    """
 
     folder: Path
     slide: Slide
@@ -30,6 +33,7 @@ class Finish:
     tissue: Tissue
     rest: int | None
     min_region_um2: float
+    ensemble: bool
 
     def make(self) -> None:
         """Write all files; each appears when it is complete."""
@@ -41,6 +45,8 @@ class Finish:
     def _pyramid(self) -> None:
         self.canvas.build_pyramid()
         write_ome_tiff(self.canvas, self.folder / "segmentation.ome.tif")
+        if self.ensemble:
+            write_entropy(self.canvas, self.folder / "entropy.ome.tif")
         write_png(self.folder / "overlay.png", overlay(self.slide, self.canvas))
 
     def _regions(self) -> None:

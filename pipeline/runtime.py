@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import __version__, checkpoint, openvino_engine
+from pipeline import __version__, checkpoint, ensemble, openvino_engine
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
+from pipeline.network import ModelSpec
 from pipeline.openvino_engine import GRAPH
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.engine import Engine
 
 EXACT = EngineSettings()
@@ -43,8 +47,8 @@ def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
 
     Raises CheckpointError where there is no model, and EngineError where it cannot be run in that way here.
     """
-    chosen = settled(settings, checkpoint.load_spec(model).architecture)
-    return _shared_engine(model, checkpoint.digest(model), chosen.precision, chosen.backend)
+    chosen = settled(settings, ensemble.load_spec(model).architecture)
+    return _shared_engine(model, ensemble.digest(model), chosen.precision, chosen.backend)
 
 
 @lru_cache(maxsize=2)
@@ -54,6 +58,26 @@ def _shared_engine(model: Path, digest: str, precision: Precision, backend: Back
 
 def open_engine(model: Path, settings: EngineSettings) -> Engine:
     """An engine that nobody else shares; `settings` name a backend. Raises as `load_engine` does."""
+    engines = [_open_one(member, settings) for member in ensemble.members(model)]
+    return engines[0] if len(engines) == 1 else _Mean(ensemble.load_spec(model), engines)
+
+
+class _Mean:
+    """Several engines as one, which answers with the mean of their probabilities."""
+
+    def __init__(self, spec: ModelSpec, engines: Sequence[Engine]) -> None:
+        self.spec, self._engines = spec, engines
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        """See Engine."""
+        total = self._engines[0](windows)
+        for engine in self._engines[1:]:
+            total += engine(windows)
+        total /= len(self._engines)
+        return total
+
+
+def _open_one(model: Path, settings: EngineSettings) -> Engine:
     if settings.backend == "torch":
         from pipeline.engine import TorchEngine
 
@@ -78,7 +102,7 @@ def describe(model: Path, settings: EngineSettings) -> str:
     """What labels depend on besides the model: precision, backend, and the int8 graph's digest. Raises EngineError."""
     parts: list[str] = [settings.precision, settings.backend]
     if settings.precision == "fastest":
-        parts.append(openvino_engine.graph_digest(int8_graph(model)))
+        parts += [openvino_engine.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
     return ", ".join(parts)
 
 

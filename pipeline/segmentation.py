@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import __version__, checkpoint
+from pipeline import __version__, ensemble
 from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import Canvas, create_canvas, open_canvas
@@ -251,7 +251,8 @@ def finish_slide(job: SlideJob) -> None:
     tissue = opened.tissue()
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
-        Finish(job.folder, opened.slide, canvas, tissue, opened.spec.rest, job.settings.min_region_um2).make()
+        rest, several = opened.spec.rest, len(ensemble.members(job.model)) > 1
+        Finish(job.folder, opened.slide, canvas, tissue, rest, job.settings.min_region_um2, several).make()
         write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
 
 
@@ -259,7 +260,7 @@ def _tile_size(job: SlideJob) -> int:
     """The job's tile size, or that of the canvas which it goes on with. Raises CanvasError where there is neither."""
     if job.settings.tile_size is not None:
         return job.settings.tile_size
-    return open_canvas(job.folder / CANVAS).write_size * checkpoint.load_spec(job.model).output_stride
+    return open_canvas(job.folder / CANVAS).write_size * ensemble.load_spec(job.model).output_stride
 
 
 def _engine(job: SlideJob) -> EngineSettings:
@@ -273,7 +274,7 @@ def _engine(job: SlideJob) -> EngineSettings:
             begun = ways.get(open_canvas(job.folder / CANVAS).identity.get("engine", ""))
             if begun:
                 return job.engine.model_copy(update={"backend": begun})
-    return settled(job.engine, checkpoint.load_spec(job.model).architecture)
+    return settled(job.engine, ensemble.load_spec(job.model).architecture)
 
 
 class _Opened:
@@ -282,7 +283,7 @@ class _Opened:
     def __init__(self, job: SlideJob) -> None:
         self.job = job
         self.slide: Slide = open_slide(job.slide, job.mpp)
-        self.spec: ModelSpec = checkpoint.load_spec(job.model)
+        self.spec: ModelSpec = ensemble.load_spec(job.model)
         lattice = self.slide.base.at(Mpp.square(self.spec.mpp))
         self.stitching: Stitching = stitching(self.spec, job.settings.blend)
         self.grid = self.stitching.grid(lattice, _tile_size(job))
@@ -313,7 +314,7 @@ class _Opened:
         """What the labels depend on: a canvas takes tiles of no other run."""
         return {
             "fullfield": __version__,
-            "model": checkpoint.digest(self.job.model),
+            "model": ensemble.digest(self.job.model),
             "engine": describe(self.job.model, _engine(self.job)),
             "slide": self.slide.digest(),
             "slide_mpp": f"{self.slide.base.mpp.x} x {self.slide.base.mpp.y}",
@@ -328,6 +329,7 @@ class _Opened:
         return {
             "slide_path": str(self.job.slide.resolve()),
             "model_path": str(self.job.model.resolve()),
+            "members": [str(member.resolve()) for member in ensemble.members(self.job.model)],
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "identity": self.identity(),
             "exact": self.stitching.exact and self.job.engine.precision == "exact",

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from pipeline import __version__, checkpoint
+from pipeline import __version__, ensemble
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas
 from pipeline.cluster import threads
@@ -170,7 +170,7 @@ def _kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSett
     engine, scale = settled(settings, spec.architecture), Mpp.square(spec.mpp)
     versions = [__version__, *(version(library) for library in ("numpy", engine.backend))]
     shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
-    facts = [versions, checkpoint.digest(model), describe(model, engine), platform.node(), threads(), shrink]
+    facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), threads(), shrink]
     return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     "tissue canvas augment network dense graph histology",
     "architectures tracing fusion normalised fields",
     "footprint patches checkpoint metrics phantom",
-    "engine openvino_engine training registry assessment tally comparison",
+    "engine openvino_engine training registry assessment tally comparison ensemble",
     "runtime prediction regions measurement export tracking memory",
     "blending",
     "stitching",

@@ -61,7 +61,7 @@ def undisturbed(project: Path) -> Picture:
 
 def run_here(project: Path, output: Path, workers: int = 0) -> int:
     where = ClusterSettings(workers=workers)
-    return segment([project / "slide.tiff"], str(project / "model"), output, None, TILE, where, EXACT)
+    return segment([project / "slide.tiff"], [str(project / "model")], output, None, TILE, where, EXACT)
 
 
 def command(project: Path, output: Path, *more: object) -> subprocess.Popen[str]:

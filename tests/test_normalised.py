@@ -137,7 +137,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     rows = [row for case in cases for row in tile_case(case, config).rows]
     parquet.write_table(pa.Table.from_pylist(rows), folder / "tiles.parquet")
     assert len(list(fit(config, cases[:2], folder / "tiles.parquet", folder / "model", "inputs"))) == 1
-    assert segment([cases[2].slide], str(folder / "model"), folder / "out", None, 96, HERE, EXACT) == 0
+    assert segment([cases[2].slide], [str(folder / "model")], folder / "out", None, 96, HERE, EXACT) == 0
     return Project(config, cases, folder / "model", folder / "out" / "slides" / "phantom-03")
 
 

@@ -197,11 +197,11 @@ def test_a_run_holds_int8_against_exact_and_segment_trusts_it(
     slide, where = project / "cohort" / "phantom-03.tiff", load_config(config).cluster
     fastest = EngineSettings(precision="fastest")
     with pytest.raises(EngineError, match="never held against exact"):
-        segment([slide], str(model), project / "other", None, 96, where, fastest)
+        segment([slide], [str(model)], project / "other", None, 96, where, fastest)
     assert run_config(load_config(config, ["engine.precision=fastest", "engine.max_label_change=0.2"])) == 0
     assert "fastest with openvino against exact: " in capsys.readouterr().out
     identity = json.loads((project / "out" / "slides" / "phantom-03" / "provenance.json").read_text())["identity"]
     assert identity["engine"].startswith("fastest, openvino, ")
-    assert segment([slide], str(model), project / "other", None, 96, where, fastest) == 0
-    assert segment([slide], str(model), project / "other", None, 96, where, EngineSettings()) == 1
+    assert segment([slide], [str(model)], project / "other", None, 96, where, fastest) == 0
+    assert segment([slide], [str(model)], project / "other", None, 96, where, EngineSettings()) == 1
     assert "engine" in capsys.readouterr().out

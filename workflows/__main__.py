@@ -28,6 +28,15 @@ Overrides = Annotated[
     typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),
 ]
 Model = Annotated[str, typer.Option(help="A model's folder, `runs:/ID/model`, or `models:/name@alias`.", show_default=False)]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        help="A model's folder, `runs:/ID/model`, or `models:/name@alias`. Given several times, or the output of a "
+        "cross-validation: the mean of their probabilities.",
+        show_default=False,
+    ),
+]
 MppOption = Annotated[
     float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=0.05, max=20)
 ]
@@ -108,7 +117,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 @app.command()
 def segment(
     slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Whole-slide scans of any OpenSlide format.")],
-    model: Model,
+    model: Models,
     output: Annotated[Path, typer.Option(help="Folder for the results.")],
     mpp: MppOption = None,
     tile_size: TileSize = None,
@@ -121,8 +130,9 @@ def segment(
     """Segment slides with a trained model. What is done is skipped; what was interrupted is finished.
 
     A precision below exact must have been approved by `fullfield run CONFIG engine.precision=...`, on validation tissue.
-    Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv. The exit code is 1
-    where a slide failed. Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
+    Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv; of several models
+    also OUTPUT/ensemble, which serves as a model, and an entropy map of each slide. The exit code is 1 where a slide failed.
+    Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
     from pipeline.config import ClusterSettings, EngineSettings
     from workflows.segment import segment as verb

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pipeline import checkpoint
+from pipeline import ensemble
 from pipeline.cluster import connect
 from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
 from pipeline.progress import console
@@ -21,10 +21,10 @@ from pipeline.tiling import GIB, Estimate, foresee
 def plan(path: Path, model: str, mpp: float | None, tile_size: int | None, blend: bool, as_json: bool) -> None:
     """Estimate in a worker such as `fullfield segment` starts, with the tissue of the model's own run, and print."""
     folder, path = resolve_model(model).absolute(), path.absolute()
-    tissue = TissueSettings(**checkpoint.load_lineage(folder).get("tissue", {}))
+    tissue = TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
     mpp = fallback_mpp(path, mpp)
     open_slide(path, mpp)  # before workers are started for nothing
-    stitching(checkpoint.load_spec(folder), blend)
+    stitching(ensemble.load_spec(folder), blend)
     wanted = SegmentationSettings(tile_size=tile_size, blend=blend)
     with connect(ClusterSettings()) as cluster:
         cluster.submit(path, foresee, path, mpp, folder, tissue, wanted)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import checkpoint
+from pipeline import checkpoint, ensemble
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
@@ -39,7 +39,7 @@ _MIN_REGION_UM2 = SegmentationSettings().min_region_um2
 
 def segment(
     slides: Sequence[Path],
-    model: str,
+    models: Sequence[str],
     output: Path,
     mpp: float | None,
     tile_size: int | None,
@@ -47,24 +47,29 @@ def segment(
     engine: EngineSettings,
     blend: bool = False,
 ) -> int:
-    """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed."""
-    folder = resolve_model(model).absolute()
-    spec = checkpoint.load_spec(folder)
+    """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed.
+
+    Several models answer as one; of what is looked for in slides, the first one's run decides.
+    """
+    output = output.absolute()
+    found = [member for model in models for member in _checkpoints(resolve_model(model).absolute())]
+    folder = ensemble.gather(found, output / "ensemble")
+    spec = ensemble.load_spec(folder)
     stitching(spec, blend)  # refuses what is not local before workers are started
     if engine.precision != "exact":
         from pipeline.precision import require_approval
 
-        require_approval(settled(engine, spec.architecture), folder)
-    looked = checkpoint.load_lineage(folder)
+        for member in found:
+            require_approval(settled(engine, spec.architecture), member)
+    looked = ensemble.load_lineage(folder)
     tissue = TissueSettings(**looked.get("tissue", {}))
     smallest = looked.get("min_region_um2", _MIN_REGION_UM2)
     settings = SegmentationSettings(tile_size=tile_size, min_region_um2=smallest, blend=blend)
     ids = [slide.stem for slide in slides]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
-        found = f"slides that share the name {', '.join(twice)}"
-        raise CohortError("fullfield segment", found, "names that differ", "Use two outputs.")
-    output = output.absolute()
+        shared = f"slides that share the name {', '.join(twice)}"
+        raise CohortError("fullfield segment", shared, "names that differ", "Use two outputs.")
     results = output / "slides"
     jobs = [
         SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, results / slide.stem, settings, tissue, engine)
@@ -74,6 +79,12 @@ def segment(
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
     return report(rows, output)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The models at a path: all folds of a cross-validation, the members of an ensemble, or the one that is there."""
+    folds = sorted(folder.glob("fold-*/model"), key=lambda path: int(path.parent.name.removeprefix("fold-")))
+    return folds or list(ensemble.members(folder))
 
 
 def segment_cohort(workspace: Workspace) -> int:

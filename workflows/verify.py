@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from rich.table import Table
 
-from pipeline import checkpoint
+from pipeline import ensemble
 from pipeline.cluster import keep_memory
 from pipeline.config import EngineSettings, TissueSettings
 from pipeline.exactness import TOLERANCE, Comparison, comparisons
@@ -30,9 +30,9 @@ def verify(path: Path | None, model: str, mpp: float | None, settings: EngineSet
     """Compare and print; the exit code is 1 above 1e-5 or where a label differs, as it does where windows are blended."""
     keep_memory()
     folder = resolve_model(model)
-    way = stitching(checkpoint.load_spec(folder), blend)
+    way = stitching(ensemble.load_spec(folder), blend)
     engine = load_engine(folder, settings)
-    spec, looked = engine.spec, TissueSettings(**checkpoint.load_lineage(folder).get("tissue", {}))
+    spec, looked = engine.spec, TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
     with _given_or_phantom(path) as scan:
         slide = open_slide(scan, fallback_mpp(scan, mpp))
         lattice, tissue = slide.base.at(Mpp.square(spec.mpp)), find_tissue(slide, looked)

@@ -1,0 +1,102 @@
+"""What lies at a model's path: a checkpoint, or several of them that answer as one with the mean of their probabilities.
+
+    ENSEMBLE/ensemble.yaml    the version that wrote it; path and digest of every member
+
+All that runs a model asks here, and so takes either. Tiles of an ensemble are exact as those of its members are: each pixel
+is a mean of answers that no tile border reaches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import __version__, checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.files import write_text
+from pipeline.grid import round_up
+from pipeline.network import ModelSpec
+
+_FILE = "ensemble.yaml"
+_ALIKE = ("classes", "mpp", "output_stride", "rest", "normalisation")
+
+
+def gather(models: Sequence[Path], folder: Path) -> Path:
+    """The path of several models as one: `folder`, made if it is not there, or the model itself where it is the only one.
+
+    Raises CheckpointError where a model is missing or does not answer as the first one does, or is given twice.
+    """
+    if len(models) == 1:
+        return models[0]
+    found = [{"path": str(model.resolve()), "digest": checkpoint.digest(model)} for model in models]
+    _together([checkpoint.load_spec(model) for model in models], models)
+    digests = [member["digest"] for member in found]
+    if len(set(digests)) < len(digests):
+        raise CheckpointError(", ".join(map(str, models)), "a model twice", "models that differ", "Give each one once.")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"fullfield": __version__, "members": found}
+    write_text(folder / _FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return folder
+
+
+def members(model: Path) -> tuple[Path, ...]:
+    """The checkpoints at a model's path: itself, or an ensemble's members.
+
+    Raises CheckpointError where the ensemble's file is damaged, and where a member is gone or is no longer what it was.
+    """
+    file = model / _FILE
+    if not file.is_file():
+        return (model,)
+    remedy = "Put the members back where they were, or segment into another folder."
+    try:
+        listed = [(Path(item["path"]), str(item["digest"])) for item in yaml.safe_load(file.read_text("utf-8"))["members"]]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            str(file), f"a damaged file ({error})", "members, each with path and digest", remedy
+        ) from error
+    for path, expected in listed:
+        found = checkpoint.digest(path)
+        if found != expected:
+            raise CheckpointError(f"{path}, of {file}", f"digest {found}", f"digest {expected}", remedy)
+    return tuple(path for path, _ in listed)
+
+
+def load_spec(model: Path) -> ModelSpec:
+    """What the model is; of an ensemble, what its members have in common. Raises CheckpointError."""
+    found = members(model)
+    return _together([checkpoint.load_spec(member) for member in found], found)
+
+
+def load_lineage(model: Path) -> dict[str, Any]:
+    """Where the model comes from; of an ensemble, its first member. Raises CheckpointError."""
+    return checkpoint.load_lineage(members(model)[0])
+
+
+def digest(model: Path) -> str:
+    """A SHA-256 over all of the model, as hexadecimal digits. Raises CheckpointError."""
+    found = members(model)
+    if len(found) == 1:
+        return checkpoint.digest(found[0])
+    return hashlib.sha256("".join(checkpoint.digest(member) for member in found).encode()).hexdigest()
+
+
+def _together(specs: Sequence[ModelSpec], models: Sequence[Path]) -> ModelSpec:
+    """One spec for all: tiles start where every member's may, and read as far as the farthest looks."""
+    first = specs[0]
+    for spec, model in zip(specs, models, strict=True):
+        for key in _ALIKE:
+            if getattr(spec, key) != getattr(first, key):
+                found, expected = f"{key} {getattr(spec, key)}", f"{getattr(first, key)}, as {models[0]} has it"
+                raise CheckpointError(str(model), found, expected, "Give models that were trained for one task.")
+    stride = math.lcm(*(spec.stride for spec in specs))
+    halos = [spec.halo for spec in specs if spec.halo is not None]
+    if len(halos) not in (0, len(specs)):
+        expected = "models that are all local, or none of which is"
+        raise CheckpointError(", ".join(map(str, models)), "some of either kind", expected, "Give those of one kind.")
+    return replace(first, stride=stride, halo=round_up(max(halos), stride) if halos else None)
