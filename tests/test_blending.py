@@ -224,7 +224,7 @@ def test_a_blended_segmentation_says_so_and_is_resumed_to_the_same_bytes(
     folder: Path, slides: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slide = slides[301, 203]
-    arguments = ([slide.path], str(folder), tmp_path, None, 96, HERE, TORCH)
+    arguments = ([slide.path], [str(folder)], tmp_path, None, 96, HERE, TORCH)
     assert segment(*arguments, blend=True) == 0
     output = tmp_path / "slides" / "301x203"
     provenance, before = json.loads((output / "provenance.json").read_text()), shards(output)
