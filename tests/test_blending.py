@@ -244,7 +244,7 @@ def test_a_blended_segmentation_says_so_and_is_resumed_to_the_same_bytes(
 
 def test_exact_and_blended_output_do_not_mix(slides: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "model", *model("fcn"))
-    arguments = ([slides[301, 203].path], str(tmp_path / "model"), tmp_path, None, 96, HERE, TORCH)
+    arguments = ([slides[301, 203].path], [str(tmp_path / "model")], tmp_path, None, 96, HERE, TORCH)
     assert segment(*arguments) == 0
     provenance = json.loads((tmp_path / "slides" / "301x203" / "provenance.json").read_text())
     assert provenance["exact"] is True and provenance["stitching"].startswith("halo ")
