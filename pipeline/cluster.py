@@ -13,9 +13,10 @@ import pickle
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,6 +61,12 @@ class Cluster(Protocol):
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         """What a generator function yields, somewhere, as it yields it. Its error is raised here."""
+
+    def streams(self, tasks: Mapping[Any, tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]]) -> Iterator[Outcome]:
+        """The same of several, by key, side by side as far as there are workers: an Outcome for each thing yielded.
+
+        One with an error is the last of its key; the others go on.
+        """
 
 
 @contextmanager
@@ -181,6 +188,14 @@ class _Here:
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         return function(*arguments)
 
+    def streams(self, tasks: Mapping[Any, tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]]) -> Iterator[Outcome]:
+        for key, (function, arguments) in tasks.items():
+            try:
+                for record in function(*arguments):
+                    yield Outcome(key, record)
+            except Exception as error:  # noqa: BLE001 - as on a worker: the error is the outcome
+                yield Outcome(key, error=error)
+
 
 class _Dask:
     """Runs tasks on the workers of a Dask scheduler."""
@@ -219,18 +234,30 @@ class _Dask:
                 yield outcome
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-        topic, records = f"{function.__name__}-{uuid.uuid4().hex}", Queue[Any]()
-        self._client.subscribe_topic(topic, lambda event: records.put(pickle.loads(event[1])))
-        future = self._client.submit(_tell, topic, function, arguments, key=f"stream-{topic}")
-        while not (future.done() and records.empty()):
-            try:
-                yield records.get(timeout=_POLL_SECONDS)
-            except Empty:
-                self._check()
-        error = self._outcome(topic, future).error
-        self._client.unsubscribe_topic(topic)
-        if error:
-            raise error
+        for outcome in self.streams({None: (function, arguments)}):
+            if outcome.error is not None:
+                raise outcome.error
+            yield outcome.value
+
+    def streams(self, tasks: Mapping[Any, tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]]) -> Iterator[Outcome]:
+        told, running = Queue[Outcome](), dict[Any, tuple[str, Any]]()
+        for key, (function, arguments) in tasks.items():
+            topic = f"{function.__name__}-{uuid.uuid4().hex}"
+            self._client.subscribe_topic(topic, partial(_hear, told, key))
+            running[key] = topic, self._client.submit(_tell, topic, function, arguments, key=f"stream-{topic}")
+        while running:
+            ended = [key for key, (_, future) in running.items() if future.done()]  # before all that they told is taken
+            with suppress(Empty):
+                yield told.get(timeout=0 if ended else _POLL_SECONDS)
+                while True:
+                    yield told.get_nowait()
+            self._check()
+            for key in ended:
+                topic, future = running.pop(key)
+                outcome = self._outcome(key, future)
+                self._client.unsubscribe_topic(topic)
+                if outcome.error is not None:
+                    yield outcome
 
     def _start(self, task: _Task) -> Any:
         self._check()
@@ -280,6 +307,10 @@ def _deadly(error: KilledWorker) -> WorkerError:
         "Most often memory ran out: set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` "
         "(--tile-size), delete this slide's output, and run again. Otherwise the worker's log may say why.",
     )
+
+
+def _hear(told: Queue[Outcome], key: Any, event: tuple[float, bytes]) -> None:
+    told.put(Outcome(key, pickle.loads(event[1])))
 
 
 def _tell(topic: str, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:

@@ -43,3 +43,23 @@ def paired_difference(
     rounds = draw_patients(len(patients), samples, seed) @ differences / len(patients)
     low, high = bounds(rounds)
     return Difference(patients, float(differences.mean()), number(low), number(high))
+
+
+def in_words(difference: Difference, first: str, second: str, score: str) -> str:
+    """One sentence on the difference of a score between two, called `first` and `second`: which is better, if one is.
+
+    One is better where the 95 % interval leaves out 0.
+    """
+    count, mean = len(difference.patients), round(difference.mean, 3) + 0.0  # no minus before a zero
+    if difference.low is None or difference.high is None:
+        return (
+            f"No difference can be told between {first} and {second} by {score}: "
+            f"it is {mean:+.3f} for {second}, on {count} patient."
+        )
+    interval = f"95 % interval {difference.low:.3f} to {difference.high:.3f}, {count} patients"
+    if difference.low > 0:
+        return f"{second} is better than {first} by {mean:.3f} {score} ({interval})."
+    if difference.high < 0:
+        interval = f"95 % interval {-difference.high:.3f} to {-difference.low:.3f}, {count} patients"
+        return f"{second} is worse than {first} by {-mean:.3f} {score} ({interval})."
+    return f"No difference can be told between {first} and {second} by {score}: it is {mean:+.3f} for {second} ({interval})."

@@ -43,6 +43,22 @@ def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Co
         raise ConfigError(source, found, "a configuration that makes sense", remedy) from error
 
 
+def parse_values(override: str) -> tuple[str, list[Any]]:
+    """The key of `key=value,value...`, and its values as YAML has them; a list is one value in brackets.
+
+    Raises ConfigError where there is no key or no value.
+    """
+    key, separator, text = override.partition("=")
+    try:
+        values = yaml.load(f"[{text}]", _Loader) if separator and key else []
+    except yaml.YAMLError as error:
+        raise ConfigError(repr(override), f"broken YAML ({error})", "values that commas part", "Quote the value.") from error
+    if not values:
+        expected = "key=value,value..., such as training.epochs=10,20"
+        raise ConfigError(repr(override), "no `=`, or nothing beside it", expected, "Write it that way.")
+    return key, values
+
+
 def _describe(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "(whole file)"
     if error["type"] == "missing":

@@ -6,17 +6,22 @@ OUTPUT/confusions.json   classes, scale, background, and one confusion a slide, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pipeline.errors import CohortError
+from pipeline.errors import CohortError, TrackingError
 from pipeline.files import write_text
 from pipeline.metrics import SlideConfusion, number, ratios
+from pipeline.store import Store, chosen_address, open_store
 
 FILE = "confusions.json"
+
+_AREA_TOLERANCE = 0.05  # by how much the known area of a slide may differ between two scales
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,56 @@ class Tally:
         }
         return {patient: dice for patient, dice in found.items() if dice is not None}
 
+    @property
+    def unseen(self) -> Tally:
+        """The slides that the network did not learn from: those of any split but train."""
+        return replace(self, rows=tuple(row for row in self.rows if row.split != "train"))
+
+    def of(self, patients: frozenset[str]) -> Tally:
+        """The slides of some patients."""
+        return replace(self, rows=tuple(row for row in self.rows if row.patient in patients))
+
+
+def shared_patients(first: Tally, second: Tally) -> frozenset[str]:
+    """The patients whose slides were held against the same truth in both.
+
+    Raises CohortError where there is none, where the classes differ, or where the slides of a shared patient or what is
+    known of them differ: exactly at the same scale, by more than 5 % of the known area at two scales.
+    """
+    remedy = "Compare runs on the same slides, annotations and classes."
+    if (first.classes, first.rest) != (second.classes, second.rest):
+        found = f"the classes {', '.join(first.classes)} against {', '.join(second.classes)}, or another background"
+        raise CohortError("the runs", found, "the same classes and background", remedy)
+    shared = frozenset(row.patient for row in first.rows) & {row.patient for row in second.rows}
+    if not shared:
+        found = f"{_patients(first)} against {_patients(second)}: no patient is shared"
+        raise CohortError("the runs", found, "patients that both were examined on", remedy)
+    strangers = _strangers(first.of(shared), second.of(shared))
+    if strangers:
+        found = f"the shared patients {', '.join(sorted(shared))}, but another truth for {', '.join(strangers)}"
+        raise CohortError("the runs", found, "the same slides of them with the same annotations", remedy)
+    return shared
+
+
+def _patients(tally: Tally) -> str:
+    return ", ".join(sorted({row.patient for row in tally.rows})) or "nobody"
+
+
+def _strangers(first: Tally, second: Tally) -> list[str]:
+    """The slides that are in one only, or of which another truth is known in the other."""
+    one, two = ({row.slide_id: row.confusion.sum(axis=1) for row in tally.rows} for tally in (first, second))
+    ours, theirs = first.mpp**2, second.mpp**2
+    differing = set(one.keys() ^ two.keys())
+    for slide in one.keys() & two.keys():
+        if ours == theirs:
+            same = bool((one[slide] == two[slide]).all())
+        else:
+            known, other = one[slide].sum() * ours, two[slide].sum() * theirs
+            same = abs(known - other) <= _AREA_TOLERANCE * max(known, other)
+        if not same:
+            differing.add(slide)
+    return sorted(differing)
+
 
 def write_tally(path: Path, tally: Tally) -> None:
     """Write a tally as JSON; the file appears when it is complete."""
@@ -57,6 +112,36 @@ def read_tally(path: Path) -> Tally:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "Run `fullfield evaluate` (or `fullfield run`) with that run's configuration."
         raise CohortError(str(path), str(error), "the counts of an evaluated run", remedy) from error
+
+
+def find_tally(reference: str) -> Tally:
+    """The tally of a run: of an output folder, or of an MLflow run (`runs:/ID` or its bare ID).
+
+    An MLflow run is looked up in the store that MLFLOW_TRACKING_URI names; its stages are looked through as well. Raises
+    CohortError where a folder holds none, TrackingError where there is no such run or it holds none.
+    """
+    if Path(reference).is_dir():
+        return read_tally(Path(reference) / FILE)
+    run_id, address = reference.removeprefix("runs:/"), chosen_address(None)
+    if not re.fullmatch("[0-9a-f]{32}", run_id):
+        expected = "an output folder, runs:/ID or the ID of an MLflow run"
+        raise TrackingError(reference, "neither a folder nor a run", expected, "Correct it.")
+    if address is None:
+        remedy = "Set MLFLOW_TRACKING_URI to the run's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
+        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
+    store = open_store(address, create=False)
+    with store.conversation(reference), TemporaryDirectory() as scratch:
+        return read_tally(Path(store.client.download_artifacts(_holder(store, run_id), FILE, scratch)))
+
+
+def _holder(store: Store, run_id: str) -> str:
+    """The run that holds the file: this one, or one of its stages. Raises TrackingError where none does."""
+    run = store.client.get_run(run_id)
+    stages = store.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    for found in (run.info.run_id, *(stage.info.run_id for stage in stages)):
+        if any(file.path == FILE for file in store.client.list_artifacts(found)):
+            return str(found)
+    raise TrackingError(run_id, f"no {FILE}", "a run that was evaluated", "Run `fullfield evaluate` with its configuration.")
 
 
 def _row(slide_id: str, slide: Mapping[str, object]) -> SlideConfusion:

@@ -95,6 +95,13 @@ class Run:
         child.set_tags(_origin())
         return child
 
+    def nest(self, output: Path) -> None:
+        """Give an output folder a run nested in this one: whoever starts the folder's run, now or later, continues it."""
+        if _recorded(output, self.store, self.experiment_id) is None:
+            child = self.child(output.name)
+            content = {"store": self.store.shown, "experiment_id": self.experiment_id, "run_id": child.run_id}
+            _record(output, content)
+
     def _set_aside(self, run: Any, stage: str) -> None:
         self.store.client.set_tag(run.info.run_id, _STAGE, f"earlier {stage}")
         if run.info.status == "RUNNING":  # its process was killed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, TrainingError
-from pipeline.files import write_text
+from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate, normalised
@@ -28,6 +29,7 @@ from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
 from pipeline.staining import Normalisation
 from pipeline.stains import reference
+from pipeline.store import chosen_address, own_address
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 
@@ -74,13 +76,7 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
     Raises CohortError, ConfigError, NetworkError or TrackingError before anything expensive begins, and CheckpointError,
     before anything is written, where the folder holds a model of another configuration.
     """
-    config = config.model_copy(update={"output": config.output.absolute()})
-    model_spec(config)
-    cases = deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
-    _check_model(config.output / "model", training_inputs(config, cases))
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_manifest(config.output / "cohort.csv", cases)
-    write_text(config.output / "config.yaml", config.to_yaml())
+    config, cases = _prepare(config)
     settings = config.tracking
     with (
         Run.start(config.output, settings.experiment, config.output.name, settings.uri) as run,
@@ -88,6 +84,36 @@ def open_workspace(config: Config) -> Iterator[Workspace]:
     ):
         console.print(f"Work is done by {cluster.description}")
         yield Workspace(config, cases, cluster, run)
+
+
+@contextmanager
+def open_within(whole: Workspace, config: Config) -> Iterator[Workspace]:
+    """A part of a larger work in a folder of its own: on the same cluster, its run nested in that of the whole.
+
+    The folder's configuration names the store of the whole, so that the part can be continued alone; its model has the
+    folder's name as alias, and leaves that of other models where it is. Raises what `open_workspace` does.
+    """
+    settings = config.tracking
+    uri = settings.uri if chosen_address(settings.uri) else own_address(whole.output)
+    alias = re.sub(r"[^A-Za-z0-9_-]", "-", config.output.name)
+    settings = settings.model_copy(update={"uri": uri, "alias": alias})
+    config, cases = _prepare(config.model_copy(update={"tracking": settings}))
+    whole.run.nest(config.output)
+    run = Run.start(config.output, settings.experiment, config.output.name, uri)
+    with replace(run, monitored=False) as run:  # the whole's run records the machine's load
+        yield Workspace(config, cases, whole.cluster, run)
+
+
+def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
+    """Check, deal out the splits and write both into the output folder; the configuration then has it absolute."""
+    config = config.model_copy(update={"output": config.output.absolute()})
+    model_spec(config)
+    cases = deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
+    _check_model(config.output / "model", training_inputs(config, cases))
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_manifest(config.output / "cohort.csv", cases)
+    write_text(config.output / "config.yaml", config.to_yaml())
+    return config, cases
 
 
 def model_spec(config: Config) -> ModelSpec:
@@ -179,6 +205,25 @@ def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
     """A SHA-256 over all that the table of tiles depends on."""
     sections = config.model_dump(mode="json", include=set(_TILED))
     return _sha256([sections, config.network.mpp, [_case_stamp(case) for case in cases]])
+
+
+def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
+    """Write the table of tiles as the tile stage would, from one of the same slides with other splits, where there is one.
+
+    `whole` is the configuration with which `tiles` was made; nothing is written where it divides slides otherwise, or where
+    slides are missing from it, or where the workspace has its own table already.
+    """
+    config, found = workspace.config, read_stamp(tiles)
+    same = all(getattr(config, name) == getattr(whole, name) for name in _TILED) and config.network.mpp == whole.network.mpp
+    if workspace.tiles.exists() or not same or found is None or not found[1]:
+        return
+    table, splits = parquet.read_table(tiles), {case.slide_id: case.split for case in workspace.cases}
+    table = table.filter([name in splits for name in table["slide_id"].to_pylist()])
+    column = [splits[name] for name in table["slide_id"].to_pylist()]
+    table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), [column])
+    metadata = {TILE_STAMP: tile_inputs(config, workspace.cases), TILE_COMPLETE: "True"}
+    with replacing(workspace.tiles) as partial:
+        parquet.write_table(table.replace_schema_metadata(metadata), partial)
 
 
 def read_stamp(tiles: Path) -> tuple[str, bool] | None:

@@ -1,14 +1,17 @@
 """Differences between two examinations of the same patients, and the counts that they are taken from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.comparison import paired_difference
-from pipeline.errors import CohortError
+from pipeline.errors import CohortError, TrackingError
 from pipeline.metrics import SlideConfusion
-from pipeline.tally import Tally, read_tally, write_tally
+from pipeline.tally import Tally, find_tally, read_tally, shared_patients, write_tally
+from pipeline.tracking import Run
+from workflows.compare import compare
 
 
 def test_a_difference_that_each_patient_shows_is_certain_and_what_patients_have_of_their_own_does_not_count() -> None:
@@ -61,3 +64,73 @@ def test_a_damaged_tally_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "confusions.json").write_text('{"classes": ["a"]')
     with pytest.raises(CohortError, match="fullfield evaluate"):
         read_tally(tmp_path / "confusions.json")
+
+
+def a_tally(dice: dict[str, float], split: str = "test", mpp: float = 1.0) -> Tally:
+    """Two classes; of each patient 1000 px of gland in 3000, and as many px right and wrong as give this Dice of gland."""
+    rows = []
+    for patient, value in dice.items():
+        right = round(1000 * value)  # as many called so as there are, so Dice is the share that is right
+        counts = np.array([[1000 + right, 1000 - right, 0], [1000 - right, right, 0]])
+        rows.append(SlideConfusion(f"slide of {patient}", patient, split, counts))
+    return Tally(("Rest", "Gland"), 0, mpp, tuple(rows))
+
+
+BASE = {"a": 0.5, "b": 0.8, "c": 0.9}
+
+
+def folder_of(path: Path, tally: Tally) -> str:
+    write_tally(path / "confusions.json", tally)
+    return str(path)
+
+
+def test_compare_says_in_a_sentence_what_was_made_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = folder_of(tmp_path / "first", a_tally(BASE | {"left out": 0.1}))
+    better = folder_of(tmp_path / "better", a_tally({name: dice + 0.05 for name, dice in BASE.items()}, split="val"))
+    mixed = folder_of(tmp_path / "mixed", a_tally(dict(zip(BASE, (0.6, 0.7, 0.9), strict=True))))
+    assert compare([first, better, mixed]) == 0
+    said = capsys.readouterr().out
+    assert f"{better} is better than {first} by 0.050 Dice for Gland (95 % interval 0.050 to 0.050, 3 patients)." in said
+    assert f"No difference can be told between {first} and {mixed} by Dice for Gland: it is +0.000" in said
+    assert "left out, as only one has them: left out" in said
+    assert compare([better, first]) == 0
+    assert f"{first} is worse than {better} by 0.050 Dice for Gland" in capsys.readouterr().out
+
+
+def test_what_a_run_learned_from_is_not_compared(tmp_path: Path) -> None:
+    seen = folder_of(tmp_path / "seen", a_tally(BASE, split="train"))
+    with pytest.raises(CohortError, match="no patient is shared"):
+        compare([seen, folder_of(tmp_path / "other", a_tally(BASE))])
+
+
+def test_unlike_runs_are_refused_and_what_they_share_is_named() -> None:
+    ours = a_tally(BASE)
+    assert shared_patients(ours, a_tally({"b": 0.1, "c": 0.2, "d": 0.3})) == {"b", "c"}
+    with pytest.raises(CohortError, match="another background"):
+        shared_patients(ours, replace(ours, classes=("Rest", "Tumour")))
+    other = replace(
+        ours, rows=(*ours.rows[1:], replace(ours.rows[0], confusion=ours.rows[0].confusion + np.eye(2, 3, dtype=int)))
+    )
+    with pytest.raises(CohortError, match="shared patients a, b, c, but another truth for slide of a"):
+        shared_patients(ours, other)
+    with pytest.raises(CohortError, match="another truth for a second slide, slide of a"):
+        shared_patients(ours, replace(ours, rows=(replace(ours.rows[0], slide_id="a second slide"), *ours.rows[1:])))
+
+
+def test_two_scales_may_differ_by_what_a_border_takes() -> None:
+    fine = a_tally(BASE, mpp=1.0)
+    rows = tuple(replace(row, confusion=row.confusion // 4) for row in fine.rows)
+    assert shared_patients(fine, replace(fine, mpp=2.0, rows=rows)) == set(BASE)
+    with pytest.raises(CohortError, match="another truth"):
+        shared_patients(fine, replace(fine, mpp=2.3, rows=rows))
+
+
+def test_a_run_of_mlflow_is_found_with_the_counts_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Run.start(tmp_path / "out", "fullfield", "one") as run, run.child("evaluate") as stage:
+        write_tally(tmp_path / "confusions.json", a_tally(BASE))
+        stage.log_file(tmp_path / "confusions.json")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.store.address)
+    for reference in (run.run_id, f"runs:/{run.run_id}", f"runs:/{stage.run_id}"):
+        assert find_tally(reference).dice("Gland") == pytest.approx(BASE)
+    with pytest.raises(TrackingError, match="neither a folder nor a run"):
+        find_tally("runs/nowhere")

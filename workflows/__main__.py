@@ -176,6 +176,54 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def crossval(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    folds: Annotated[int, typer.Option(help="Number of folds.", min=2)] = 5,
+) -> None:
+    """Cross-validate over patients: a run a fold, each patient examined by a network that never saw it.
+
+    Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
+    train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv first, then
+    OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last the pooled
+    metrics.json, metrics.csv and confusions.json. Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
+    """
+    from workflows.crossval import crossval as verb
+
+    raise typer.Exit(verb(config, overrides or [], folds))
+
+
+@app.command()
+def sweep(
+    config: ConfigArgument,
+    values: Annotated[list[str], typer.Argument(metavar="key=value,value...", help="Values of dotted keys, by commas.")],
+) -> None:
+    """Train every combination of values, side by side on the workers, and score each on the validation slides.
+
+    A list is one value in brackets; a key with a single value is set for all. Writes OUTPUT/NAME for each combination,
+    which `fullfield run OUTPUT/NAME/config.yaml` continues alone, then OUTPUT/sweep.csv, sweep.md and sweep.png.
+    Example: `fullfield sweep my.yaml output=runs/sweep training.learning_rate=1e-3,3e-4 network.width=16,32`
+    """
+    from workflows.sweep import sweep as verb
+
+    raise typer.Exit(verb(config, values))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Output folders, or MLflow runs (`runs:/ID`).")],
+) -> None:
+    """Say whether runs differ: the paired difference of Dice over the patients of both, with its 95 % interval.
+
+    Reads each run's confusions.json; each is held against the first. Slides that a run learned from are left out, and runs
+    on other classes, slides or annotations are refused. Example: `fullfield compare runs/plain runs/glas`
+    """
+    from workflows.compare import compare as verb
+
+    raise typer.Exit(verb(runs))
+
+
+@app.command()
 def inspect(
     slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

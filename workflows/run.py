@@ -23,10 +23,16 @@ def run(path: Path, overrides: Sequence[str]) -> int:
 def run_config(config: Config) -> int:
     """Run every stage, each of which skips what is done; returns 1 where a slide failed, else 0."""
     with open_workspace(config) as workspace:
-        _log_inputs(workspace)
-        failures = [stage(workspace) for stage in (tile_cohort, train_model, segment_cohort, evaluate_cohort)]
+        failed = run_stages(workspace)
         command = workspace.run.open_command()
     console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
+    return failed
+
+
+def run_stages(workspace: Workspace) -> int:
+    """Run every stage in an open workspace; returns 1 where a slide failed, else 0."""
+    _log_inputs(workspace)
+    failures = [stage(workspace) for stage in (tile_cohort, train_model, segment_cohort, evaluate_cohort)]
     return 1 if any(failures) else 0
 
 

@@ -66,6 +66,17 @@ def train_model(workspace: Workspace) -> None:
     console.print(f"train: model at {model}, in MLflow {address}")
 
 
+def fit_arguments(workspace: Workspace) -> tuple[Config, Sequence[Case], Path, Path, str]:
+    """What `fit` is called with for a workspace whose tiles are there; it goes on where an interrupted one stopped.
+
+    Raises TrainingError where the tiles are those of another configuration.
+    """
+    _check_tiles(workspace)
+    config, cases, unfinished = workspace.config, _cases(workspace), workspace.output / "model.partial"
+    _interrupted(unfinished, training_facts(config, cases))
+    return config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases)
+
+
 def _check_tiles(workspace: Workspace) -> None:
     found = read_stamp(workspace.tiles)
     if found is None or found[0] != tile_inputs(workspace.config, workspace.cases):

@@ -1,0 +1,100 @@
+"""The table and the picture at the end of a sweep: its combinations, the best first.
+
+sweep.csv   what each sets, whether it is done, and Dice of every class with its interval over patients
+sweep.md    the same to read
+sweep.png   a panel a class, a line a combination
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.files import replacing, write_csv, write_text
+
+Value = str | float | int | None
+Scores = Mapping[str, Mapping[str, float | int | None]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A combination and its scores: class name -> `dice`, `dice_low`, `dice_high`; none where it failed for a `reason`."""
+
+    name: str
+    values: Mapping[str, Any]
+    scores: Scores
+    reason: str = ""
+
+    @property
+    def dice(self) -> float | None:
+        """The mean Dice of the classes that have one; None where none has."""
+        found = [fields["dice"] for fields in self.scores.values() if fields["dice"] is not None]
+        return float(np.mean(found)) if found else None
+
+
+def ranked(entries: Sequence[Entry]) -> list[Entry]:
+    """The best first, by mean Dice; what has none comes last."""
+    return sorted(entries, key=lambda entry: -1.0 if entry.dice is None else entry.dice, reverse=True)
+
+
+def write_scoreboard(folder: Path, entries: Sequence[Entry]) -> None:
+    """Write sweep.csv, sweep.md and, where anything has scores, sweep.png, in the order of the entries."""
+    rows = [_row(entry) for entry in entries]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(folder / "sweep.csv", columns, [{name: row.get(name) for name in columns} for row in rows])
+    shown = [name for name in columns if not name.endswith((" low", " high"))]
+    lines = [_line(shown), _line(["---"] * len(shown))]
+    lines += [_line([_cell(row, name) for name in shown]) for row in rows]
+    write_text(folder / "sweep.md", "\n".join(lines) + "\n")
+    scored = [entry for entry in entries if entry.dice is not None]
+    if scored:
+        _draw(folder / "sweep.png", scored)
+
+
+def _row(entry: Entry) -> dict[str, Value]:
+    row: dict[str, Value] = {"name": entry.name, **entry.values, "dice": entry.dice}
+    for name, fields in entry.scores.items():
+        row |= {f"dice {name}{end}": fields[f"dice{end.replace(' ', '_')}"] for end in ("", " low", " high")}
+    return {**row, "status": "failed" if entry.reason else "done", "reason": entry.reason}
+
+
+def _cell(row: Mapping[str, Value], name: str) -> str:
+    """A figure with its interval, if it has one."""
+    value, low, high = row.get(name), row.get(f"{name} low"), row.get(f"{name} high")
+    if not name.startswith("dice") or value is None:
+        return "" if value is None else str(value).replace("|", r"\|").replace("\n", " ")
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _draw(path: Path, entries: Sequence[Entry]) -> None:
+    """Dice of each combination with its interval, the first on top, a panel a class."""
+    from matplotlib.figure import Figure
+
+    classes, places = list(entries[0].scores), range(len(entries))
+    figure = Figure(figsize=(3 + 2.5 * len(classes), 1.2 + 0.3 * len(entries)), layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(classes), sharey=True, squeeze=False)[0], classes, strict=True):
+        found = [_bounds(entry.scores[name]) for entry in entries]
+        dice, low, high = np.array(found, np.float64).T
+        panel.errorbar(dice, places, xerr=(dice - low, high - dice), fmt="o", markersize=4, capsize=2)
+        panel.set(xlabel="Dice on validation slides", title=name, yticks=places)
+        panel.set_yticklabels([entry.name for entry in entries])
+        panel.grid(axis="x", alpha=0.3)
+    figure.axes[0].invert_yaxis()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _bounds(fields: Mapping[str, float | int | None]) -> tuple[float, float, float]:
+    """Dice and the ends of its bar: nothing is drawn where there is none, a mere point where it has no interval."""
+    dice = np.nan if fields["dice"] is None else float(fields["dice"])
+    low, high = fields["dice_low"], fields["dice_high"]
+    # the Dice of all patients may lie a little outside a percentile interval of few rounds
+    return dice, dice if low is None else min(low, dice), dice if high is None else max(high, dice)

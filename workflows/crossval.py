@@ -1,0 +1,133 @@
+"""`fullfield crossval CONFIG`: a run a fold, and figures on patients that no network was trained on or chosen by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pyarrow import parquet
+from rich.table import Table
+
+from pipeline.cohort import Case, read_manifest, write_manifest
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import CheckpointError
+from pipeline.files import write_csv, write_text
+from pipeline.folds import deal_folds, fold_cases
+from pipeline.geometry import Mpp
+from pipeline.metrics import POOLED, Report, report, table
+from pipeline.progress import console
+from pipeline.tally import FILE as TALLY
+from pipeline.tally import Tally, read_tally, write_tally
+from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
+from workflows.run import run_stages
+from workflows.tile import tile_cohort
+
+Content = Mapping[str, npt.NDArray[np.float64]]
+_HELD_OUT = "out-of-fold"
+
+
+def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
+    """Cross-validate a configuration file; the exit code is 1 where a slide failed."""
+    config = load_config(path, overrides)
+    if (config.output / "model").exists():
+        remedy = "Choose another `output`, for instance output=runs/crossval."
+        raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
+    with open_workspace(config) as workspace:
+        workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
+        failures = [tile_cohort(workspace)]
+        parts = _write_folds(workspace, folds)
+        for part in parts:
+            console.print(f"\n{part.output.name} of {folds}")
+            with open_within(workspace, part) as fold:
+                adopt_tiles(fold, workspace.tiles, workspace.config)
+                failures.append(run_stages(fold))
+        _publish(workspace, [read_tally(part.output / TALLY) for part in parts])
+        command = workspace.run.open_command()
+    console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
+    return 1 if any(failures) else 0
+
+
+def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
+    """Write folds.csv, and the cohort of every fold; returns the configurations of the folds."""
+    config, cases = workspace.config, _partakers(workspace)
+    content = _content(workspace.tiles, cases, config)
+    held = deal_folds(content, folds, config.seed)
+    shares = config.cohort.fractions
+    val_share = shares.val / (shares.train + shares.val) if shares.val else 0.0
+    parts = []
+    for number, patients in enumerate(held, 1):
+        output = workspace.output / f"fold-{number}"
+        write_manifest(output / "cohort.csv", fold_cases(cases, patients, content, val_share, config.seed))
+        cohort = config.cohort.model_copy(update={"manifest": output / "cohort.csv"})
+        segmentation = config.segmentation.model_copy(update={"splits": ("test",)})
+        parts.append(config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation}))
+    fold_of = {patient: number for number, patients in enumerate(held, 1) for patient in patients}
+    names, mm2 = config.class_list.names, (config.tiles.patch_size * config.network.mpp) ** 2 / 1e6
+    rows = [
+        {"patient": patient, "fold": fold_of[patient]}
+        | {f"{name}, mm2": area * mm2 for name, area in zip(names, content[patient], strict=True)}
+        for patient in sorted(content, key=lambda patient: (fold_of[patient], patient))
+    ]
+    write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
+    workspace.run.log_file(workspace.output / "folds.csv")
+    for number, patients in enumerate(held, 1):
+        console.print(f"fold {number} holds out {', '.join(sorted(patients))}", markup=False)
+    return parts
+
+
+def _partakers(workspace: Workspace) -> list[Case]:
+    """The annotated cases, but for those that the manifest itself holds back as test."""
+    given = {case.slide_id: case.split for case in read_manifest(workspace.config.cohort.manifest)}
+    held_back = sorted({case.patient for case in workspace.cases if given[case.slide_id] == "test"})
+    if held_back:
+        console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}", markup=False)
+    return [case for case in workspace.annotated(("train", "val", "test")) if case.patient not in held_back]
+
+
+def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
+    """The extents of the classes in each patient, (C,), in cells; 0 for a patient without any."""
+    cells, names = parquet.read_table(tiles), config.class_list.names
+    extents = np.stack([np.asarray(cells[name], np.float64) for name in names], axis=-1)
+    patients = np.asarray(cells["patient"].to_pylist(), dtype=object)
+    return {case.patient: extents[patients == case.patient].sum(axis=0) for case in cases}
+
+
+def _publish(workspace: Workspace, tallies: Sequence[Tally]) -> None:
+    """Pool what each fold counted on the patients that it held out: metrics, and the counts themselves."""
+    config, output, first = workspace.config, workspace.output, tallies[0]
+    rows = tuple(replace(row, split=_HELD_OUT) for tally in tallies for row in tally.rows if row.split == "test")
+    samples = config.evaluation.bootstrap_samples
+    scores = report(rows, config.class_list, Mpp.square(first.mpp), first.rest, samples, config.seed)
+    write_tally(output / TALLY, replace(first, rows=rows))
+    write_text(output / "metrics.json", json.dumps(scores, indent=2) + "\n")
+    flat = table(scores)
+    write_csv(output / "metrics.csv", list(flat[0]), flat)
+    for name in (TALLY, "metrics.json", "metrics.csv"):
+        workspace.run.log_file(output / name)
+    pooled = scores[_HELD_OUT][POOLED]
+    workspace.run.log_metrics(
+        {f"{_HELD_OUT} {score} {name}": values[score] for name, values in pooled.items() for score in _LOGGED}
+    )
+    console.print(_table(scores))
+
+
+_LOGGED = ("dice", "dice_low", "dice_high", "iou", "iou_low", "iou_high")
+
+
+def _table(scores: Report) -> Table:
+    columns = ("class", "Dice", "95 % interval", "IoU", "precision", "recall", "patients")
+    shown = Table(*columns, title="Patients held out, pooled over folds; intervals over patients", title_justify="left")
+    for name, values in scores[_HELD_OUT][POOLED].items():
+        low, high = values["dice_low"], values["dice_high"]
+        interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        figures = [
+            "-" if value is None else f"{value:.3f}" for value in (values[key] for key in ("iou", "precision", "recall"))
+        ]
+        dice = "-" if values["dice"] is None else f"{values['dice']:.3f}"
+        shown.add_row(name, dice, interval, *figures, str(values["patients"]))
+    return shown

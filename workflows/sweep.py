@@ -1,0 +1,126 @@
+"""`fullfield sweep CONFIG key=value,value...`: every combination trained, side by side, and scored on validation slides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.table import Table
+
+from pipeline.cluster import Cluster
+from pipeline.combinations import Combination, combine
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import CheckpointError, CohortError, FullfieldError
+from pipeline.metrics import POOLED
+from pipeline.progress import console, progress
+from pipeline.scoreboard import Entry, ranked, write_scoreboard
+from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
+from workflows.run import run_stages
+from workflows.tile import tile_cohort
+from workflows.train import fit, fit_arguments
+
+_FILES = ("sweep.csv", "sweep.md", "sweep.png")
+_SPLIT = "val"
+
+
+def sweep(path: Path, overrides: Sequence[str]) -> int:
+    """Sweep over a configuration file; the exit code is 1 where a combination, or a slide of one, failed."""
+    fixed, combinations = combine(overrides)
+    config = load_config(path, fixed)
+    if (config.output / "model").exists():
+        remedy = "Choose another `output`, for instance output=runs/sweep."
+        raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
+    each = {combination: load_config(path, [*fixed, *combination.overrides]) for combination in combinations}
+    with open_workspace(config) as workspace:
+        if not workspace.annotated((_SPLIT,)):
+            remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
+            raise CohortError(str(config.cohort.manifest), "no annotated val slide", "slides to choose by", remedy)
+        workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
+        parts = {combination: _part(workspace, combination, each[combination]) for combination in combinations}
+        failures = [tile_cohort(workspace)]
+        failed = _train(workspace, list(parts.values()))
+        entries = []
+        for combination, part in parts.items():
+            console.print(f"\n{combination.name}", markup=False)
+            entry, failure = _finish(workspace, combination, part, failed.get(part.output))
+            entries.append(entry)
+            failures.append(failure)
+        _publish(workspace, ranked(entries))
+        command = workspace.run.open_command()
+    console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
+    return 1 if any(failures) else 0
+
+
+def _part(workspace: Workspace, combination: Combination, config: Config) -> Config:
+    """A combination's own configuration: the cohort as it was dealt out for all, and no look at test slides."""
+    cohort = config.cohort.model_copy(update={"manifest": workspace.output / "cohort.csv"})
+    segmentation = config.segmentation.model_copy(update={"splits": (_SPLIT,)})
+    output = workspace.output / combination.name
+    return config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation})
+
+
+def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldError]:
+    """Train all that have no model, as many at once as there are workers; returns why some failed, by output folder.
+
+    What is trained waits as an interrupted training that has no epoch left to do; the epochs are in each run at once.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_within(whole, part)) for part in parts]
+        for part in opened:
+            adopt_tiles(part, whole.tiles, whole.config)
+            tile_cohort(part)
+        waiting = {part.output: part for part in opened if not part.model.exists()}
+        return _watch(waiting, whole.cluster)
+
+
+def _watch(parts: Mapping[Path, Workspace], cluster: Cluster) -> dict[Path, FullfieldError]:
+    tasks = {output: (fit, fit_arguments(part)) for output, part in parts.items()}
+    logged = {output: part.run.steps("loss") for output, part in parts.items()}
+    failed, planned = dict[Path, FullfieldError](), {output: part.config.training.epochs for output, part in parts.items()}
+    with progress("sweep: epochs of all", sum(planned.values())) as bar:
+        for outcome in cluster.streams(tasks):
+            output, record = outcome.key, outcome.value
+            if isinstance(outcome.error, FullfieldError):
+                failed[output] = outcome.error
+            elif outcome.error is not None:
+                raise outcome.error
+            elif record.epoch not in logged[output]:
+                parts[output].run.log_metrics(record.metrics, step=record.epoch)
+                logged[output].add(record.epoch)
+                bar.grow(record.planned - planned[output])
+                planned[output] = record.planned
+                bar.advance(note=f"{output.name}: epoch {record.epoch}")
+    return failed
+
+
+def _finish(whole: Workspace, combination: Combination, part: Config, error: FullfieldError | None) -> tuple[Entry, int]:
+    """Take the trained network, segment and evaluate; the scores, and 1 where something failed, else 0."""
+    try:
+        with open_within(whole, part) as workspace:
+            if error is not None:
+                raise error
+            failure = run_stages(workspace)
+            workspace.run.log_params({"sweep": combination.values})
+    except FullfieldError as trouble:
+        console.print(f"failed: {combination.name}: {trouble}", markup=False)
+        return Entry(combination.name, combination.values, {}, str(trouble)), 1
+    scores = json.loads((part.output / "metrics.json").read_text(encoding="utf-8"))
+    return Entry(combination.name, combination.values, scores[_SPLIT][POOLED]), failure
+
+
+def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
+    write_scoreboard(workspace.output, entries)
+    for name in _FILES:
+        if (workspace.output / name).exists():
+            workspace.run.log_file(workspace.output / name)
+    best = entries[0]
+    if best.dice is not None:
+        workspace.run.log_metrics({"best dice": best.dice})
+        workspace.run.set_tags({"fullfield.best": best.name})
+    shown = Table("combination", "mean Dice", title="Validation slides, the best first", title_justify="left")
+    for entry in entries:
+        shown.add_row(entry.name, "failed" if entry.dice is None else f"{entry.dice:.3f}")
+    console.print(shown)
