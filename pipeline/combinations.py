@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,7 +18,7 @@ _FIXED = ("output", "cluster", "tracking", "cohort", "classes", "annotations")
 
 @dataclass(frozen=True)
 class Combination:
-    """One of a sweep: a name that may be a folder's, and what it sets, by dotted key; keys of a single value are left out."""
+    """One of a sweep: a name that may be a folder's, and the swept values that it sets, by dotted key."""
 
     name: str
     values: dict[str, Any]
@@ -56,7 +56,7 @@ def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
     return fixed, found
 
 
-def _name(keys: Sequence[str] | dict[str, Any], values: Sequence[Any]) -> str:
+def _name(keys: Collection[str], values: Sequence[Any]) -> str:
     """`learning_rate=0.001,width=16`: the last word of a key where no other has it, else the whole."""
     lasts = [key.rpartition(".")[2] for key in keys]
     words = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]

@@ -147,3 +147,16 @@ def test_this_process_keeps_its_memory_when_it_does_the_work() -> None:
     code = f"{imports}; keep_memory(); print(arena_growth())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 90_000_000
+
+
+def fail_after(stop: int) -> Iterator[int]:
+    yield from range(stop)
+    raise SlideError("slide.svs", f"{stop}", "another number", "Take it.")
+
+
+def test_streams_side_by_side_tell_all_in_order_and_one_that_fails_stops_no_other(cluster) -> None:
+    tasks = {"long": (count, (200,)), "none": (count, (0,)), "bad": (fail_after, (2,)), "short": (count, (5,))}
+    told = list(cluster.streams(tasks))
+    values = {key: [each.value for each in told if each.key == key and each.error is None] for key in tasks}
+    assert values == {"long": list(range(200)), "none": [], "bad": [0, 1], "short": list(range(5))}
+    assert [(each.key, type(each.error)) for each in told if each.error is not None] == [("bad", SlideError)]

@@ -33,17 +33,17 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
     if (config.output / "model").exists():
         remedy = "Choose another `output`, for instance output=runs/sweep."
         raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
-    each = {combination: load_config(path, [*fixed, *combination.overrides]) for combination in combinations}
+    configs = [load_config(path, [*fixed, *combination.overrides]) for combination in combinations]
     with open_workspace(config) as workspace:
         if not workspace.annotated((_SPLIT,)):
             remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
             raise CohortError(str(config.cohort.manifest), "no annotated val slide", "slides to choose by", remedy)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
-        parts = {combination: _part(workspace, combination, each[combination]) for combination in combinations}
+        parts = [_part(workspace, *pair) for pair in zip(combinations, configs, strict=True)]
         failures = [tile_cohort(workspace)]
-        failed = _train(workspace, list(parts.values()))
+        failed = _train(workspace, parts)
         entries = []
-        for combination, part in parts.items():
+        for combination, part in zip(combinations, parts, strict=True):
             console.print(f"\n{combination.name}", markup=False)
             entry, failure = _finish(workspace, combination, part, failed.get(part.output))
             entries.append(entry)

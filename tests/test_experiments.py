@@ -1,0 +1,172 @@
+"""Cross-validation and sweeps on small phantoms: what they leave, that it is right, and that calling again does nothing."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.cohort import read_manifest
+from pipeline.config_file import load_config
+from pipeline.errors import CheckpointError
+from pipeline.metrics import POOLED, ratios
+from pipeline.phantom import make_cohort
+from pipeline.tally import find_tally
+from pipeline.workspace import open_workspace
+from workflows.crossval import crossval
+from workflows.run import run
+from workflows.sweep import sweep
+from workflows.tile import tile_cohort
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of five small phantoms of four patients, the last of which is for test, and a tiny network."""
+    folder = tmp_path_factory.mktemp("experiments")
+    manifest = make_cohort(folder / "cohort", seed=5, slides=5, width=1001, height=803, mpp=1.0)
+    content = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
+    content["output"], content["cohort"] = str(folder / "out"), {"manifest": str(manifest)}
+    content["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 4, "depth": 1}
+    content["tiles"]["patch_size"] = 64
+    content["training"] = {"epochs": 2, "patches_per_epoch": 8, "batch_size": 4, "learning_rate": 0.01}
+    content["segmentation"] = {"tile_size": 96}
+    content["evaluation"] = {"bootstrap_samples": 50}
+    content["cluster"] = {"workers": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "config.yaml"
+
+
+def nested(output: Path, experiment: str = "fullfield demo") -> dict[str, list[str]]:
+    """The names of the runs below each run, by name, all of which are FINISHED."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert {found.info.status for found in runs} == {"FINISHED"}
+    names = {found.info.run_id: found.info.run_name for found in runs}
+    below: dict[str, list[str]] = {}
+    for found in runs:
+        below.setdefault(names.get(found.data.tags.get("mlflow.parentRunId", ""), ""), []).append(found.info.run_name)
+    return {name: sorted(children) for name, children in below.items()}
+
+
+STAGES = ["evaluate", "segment", "tile", "train"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_out(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cv"
+    assert crossval(config, [f"output={output}"], 3) == 0
+    given = {case.slide_id: case for case in read_manifest(config.parent / "cohort" / "cohort.csv")}
+    held_back = {case.patient for case in given.values() if case.split == "test"}
+    assert f"held back, as the manifest names them as test: {', '.join(held_back)}" in capsys.readouterr().out
+    pooled, counts = find_tally(str(output)), dict[str, np.ndarray]()
+    for number in (1, 2, 3):
+        cases = read_manifest(output / f"fold-{number}" / "cohort.csv")
+        splits = {case.split for case in cases}
+        assert splits == {"train", "val", "test"}
+        tested = {case.slide_id for case in cases if case.split == "test"}
+        found = {row.slide_id: row.confusion for row in find_tally(str(output / f"fold-{number}")).rows}
+        assert found.keys() == tested
+        counts |= found
+    assert counts.keys() == {name for name, case in given.items() if case.patient not in held_back}
+    assert {row.patient for row in pooled.rows} == {case.patient for case in given.values()} - held_back
+    for row in pooled.rows:
+        assert (row.confusion == counts[row.slide_id]).all() and row.patient == given[row.slide_id].patient
+    dice = ratios(np.sum(list(counts.values()), axis=0), pooled.rest)["dice"]
+    scores = json.loads((output / "metrics.json").read_text())["out-of-fold"][POOLED]
+    for index, name in enumerate(pooled.classes):
+        assert scores[name]["dice"] == (None if np.isnan(dice[index]) else pytest.approx(dice[index]))
+        assert scores[name]["patients"] == 3
+    folds = ["fold-1", "fold-2", "fold-3"]
+    assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
+    check_resumption(config, output, capsys)
+
+
+def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fold goes on alone as the same run, and all together do nothing again; the tiles are those of the tile stage."""
+    weights = (output / "fold-2" / "model" / "weights.safetensors").read_bytes()
+    tiles = (output / "fold-2" / "tiles.parquet").read_bytes()
+    (output / "fold-2" / "tiles.parquet").unlink()
+    capsys.readouterr()
+    assert run(output / "fold-2" / "config.yaml", []) == 0
+    assert "train: done already" in capsys.readouterr().out
+    assert (output / "fold-2" / "tiles.parquet").read_bytes() == tiles
+    assert not (output / "fold-2" / "mlflow.db").exists()
+    before = nested(output)
+    assert crossval(config, [f"output={output}"], 3) == 0
+    said = capsys.readouterr().out
+    assert said.count("train: done already") == 3 and said.count("tile: done already") == 4
+    assert nested(output) == before
+    assert (output / "fold-2" / "model" / "weights.safetensors").read_bytes() == weights
+
+
+def test_the_folder_of_a_run_is_not_taken(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for verb in (
+        lambda: crossval(config, [f"output={tmp_path}"], 2),
+        lambda: sweep(config, [f"output={tmp_path}", "seed=1,2"]),
+    ):
+        with pytest.raises(CheckpointError, match="a folder of its own"):
+            verb()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, values = tmp_path / "sweep", ["training.learning_rate=1e-2,1e-4", "network.width=4,6", "training.epochs=1"]
+    assert sweep(config, [f"output={output}", "cluster.workers=2", *values]) == 0
+    assert "2 local Dask worker(s)" in capsys.readouterr().out
+    rows = {row["name"]: row for row in rows_of(output / "sweep.csv")}
+    names = [f"learning_rate={rate},width={width}" for rate in ("0.01", "0.0001") for width in (4, 6)]
+    assert rows.keys() == set(names)
+    for name in names:
+        found, row = load_config(output / name / "config.yaml"), rows[name]
+        assert (found.training.learning_rate, found.network.width) == tuple(
+            float(row[key]) for key in ("training.learning_rate", "network.width")
+        )
+        assert found.training.epochs == 1
+        tally = find_tally(str(output / name))
+        assert {one.split for one in tally.rows} == {"val"}
+        dice = ratios(np.sum([one.confusion for one in tally.rows], axis=0), tally.rest)["dice"]
+        assert float(row["dice"]) == pytest.approx(np.nanmean(dice))
+        assert [float(row[f"dice {label}"] or "nan") for label in tally.classes] == pytest.approx(list(dice), nan_ok=True)
+        assert (output / name / "model" / "weights.safetensors").is_file()
+    order = [float(row["dice"]) for row in rows_of(output / "sweep.csv")]
+    assert order == sorted(order, reverse=True) and len(set(order)) == 4
+    assert (output / "sweep.png").stat().st_size > 0 and all(name in (output / "sweep.md").read_text() for name in names)
+    assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **dict.fromkeys(names, STAGES)}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(config: Path, tmp_path: Path) -> None:
+    values = ["training.learning_rate=1e-2,1e30", "training.epochs=2", "training.warmup_epochs=0"]
+    assert sweep(config, [f"output={tmp_path / 'out'}", *values]) == 1
+    good, failed = rows_of(tmp_path / "out" / "sweep.csv")
+    assert (good["name"], good["status"]) == ("learning_rate=0.01", "done")
+    assert (failed["status"], failed["dice"]) == ("failed", "")
+    assert "loss" in failed["reason"]
+
+
+def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path) -> None:
+    from pipeline.workspace import adopt_tiles, open_within
+
+    whole_config = load_config(config, [f"output={tmp_path / 'whole'}"])
+    with open_workspace(whole_config) as whole:
+        tile_cohort(whole)
+        other = load_config(config, [f"output={tmp_path / 'part'}", "tiles.patch_size=96"])
+        with open_within(whole, other) as part:
+            adopt_tiles(part, whole.tiles, whole.config)
+            assert not part.tiles.exists()
