@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 import shapely
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, depth_first_order
 
 _TURNS = np.array([0, 1, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 0, 1, 1, 0])  # by mask: NW 1, NE 2, SW 4, SE 8
 _NW_AND_SE = 9
@@ -92,23 +94,26 @@ def _rings(partner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The turns in the order of the outlines, and where in it each ring starts.
 
     Turn i is joined by a horizontal line to turn i ^ 1, by a vertical one to partner[i]. A ring starts at its first
-    turn: the first ring of a component is the outer one.
+    turn: the first ring of a component is the outer one. Going on from turn to turn leads round each ring in either
+    direction; kept is the one that starts along the horizontal line. These rings are made one chain, which is walked.
     """
-    across = np.arange(len(partner)) ^ 1
-    after = partner[across].tolist()  # of a turn that was entered, -1
-    path: list[int] = []
-    starts = []
-    for first in range(0, len(after), 2):
-        if after[first] < 0 or after[first + 1] < 0:
-            continue
-        starts.append(2 * len(path))
-        turn = first
-        while (following := after[turn]) >= 0:
-            after[turn] = -1
-            path.append(turn)
-            turn = following
-    entered = np.array(path, np.int64)
-    return np.stack([entered, entered ^ 1], axis=1).ravel(), np.array(starts, np.int64)
+    turns = np.arange(len(partner))
+    after = partner[turns ^ 1]
+    count, ring = connected_components(_one_way(after), connection="strong")
+    first = np.empty(count, np.int64)
+    first[ring[::-1]] = turns[::-1]
+    starts = np.sort(first[first % 2 == 0])
+    before = np.empty_like(after)
+    before[after] = turns
+    after[before[starts]] = np.roll(starts, -1)
+    entered = depth_first_order(_one_way(after), starts[0], return_predecessors=False).astype(np.int64)
+    sizes = np.bincount(ring)[ring[starts]]
+    return np.stack([entered, entered ^ 1], axis=1).ravel(), 2 * (np.cumsum(sizes) - sizes)
+
+
+def _one_way(following: np.ndarray) -> csr_array:
+    """The graph in which a single edge leads from i to following[i]."""
+    return csr_array((np.ones(len(following)), following, np.arange(len(following) + 1)))
 
 
 def _order(owners: np.ndarray, major: np.ndarray, minor: np.ndarray) -> np.ndarray:

@@ -6,14 +6,14 @@ finished at once; the others wait until no row of blocks below can reach them an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import orjson
 import shapely
 from skimage import measure
 
@@ -26,7 +26,7 @@ from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 
 _BATCH = 1_000_000  # corners that are made into outlines at once
-_WRITTEN = 256  # regions that are written at once
+_WRITTEN = 256  # regions that are taken apart at once
 _DECIMALS = 3  # of a coordinate in base pixels: a nanometre
 
 
@@ -76,49 +76,49 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
 
 
 def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> dict[str, int]:
-    """Write regions, one by one, as a GeoJSON FeatureCollection that QuPath opens in place.
+    """Write regions as a GeoJSON FeatureCollection that QuPath opens in place.
 
     Returns how many there are of each class, by name. The file appears when it is complete.
     """
     counts = dict.fromkeys(classes.names, 0)
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
-        separator = "\n"
-        for batch in _batches(regions, _WRITTEN):
-            polygons = shapely.transform([region.polygon for region in batch], _rounded)
-            for region, geometry in zip(batch, shapely.to_geojson(polygons), strict=True):
-                item = classes[region.class_index]
-                file.write(
-                    f'{separator}{{"type": "Feature", "properties": {_properties(region, item)}, "geometry": {geometry}}}'
-                )
-                separator = ",\n"
-                counts[item.name] += 1
-        file.write("\n]}\n")
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(b'{"type": "FeatureCollection", "features": [')
+        separator = b"\n"
+        for region, rings in _rings(regions):
+            item = classes[region.class_index]
+            file.write(separator + orjson.dumps(_feature(region, item, rings), option=orjson.OPT_SERIALIZE_NUMPY))
+            separator = b",\n"
+            counts[item.name] += 1
+        file.write(b"\n]}\n")
     return counts
 
 
-def _properties(region: Region, item: Class) -> str:
-    return json.dumps(
-        {
+def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]]]:
+    """Each region with its rings, the outer one first, (n, 2) float64; many are taken apart at once."""
+    remaining = iter(regions)
+    while batch := list(islice(remaining, _WRITTEN)):
+        _, points, (starts, first_rings) = shapely.to_ragged_array([region.polygon for region in batch])
+        points = np.round(points, _DECIMALS)
+        rings = [points[start:stop] for start, stop in pairwise(starts.tolist())]
+        for region, (first, beyond) in zip(batch, pairwise(first_rings.tolist()), strict=True):
+            yield region, rings[first:beyond]
+
+
+def _feature(region: Region, item: Class, rings: list[np.ndarray]) -> dict[str, object]:
+    """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
+    return {
+        "type": "Feature",
+        "properties": {
             "objectType": "annotation",
-            "classification": {"name": item.name, "color": list(item.color)},
+            "classification": {"name": item.name, "color": item.color},
             "isLocked": False,
             "measurements": {
                 "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
                 "Mean probability": round(region.mean_probability, 4),
             },
-        }
-    )
-
-
-def _batches(regions: Iterable[Region], size: int) -> Iterator[list[Region]]:
-    remaining = iter(regions)
-    while batch := list(islice(remaining, size)):
-        yield batch
-
-
-def _rounded(points: np.ndarray) -> np.ndarray:
-    return np.round(points, _DECIMALS)
+        },
+        "geometry": {"type": "Polygon", "coordinates": rings},
+    }
 
 
 @dataclass
