@@ -117,7 +117,7 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     fresh = [job for job in jobs if job.slide_id not in sizes]
     if fresh:
         slides = [(job.slide, job.mpp) for job in fresh]
-        cluster.submit("tile size", tile_size_for, slides, fresh[0].model, memory_gib, fresh[0].engine)
+        cluster.submit("tile size", tile_size_for, slides, fresh[0].model, memory_gib, fresh[0].tissue, fresh[0].engine)
         (outcome,) = cluster
         if outcome.error:
             raise outcome.error

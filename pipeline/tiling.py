@@ -1,8 +1,9 @@
 """How large the tiles of a run are, and what a slide will take: found by running a few tiles, not by assumption.
 
-A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles compute less, and hold
-more memory. Both are measured in the process that does the work, on its own slide, with everything that a tile takes:
-reading ahead, the forward pass, compressing and writing. What was measured of a model on a machine is kept for the next run.
+A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles spend less on halos, more
+on glass round the tissue, and hold more memory. The tissue is found in a coarse view. Memory is measured in the process that
+does the work, on its own slide, with everything that a tile takes: reading ahead, the forward pass, compressing and writing.
+What was measured of a model on a machine is kept for the next run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 
 from pipeline import __version__, ensemble
@@ -55,6 +57,8 @@ _SHARE = 0.8  # of the free memory of the machine, or of all that its container 
 _PROBE_SIZES = (256, 768)  # pixels
 _PROBE_TILES = 3  # the first warms up; by then a window is read while another is run and a third is written
 _FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations no longer fit the gaps that they left
+_SAMPLED = 4  # slides at most whose tissue is looked for, the largest among them, by this many um/px or more
+_COARSE_MPP = 32.0
 _PYRAMID = 4 / 3  # pixels of all levels, relative to the finest
 
 
@@ -94,12 +98,16 @@ class Estimate:
 
 
 def tile_size_for(
-    slides: Sequence[tuple[Path, float | None]], model: Path, memory_gib: float | None, settings: EngineSettings = EXACT
+    slides: Sequence[tuple[Path, float | None]],
+    model: Path,
+    memory_gib: float | None,
+    tissue: TissueSettings,
+    settings: EngineSettings = EXACT,
 ) -> int:
     """One tile size for all slides, given as path and mpp, with the model in a folder run in one way; see `choose`.
 
-    The tiles that are run are of the slide that costs most to read. Slides that cannot be read do not count. What was
-    measured before, of such a slide with this model on this machine, is not measured again.
+    The tiles that are run are of the slide that costs most to read; tissue is looked for in a few. Slides that cannot be
+    read do not count. What was measured before, of such a slide with this model on this machine, is not measured again.
     """
     engine = load_engine(model, settings)
     scale, way = Mpp.square(engine.spec.mpp), stitching(engine.spec, blended=False)
@@ -111,8 +119,20 @@ def tile_size_for(
     for slide in opened:
         with suppress(SlideError):
             found = _known_probe(slide, engine, way, _kept_probe(slide, engine.spec, model, settings))
-            return choose(engine.spec, [slide.base.at(scale) for slide in opened], found, memory_gib)
+            return choose(engine.spec, _sample(opened, scale, tissue), found, memory_gib)
     return _STEP
+
+
+def _sample(slides: Sequence[Slide], scale: Mpp, settings: TissueSettings) -> list[tuple[Lattice, Tissue]]:
+    """A few slides, from the largest to smaller ones, as `choose` takes them. Raises SlideError where none can be read."""
+    from pipeline.tissue import find_tissue
+
+    coarse = settings.model_copy(update={"mpp": max(settings.mpp, _COARSE_MPP)})
+    by_size = sorted(slides, key=lambda slide: -max(slide.base.at(scale).shape))
+    return [
+        (slide.base.at(scale), find_tissue(slide, coarse))
+        for slide in by_size[:: max(len(by_size) // _SAMPLED, 1)][:_SAMPLED]
+    ]
 
 
 def foresee(path: Path, mpp: float | None, model: Path, settings: TissueSettings, wanted: SegmentationSettings) -> Estimate:
@@ -125,7 +145,7 @@ def foresee(path: Path, mpp: float | None, model: Path, settings: TissueSettings
     tissue = find_tissue(slide, settings)
     places = (tile.write_roi for tile in way.grid(lattice, _PROBE_SIZES[-1]))
     found = probe(slide, lattice, engine, max(places, key=lambda place: tissue.fraction(place, lattice)), way)
-    usual = TILE_SIZE if wanted.blend else choose(engine.spec, [lattice], found, None)
+    usual = TILE_SIZE if wanted.blend else choose(engine.spec, [(lattice, tissue)], found, None)
     return estimate(way, lattice, tissue, found, wanted.tile_size or usual)
 
 
@@ -174,14 +194,14 @@ def _kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSett
     return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
 
 
-def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gib: float | None) -> int:
-    """The tile size, in pixels, with which slides of these lattices are read least, within the memory of a worker.
+def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Probe, memory_gib: float | None) -> int:
+    """The tile size, in pixels, with which the tissue of these slides is read least, within the memory of a worker.
 
     `memory_gib` None: as much as the machine has free, up to 2 GiB, or 3 where the halo would cost more than a fifth.
     Raises ClusterError where not even the smallest tile fits.
     """
     way, step = Exact(spec.required_halo(), spec.stride), math.lcm(spec.stride, _STEP)
-    extent = max(max(lattice.shape) for lattice in lattices)
+    extent = max(max(lattice.shape) for lattice, _ in slides)
     least = round_up(-(-extent // _TILES_ACROSS), step)
     largest = max(least, min(_largest_useful(way, step), round_up(extent, step)))
     fitting: list[int] = []
@@ -193,7 +213,7 @@ def choose(spec: ModelSpec, lattices: Sequence[Lattice], found: Probe, memory_gi
     if not fitting:
         raise _too_little(limits[-1], step, _peak(way, step, found))
     few = [size for size in fitting if size >= least] or fitting[-1:]
-    return min(few, key=lambda size: (sum(_read(way, lattice, size) for lattice in lattices), size))
+    return min(few, key=lambda size: (sum(_read(way, *slide, size) for slide in slides), size))
 
 
 def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int) -> Estimate:
@@ -231,10 +251,16 @@ def _peak(way: Exact, size: int, found: Probe) -> float:
     return found.peak_bytes((size + 2 * way.halo) ** 2)
 
 
-def _read(way: Exact, lattice: Lattice, size: int) -> int:
-    """Pixels of all windows of a slide: the last tiles of rows and columns read whole windows, too."""
+def _read(way: Exact, lattice: Lattice, tissue: Tissue, size: int) -> int:
+    """Pixels of all windows with tissue (of all windows where there is none): the last tiles of rows and columns read whole
+    windows, too.
+    """
     grid = way.grid(lattice, size)
-    return len(grid) * math.prod(grid.read_shape)
+    x_scale, y_scale = tissue.lattice.scale_to(lattice)
+    rows, columns = (index + 0.5 for index in np.nonzero(tissue.mask))
+    rows = np.minimum(rows * y_scale, lattice.height - 1) // grid.write_size
+    columns = np.minimum(columns * x_scale, lattice.width - 1) // grid.write_size
+    return (np.unique(rows * grid.shape[1] + columns).size or len(grid)) * math.prod(grid.read_shape)
 
 
 def _too_little(limit_gib: float, size: int, needed: float) -> ClusterError:

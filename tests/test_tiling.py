@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from pipeline.architectures import build_network
 from pipeline.canvas import create_canvas
@@ -45,6 +46,12 @@ def lattice(width: int, height: int) -> Lattice:
     return Lattice(width, height, Mpp.square(1.0))
 
 
+def full(slide: Lattice) -> tuple[Lattice, Tissue]:
+    """A slide that is all tissue."""
+    coarse = slide.at(Mpp.square(64.0))
+    return slide, Tissue(np.ones(coarse.shape, bool), coarse)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nothing that earlier runs found on this machine."""
@@ -75,7 +82,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("memory_gib", [0.9, 2.0, 30.0])
 def test_no_other_size_that_fits_reads_less(size: tuple[int, int], halo: int, memory_gib: float) -> None:
     model, slide = spec(halo), lattice(*size)
-    chosen = choose(model, [slide], MODEST, memory_gib)
+    chosen = choose(model, [full(slide)], MODEST, memory_gib)
     assert chosen % 256 == 0
     assert MODEST.peak_bytes((chosen + 2 * halo) ** 2) <= memory_gib * GIB
 
@@ -88,11 +95,35 @@ def test_no_other_size_that_fits_reads_less(size: tuple[int, int], halo: int, me
     assert chosen < max(size) + 256
 
 
+@pytest.mark.parametrize("halo", [0, 32, 96])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_size_reads_less_of_tissue_among_glass(halo: int, seed: int) -> None:
+    model, slide = spec(halo), lattice(30_001, 20_003)
+    coarse = slide.at(Mpp.square(64.0))
+    mask = gaussian_filter(np.random.default_rng(seed).random(coarse.shape), 12) > 0.505
+    tissue = Tissue(mask, coarse)
+
+    def read(tile: int) -> int:
+        grid = Grid(slide, tile, halo, model.stride)
+        return sum(cell.read_roi.area for cell in grid if tissue.fraction(cell.write_roi, slide) > 0)
+
+    chosen = choose(model, [(slide, tissue)], MODEST, 3.0)
+    others = [size for size in range(512, 2049, 256) if MODEST.peak_bytes((size + 2 * halo) ** 2) <= 3.0 * GIB]
+    assert read(chosen) == min(read(size) for size in others)
+    assert choose(model, [full(slide)], MODEST, 3.0) >= chosen
+
+
+def test_a_slide_of_glass_has_a_tile_size() -> None:
+    slide = lattice(30_001, 20_003)
+    glass = Tissue(np.zeros((20, 30), bool), slide.at(Mpp.square(1000.0)))
+    assert choose(spec(), [(slide, glass)], MODEST, 3.0) == choose(spec(), [full(slide)], MODEST, 3.0)
+
+
 def test_large_tiles_are_worth_their_memory_only_where_the_halo_is_dear() -> None:
     vast = lattice(100_003, 80_001)
     plenty = replace(MODEST, bytes_per_pixel=1.0)
-    assert 3072 <= choose(spec(96), [vast], plenty, 30.0) <= 4096
-    least = choose(spec(8), [vast], plenty, 30.0)
+    assert 3072 <= choose(spec(96), [full(vast)], plenty, 30.0) <= 4096
+    least = choose(spec(8), [full(vast)], plenty, 30.0)
     assert least < 4096
     way = stitching(spec(8), blended=False)
     assert way.cost(2 * least) > 0.98 * way.cost(least)
@@ -100,21 +131,21 @@ def test_large_tiles_are_worth_their_memory_only_where_the_halo_is_dear() -> Non
 
 def test_a_slide_is_hundreds_of_files_also_without_a_halo() -> None:
     vast = lattice(131_072, 100_001)
-    assert len(Grid(vast, choose(spec(0), [vast], MODEST, 30.0), 0, 8)) <= 64**2
+    assert len(Grid(vast, choose(spec(0), [full(vast)], MODEST, 30.0), 0, 8)) <= 64**2
 
 
 def test_more_memory_is_taken_where_the_halo_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     vast = lattice(100_003, 80_001)
-    usual, dear = choose(spec(32), [vast], MODEST, None), choose(spec(96), [vast], MODEST, None)
+    usual, dear = choose(spec(32), [full(vast)], MODEST, None), choose(spec(96), [full(vast)], MODEST, None)
     assert MODEST.peak_bytes((usual + 64) ** 2) <= 2 * GIB
     assert 2 * GIB < MODEST.peak_bytes((dear + 192) ** 2) <= 3 * GIB
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": GIB})())
-    assert MODEST.peak_bytes((choose(spec(96), [vast], MODEST, None) + 192) ** 2) <= GIB
+    assert MODEST.peak_bytes((choose(spec(96), [full(vast)], MODEST, None) + 192) ** 2) <= GIB
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_it_takes() -> None:
     with pytest.raises(ClusterError, match="found 0.10 GiB") as caught:
-        choose(spec(64), [lattice(5000, 4000)], MODEST, 0.1)
+        choose(spec(64), [full(lattice(5000, 4000))], MODEST, 0.1)
     needed = float(caught.value.expected.split(" GiB")[0])
     assert needed == pytest.approx(MODEST.peak_bytes((256 + 128) ** 2) / GIB, abs=0.02)
 
@@ -122,7 +153,7 @@ def test_too_little_memory_is_an_error_that_says_how_much_it_takes() -> None:
 @pytest.mark.parametrize(("stride", "output_stride"), [(8, 1), (32, 32), (24, 8)])
 def test_the_size_suits_the_stride(stride: int, output_stride: int) -> None:
     model = spec(2 * stride, stride, output_stride)
-    chosen = choose(model, [lattice(9001, 7003)], MODEST, None)
+    chosen = choose(model, [full(lattice(9001, 7003))], MODEST, None)
     assert chosen % stride == chosen % 256 == 0
 
 
@@ -189,13 +220,14 @@ def test_windows_of_two_sizes_are_run_however_small_the_slide(scan: Path) -> Non
 def test_slides_that_cannot_be_read_do_not_count(model: Path, scan: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     broken = (tmp_path / "broken.svs", None)
-    assert tile_size_for([broken, (scan, None)], model, 30.0) == tile_size_for([(scan, None)], model, 30.0)
-    assert tile_size_for([broken], model, 30.0) == 256
+    good, tissue = (scan, None), TissueSettings()
+    assert tile_size_for([broken, good], model, 30.0, tissue) == tile_size_for([good], model, 30.0, tissue)
+    assert tile_size_for([broken], model, 30.0, tissue) == 256
 
 
 def test_what_was_measured_is_not_measured_again(scan: Path, model: Path, cache: Path) -> None:
     def size() -> int:
-        return tile_size_for([(scan, None)], model, 3.0)
+        return tile_size_for([(scan, None)], model, 3.0, TissueSettings())
 
     first = size()
     (kept,) = (cache / "fullfield" / "probes").iterdir()
