@@ -16,54 +16,24 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import __version__, ensemble
+from pipeline import ensemble
 from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
-from pipeline.canvas import Canvas, create_canvas, open_canvas
+from pipeline.canvas import create_canvas, open_canvas
 from pipeline.cluster import Cluster
-from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CanvasError, FullfieldError
 from pipeline.files import locked, write_text
-from pipeline.geometry import Mpp
 from pipeline.grid import Tile
-from pipeline.network import ModelSpec
-from pipeline.runtime import EXACT, describe, load_engine, settled
-from pipeline.slide import Pixels, Slide, open_slide
-from pipeline.staining import Staining
-from pipeline.stitching import Stitching, stitching
+from pipeline.runtime import load_engine
+from pipeline.slide_job import CANVAS, PROVENANCE, OpenedJob, SlideJob, is_finished, job_engine, job_tile_size
 from pipeline.tiling import tile_size_for
 
-if TYPE_CHECKING:
-    from pipeline.tissue import Tissue
-
-CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
-_STAINING = "staining"  # of what the canvas says was measured
 _BLOCK_TILES = 4  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
 _SLIDES_AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class SlideJob:
-    """One slide to segment with the model in the folder `model`, into `folder`.
-
-    `mpp`, if any, counts before the scale that the scan states.
-    """
-
-    slide_id: str
-    slide: Path
-    mpp: float | None
-    model: Path
-    folder: Path
-    settings: SegmentationSettings
-    tissue: TissueSettings
-    engine: EngineSettings = EXACT
 
 
 @dataclass(frozen=True)
@@ -112,7 +82,7 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     sizes = dict[str, int]()
     for job in jobs:
         with suppress(CanvasError):
-            sizes[job.slide_id] = _tile_size(job)
+            sizes[job.slide_id] = job_tile_size(job)
     sizes |= {job.slide_id: TILE_SIZE for job in jobs if job.settings.blend and job.slide_id not in sizes}
     fresh = [job for job in jobs if job.slide_id not in sizes]
     if fresh:
@@ -194,7 +164,7 @@ def plan_slide(job: SlideJob) -> Plan:
     Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
     SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
     """
-    opened = _Opened(job)
+    opened = OpenedJob(job)
     identity, path = opened.identity(), job.folder / CANVAS
     with locked(job.folder):
         if path.exists():
@@ -216,20 +186,9 @@ def plan_slide(job: SlideJob) -> Plan:
     return Plan(tuple(tuple(block) for block in blocks.values()), finished=False)
 
 
-def is_finished(job: SlideJob) -> bool:
-    """Whether the job's folder holds a finished segmentation that is this job's, not another run's."""
-    try:
-        provenance = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    if not (job.folder / CANVAS).exists():
-        return False
-    return bool(provenance["identity"] == _Opened(job).identity())
-
-
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
-    opened, engine = _Opened(job), load_engine(job.model, _engine(job))
+    opened, engine = OpenedJob(job), load_engine(job.model, job_engine(job))
     canvas = open_canvas(job.folder / CANVAS)
 
     def write(done: tuple[Tile, np.ndarray]) -> int:
@@ -247,99 +206,10 @@ def finish_slide(job: SlideJob) -> None:
     """Make everything that follows from the canvas; the provenance comes last, and says that the slide is done."""
     from pipeline.finishing import Finish
 
-    opened = _Opened(job)
+    opened = OpenedJob(job)
     tissue = opened.tissue()
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
         rest, several = opened.spec.rest, len(ensemble.members(job.model)) > 1
         Finish(job.folder, opened.slide, canvas, tissue, rest, job.settings.min_region_um2, several).make()
         write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
-
-
-def _tile_size(job: SlideJob) -> int:
-    """The job's tile size, or that of the canvas which it goes on with. Raises CanvasError where there is neither."""
-    if job.settings.tile_size is not None:
-        return job.settings.tile_size
-    return open_canvas(job.folder / CANVAS).write_size * ensemble.load_spec(job.model).output_stride
-
-
-def _engine(job: SlideJob) -> EngineSettings:
-    """The job's engine. Where nobody names a backend, exact output goes on with the one that it was begun with.
-
-    So installing the other backend later neither refuses what is there nor mixes the two in one output.
-    """
-    if job.engine.precision == "exact" and job.engine.backend == "auto":
-        ways = {f"exact, {backend}": backend for backend in ("torch", "openvino")}
-        with suppress(CanvasError):
-            begun = ways.get(open_canvas(job.folder / CANVAS).identity.get("engine", ""))
-            if begun:
-                return job.engine.model_copy(update={"backend": begun})
-    return settled(job.engine, ensemble.load_spec(job.model).architecture)
-
-
-class _Opened:
-    """A job's slide, model and grid; opening them is cheap, since a process keeps each slide open."""
-
-    def __init__(self, job: SlideJob) -> None:
-        self.job = job
-        self.slide: Slide = open_slide(job.slide, job.mpp)
-        self.spec: ModelSpec = ensemble.load_spec(job.model)
-        lattice = self.slide.base.at(Mpp.square(self.spec.mpp))
-        self.stitching: Stitching = stitching(self.spec, job.settings.blend)
-        self.grid = self.stitching.grid(lattice, _tile_size(job))
-
-    def tissue(self) -> Tissue:
-        """The slide's tissue."""
-        from pipeline.tissue import find_tissue
-
-        return find_tissue(self.slide, self.job.tissue)
-
-    def measured(self, tissue: Tissue) -> dict[str, object]:
-        """What is measured once on the slide, and then holds for every tile, whichever worker segments it."""
-        if self.spec.normalisation is None:
-            return {}
-        from pipeline.normalised import estimate
-
-        return {_STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
-
-    def pixels(self, canvas: Canvas) -> Pixels:
-        """The slide as the network sees it."""
-        if self.spec.normalisation is None:
-            return self.slide
-        from pipeline.normalised import NormalisedSlide
-
-        return NormalisedSlide(self.slide, Staining.from_dict(canvas.measured[_STAINING]), self.spec.normalisation)
-
-    def identity(self) -> dict[str, str]:
-        """What the labels depend on: a canvas takes tiles of no other run."""
-        return {
-            "fullfield": __version__,
-            "model": ensemble.digest(self.job.model),
-            "engine": describe(self.job.model, _engine(self.job)),
-            "slide": self.slide.digest(),
-            "slide_mpp": f"{self.slide.base.mpp.x} x {self.slide.base.mpp.y}",
-            "classes": ", ".join(self.spec.classes.names),
-            "tile_size": str(self.grid.write_size),
-            "tissue": json.dumps(self.job.tissue.model_dump(), sort_keys=True),
-            **({} if self.stitching.exact else {"blend": str(self.stitching)}),
-        }
-
-    def provenance(self, canvas: Canvas, tissue: Tissue) -> dict[str, object]:
-        """Where this output comes from."""
-        return {
-            "slide_path": str(self.job.slide.resolve()),
-            "model_path": str(self.job.model.resolve()),
-            "members": [str(member.resolve()) for member in ensemble.members(self.job.model)],
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "identity": self.identity(),
-            "exact": self.stitching.exact and self.job.engine.precision == "exact",
-            "stitching": str(self.stitching),
-            "model_spec": self.spec.to_dict(),
-            "staining": canvas.measured.get(_STAINING),
-            "min_region_um2": self.job.settings.min_region_um2,
-            "mpp": asdict(canvas.lattice.mpp),
-            "width": canvas.lattice.width,
-            "height": canvas.lattice.height,
-            "tissue_mm2": tissue.area_um2 / 1e6,
-            "tiles": len(canvas.done()),
-        }

@@ -25,8 +25,8 @@ from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.patches import Source
 from pipeline.progress import console
-from pipeline.segmentation import SlideJob
 from pipeline.slide import open_slide
+from pipeline.slide_job import SlideJob
 from pipeline.staining import Normalisation
 from pipeline.stains import reference
 from pipeline.store import chosen_address, own_address

@@ -21,7 +21,7 @@ FLOORS = [
     "blending",
     "stitching",
     "validation exactness tiling precision",
-    "finishing",
+    "finishing slide_job",
     "segmentation",
     "workspace",
 ]

@@ -23,8 +23,9 @@ from pipeline.histology import GLASS, draw, plan
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.runtime import load_engine
-from pipeline.segmentation import CANVAS, SlideJob, finish_slide, plan_slide, segment_block
+from pipeline.segmentation import finish_slide, plan_slide, segment_block
 from pipeline.slide import Pixels, Slide, open_slide
+from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.staining import METHODS
 from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue

@@ -27,8 +27,9 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid
 from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
-from pipeline.segmentation import SlideJob, is_finished, plan_slide, with_tile_sizes
+from pipeline.segmentation import plan_slide, with_tile_sizes
 from pipeline.slide import open_slide
+from pipeline.slide_job import SlideJob, is_finished
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Probe, choose, estimate, probe, tile_size_for
 from pipeline.tissue import Tissue

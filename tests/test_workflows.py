@@ -31,8 +31,9 @@ from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
 from pipeline.runtime import load_engine
-from pipeline.segmentation import SlideJob, is_finished, plan_slide
+from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
+from pipeline.slide_job import SlideJob, is_finished
 from pipeline.snapshot import read_standing
 from pipeline.workspace import open_workspace, slide_job
 from workflows.train import train, train_model

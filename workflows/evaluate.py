@@ -20,8 +20,8 @@ from pipeline.export import truth_beside_prediction, write_png
 from pipeline.files import write_csv, write_text
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, progress
-from pipeline.segmentation import CANVAS, is_finished
 from pipeline.slide import open_slide
+from pipeline.slide_job import CANVAS, is_finished
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
 from pipeline.tissue import PICTURE_PIXELS

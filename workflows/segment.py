@@ -25,8 +25,9 @@ from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
 from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
-from pipeline.segmentation import Row, SlideJob, segment_slides, with_tile_sizes
+from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
+from pipeline.slide_job import SlideJob
 from pipeline.stitching import stitching
 from pipeline.tracking import Run
 

@@ -1,0 +1,144 @@
+"""One slide to segment with one model: what was asked for, and the slide, network and grid that follow from it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import __version__, ensemble
+from pipeline.canvas import Canvas, open_canvas
+from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.errors import CanvasError
+from pipeline.geometry import Mpp
+from pipeline.network import ModelSpec
+from pipeline.runtime import EXACT, describe, settled
+from pipeline.slide import Pixels, Slide, open_slide
+from pipeline.staining import Staining
+from pipeline.stitching import Stitching, stitching
+
+if TYPE_CHECKING:
+    from pipeline.tissue import Tissue
+
+CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
+_STAINING = "staining"  # of what the canvas says was measured
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """One slide to segment with the model in the folder `model`, into `folder`.
+
+    `mpp`, if any, counts before the scale that the scan states.
+    """
+
+    slide_id: str
+    slide: Path
+    mpp: float | None
+    model: Path
+    folder: Path
+    settings: SegmentationSettings
+    tissue: TissueSettings
+    engine: EngineSettings = EXACT
+
+
+def is_finished(job: SlideJob) -> bool:
+    """Whether the job's folder holds a finished segmentation that is this job's, not another run's."""
+    try:
+        provenance = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    if not (job.folder / CANVAS).exists():
+        return False
+    return bool(provenance["identity"] == OpenedJob(job).identity())
+
+
+def job_tile_size(job: SlideJob) -> int:
+    """The job's tile size, or that of the canvas which it goes on with. Raises CanvasError where there is neither."""
+    if job.settings.tile_size is not None:
+        return job.settings.tile_size
+    return open_canvas(job.folder / CANVAS).write_size * ensemble.load_spec(job.model).output_stride
+
+
+def job_engine(job: SlideJob) -> EngineSettings:
+    """The job's engine. Where nobody names a backend, exact output goes on with the one that it was begun with.
+
+    So installing the other backend later neither refuses what is there nor mixes the two in one output.
+    """
+    if job.engine.precision == "exact" and job.engine.backend == "auto":
+        ways = {f"exact, {backend}": backend for backend in ("torch", "openvino")}
+        with suppress(CanvasError):
+            begun = ways.get(open_canvas(job.folder / CANVAS).identity.get("engine", ""))
+            if begun:
+                return job.engine.model_copy(update={"backend": begun})
+    return settled(job.engine, ensemble.load_spec(job.model).architecture)
+
+
+class OpenedJob:
+    """A job's slide, model and grid; opening them is cheap, since a process keeps each slide open."""
+
+    def __init__(self, job: SlideJob) -> None:
+        self.job = job
+        self.slide: Slide = open_slide(job.slide, job.mpp)
+        self.spec: ModelSpec = ensemble.load_spec(job.model)
+        lattice = self.slide.base.at(Mpp.square(self.spec.mpp))
+        self.stitching: Stitching = stitching(self.spec, job.settings.blend)
+        self.grid = self.stitching.grid(lattice, job_tile_size(job))
+
+    def tissue(self) -> Tissue:
+        """The slide's tissue."""
+        from pipeline.tissue import find_tissue
+
+        return find_tissue(self.slide, self.job.tissue)
+
+    def measured(self, tissue: Tissue) -> dict[str, object]:
+        """What is measured once on the slide, and then holds for every tile, whichever worker segments it."""
+        if self.spec.normalisation is None:
+            return {}
+        from pipeline.normalised import estimate
+
+        return {_STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
+
+    def pixels(self, canvas: Canvas) -> Pixels:
+        """The slide as the network sees it."""
+        if self.spec.normalisation is None:
+            return self.slide
+        from pipeline.normalised import NormalisedSlide
+
+        return NormalisedSlide(self.slide, Staining.from_dict(canvas.measured[_STAINING]), self.spec.normalisation)
+
+    def identity(self) -> dict[str, str]:
+        """What the labels depend on: a canvas takes tiles of no other run."""
+        return {
+            "fullfield": __version__,
+            "model": ensemble.digest(self.job.model),
+            "engine": describe(self.job.model, job_engine(self.job)),
+            "slide": self.slide.digest(),
+            "slide_mpp": f"{self.slide.base.mpp.x} x {self.slide.base.mpp.y}",
+            "classes": ", ".join(self.spec.classes.names),
+            "tile_size": str(self.grid.write_size),
+            "tissue": json.dumps(self.job.tissue.model_dump(), sort_keys=True),
+            **({} if self.stitching.exact else {"blend": str(self.stitching)}),
+        }
+
+    def provenance(self, canvas: Canvas, tissue: Tissue) -> dict[str, object]:
+        """Where this output comes from."""
+        return {
+            "slide_path": str(self.job.slide.resolve()),
+            "model_path": str(self.job.model.resolve()),
+            "members": [str(member.resolve()) for member in ensemble.members(self.job.model)],
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "identity": self.identity(),
+            "exact": self.stitching.exact and self.job.engine.precision == "exact",
+            "stitching": str(self.stitching),
+            "model_spec": self.spec.to_dict(),
+            "staining": canvas.measured.get(_STAINING),
+            "min_region_um2": self.job.settings.min_region_um2,
+            "mpp": asdict(canvas.lattice.mpp),
+            "width": canvas.lattice.width,
+            "height": canvas.lattice.height,
+            "tissue_mm2": tissue.area_um2 / 1e6,
+            "tiles": len(canvas.done()),
+        }
