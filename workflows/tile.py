@@ -52,17 +52,15 @@ def tile(path: Path, overrides: Sequence[str]) -> int:
 
 
 def tile_cohort(workspace: Workspace) -> int:
-    """Write tiles.parquet, a row a cell, unless it is there already; then show what there is to learn from.
+    """Write tiles.parquet, a row a cell, and show what there is to learn from, unless it is there already.
 
     A slide that cannot be read is named and left out; returns 1 where there was one, else 0. Raises AnnotationError where
     annotations cannot be used, all of them in one message.
     """
     config, stamp = workspace.config, tile_inputs(workspace.config, workspace.cases)
-    unreadable = list[str]()
+    unreadable, done = list[str](), read_stamp(workspace.tiles) == (stamp, True)
     with workspace.run.child("tile") as run:
-        if read_stamp(workspace.tiles) == (stamp, True):
-            console.print("tile: done already")
-        else:
+        if not done:
             rows, unreadable = _count(workspace, run)
             _write(workspace.tiles, rows, config, stamp, complete=not unreadable)
         areas = _areas(workspace.tiles, config)
@@ -70,7 +68,7 @@ def tile_cohort(workspace: Workspace) -> int:
         run.log_file(workspace.tiles)
     for message in unreadable:
         console.print(f"tile: left out {message}", markup=False)
-    console.print(_area_table(areas, config))
+    console.print("tile: done already" if done else _area_table(areas, config))
     return 1 if unreadable else 0
 
 
