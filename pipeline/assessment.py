@@ -7,7 +7,7 @@ a whole split, with intervals over its patients, as metrics.py has them for pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,15 +78,10 @@ def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
     classes = len(canvas.classes)
     pixels, reliability = np.zeros((classes, classes + 1), np.int64), np.zeros((classes, BINS, 3), np.int64)
     known = KnownMap(canvas)
-    for y in range(0, canvas.lattice.height, BLOCK):
-        for x in range(0, canvas.lattice.width, BLOCK):
-            roi = Roi(x, y, BLOCK, BLOCK).intersect(canvas.lattice.roi)
-            true = truth.read(roi, canvas.lattice)
-            if (true != IGNORED).any():
-                labels = canvas.read_labels(roi)
-                pixels += confusion(true, labels, classes)
-                reliability += count_reliability(true, labels, canvas.read_probabilities(roi))
-                known.add(roi, true != IGNORED)
+    for roi, true, labels in _known_blocks(canvas, truth):
+        pixels += confusion(true, labels, classes)
+        reliability += count_reliability(true, labels, canvas.read_probabilities(roi))
+        known.add(roi, true != IGNORED)
     objects, boundaries, coarsest = np.zeros((classes, OBJECT_SUMS)), [[_NONE] for _ in range(classes)], 0.0
     tolerance = rules.tolerance_um or 2 * max(canvas.lattice.mpp.x, canvas.lattice.mpp.y)
     for field in known.fields(truth):
@@ -97,6 +92,23 @@ def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
             boundaries[index].append(lines)
     gathered = tuple(Boundaries.gathered(parts) for parts in boundaries)
     return Assessment(pixels, reliability, objects, gathered, _detections(canvas, truth, rules), coarsest)
+
+
+def count_pixels(canvas: Canvas, truth: Truth) -> Counts:
+    """The confusion of a segmented slide alone, (C, C + 1) int64 as in metrics.py, wherever the truth is known."""
+    classes = len(canvas.classes)
+    none = np.zeros((classes, classes + 1), np.int64)
+    return sum((confusion(true, labels, classes) for _, true, labels in _known_blocks(canvas, truth)), none)
+
+
+def _known_blocks(canvas: Canvas, truth: Truth) -> Iterator[tuple[Roi, np.ndarray, np.ndarray]]:
+    """Blocks of which something is known, with their true and their predicted class indices."""
+    for y in range(0, canvas.lattice.height, BLOCK):
+        for x in range(0, canvas.lattice.width, BLOCK):
+            roi = Roi(x, y, BLOCK, BLOCK).intersect(canvas.lattice.roi)
+            true = truth.read(roi, canvas.lattice)
+            if (true != IGNORED).any():
+                yield roi, true, canvas.read_labels(roi)
 
 
 def extended(

@@ -11,6 +11,7 @@ network that has its graph does not import MONAI either.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -33,18 +34,26 @@ _SPEC = "model.yaml"
 _WEIGHTS = "weights.safetensors"
 _GRAPH = "network.json"
 _FILES = (_SPEC, _WEIGHTS, _GRAPH)
+_ANCESTRY = "ancestry.json"
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", "lineage"}
 _SHOWN = 4  # weights that an error names
 _WHOLE = "Keep the files of a model together, as they were written."
 
 
-def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mapping[str, object] | None = None) -> None:
+def save(
+    folder: Path,
+    spec: ModelSpec,
+    network: torch.nn.Module,
+    lineage: Mapping[str, object] | None = None,
+    ancestry: Mapping[str, object] | None = None,
+) -> None:
     """Write a model, whole or not at all, over an earlier one in the same folder.
 
-    `lineage` says where the model comes from, as plain values. Raises CheckpointError where the folder holds other things.
+    `lineage` is what the model depends on, as plain values, and part of its digest; `ancestry` is who made it, when, and of
+    what, and no part of it. Raises CheckpointError where the folder holds other things.
     """
-    if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= set(_FILES)):
+    if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {*_FILES, _ANCESTRY}):
         expected = "a new folder, or one that holds a model and nothing else"
         raise CheckpointError(str(folder), "other files", expected, "Save to another folder.")
     fresh, stale = _beside(folder)
@@ -53,6 +62,8 @@ def save(folder: Path, spec: ModelSpec, network: torch.nn.Module, lineage: Mappi
         shutil.rmtree(left_over, ignore_errors=True)
     fresh.mkdir(parents=True)
     _write(fresh, spec, network, {} if lineage is None else {"lineage": dict(lineage)})
+    if ancestry is not None:
+        (fresh / _ANCESTRY).write_text(json.dumps(ancestry, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)
@@ -99,8 +110,23 @@ def load_lineage(folder: Path) -> dict[str, Any]:
     return dict(_read(folder).get("lineage", {}))
 
 
+def load_ancestry(folder: Path) -> dict[str, Any]:
+    """Who made the model in a folder, when and of what, as `save` was told; perhaps nothing. Raises CheckpointError."""
+    _check_files(folder)
+    try:
+        found: dict[str, Any] = json.loads((folder / _ANCESTRY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(str(folder / _ANCESTRY), f"broken JSON ({error})", "a model's ancestry", _WHOLE) from error
+    return found
+
+
 def digest(folder: Path) -> str:
-    """A SHA-256 over all its files, as hexadecimal digits. Raises CheckpointError where there is no model."""
+    """A SHA-256 over all its files but its ancestry, as hexadecimal digits.
+
+    Raises CheckpointError where there is no model.
+    """
     _check_files(folder)
     total = hashlib.sha256()
     for path in (folder / name for name in _FILES if (folder / name).is_file()):

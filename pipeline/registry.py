@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).resolve().parent
 _SERVED_WITH = ("mlflow", "monai", "numpy", "PyYAML", "safetensors", "torch")
-_MODEL, _CHECKPOINT, _DIGEST = "model", "checkpoint", "fullfield.checkpoint"
+_MODEL, _CHECKPOINT = "model", "checkpoint"
+
+DIGEST = "fullfield.checkpoint"
+"""Tag of a version: the digest of its checkpoint."""
 
 
 def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], registered: str, alias: str) -> str:
@@ -41,7 +44,7 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
     """
     if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
         raise TrackingError(f"alias {alias!r}", "a word that MLflow keeps to itself", "another", "Say `newest`, perhaps.")
-    client, tags = store.client, {_DIGEST: checkpoint.digest(folder)}
+    client, tags = store.client, {DIGEST: checkpoint.digest(folder)}
     with store.conversation():
         known = client.search_registered_models(f"name = '{registered}'")
         if not known:

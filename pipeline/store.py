@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.errors import TrackingError
@@ -69,6 +70,17 @@ class Store:
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
 
+    def fetch(self, run_id: str, name: str, folder: Path) -> Path:
+        """A copy, in `folder`, of a file of a run or of one of its stages. Raises TrackingError where none has it."""
+        with self.conversation(run_id):
+            run = self.client.get_run(run_id)
+            stages = self.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+            for found in (run, *stages):
+                if any(file.path == name for file in self.client.list_artifacts(found.info.run_id)):
+                    return Path(self.client.download_artifacts(found.info.run_id, name, str(folder)))
+        remedy = "Finish it first: call `fullfield run` with its configuration again."
+        raise TrackingError(run_id, f"no {name}", "a run that was finished", remedy)
+
     def _shared_files(self) -> str | None:
         """Where a SQLite store that is shared by outputs keeps files: beside it. Other stores know it themselves."""
         path = _sqlite_path(self.address)
@@ -90,6 +102,27 @@ def chosen_address(uri: str | None) -> str | None:
         return None
     path = _sqlite_path(address)
     return address.rstrip("/") if path is None else _SQLITE + path.as_posix()
+
+
+@contextmanager
+def run_file(reference: str, name: str) -> Iterator[Path]:
+    """A file that a run left, while the block lasts: in its output folder, or in MLflow (`runs:/ID` or its bare ID).
+
+    An MLflow run is looked up in the store that MLFLOW_TRACKING_URI names; its stages are looked through as well. In a
+    folder the file need not be there. Raises TrackingError where there is no such run or it has no such file.
+    """
+    if Path(reference).is_dir():
+        yield Path(reference) / name
+        return
+    run_id, address = reference.removeprefix("runs:/"), chosen_address(None)
+    if not re.fullmatch("[0-9a-f]{32}", run_id):
+        expected = "an output folder, runs:/ID or the ID of an MLflow run"
+        raise TrackingError(reference, "neither a folder nor a run", expected, "Correct it.")
+    if address is None:
+        remedy = "Set MLFLOW_TRACKING_URI to the run's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
+        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
+    with TemporaryDirectory() as scratch:
+        yield open_store(address, create=False).fetch(run_id, name, Path(scratch))
 
 
 def open_store(address: str, create: bool) -> Store:

@@ -6,18 +6,16 @@ OUTPUT/confusions.json   classes, scale, background, and one confusion a slide, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pipeline.errors import CohortError, TrackingError
+from pipeline.errors import CohortError
 from pipeline.files import write_text
 from pipeline.metrics import SlideConfusion, number, ratios
-from pipeline.store import Store, chosen_address, open_store
+from pipeline.store import run_file
 
 FILE = "confusions.json"
 
@@ -117,31 +115,10 @@ def read_tally(path: Path) -> Tally:
 def find_tally(reference: str) -> Tally:
     """The tally of a run: of an output folder, or of an MLflow run (`runs:/ID` or its bare ID).
 
-    An MLflow run is looked up in the store that MLFLOW_TRACKING_URI names; its stages are looked through as well. Raises
-    CohortError where a folder holds none, TrackingError where there is no such run or it holds none.
+    Raises CohortError where a folder holds none, TrackingError where there is no such run or it holds none.
     """
-    if Path(reference).is_dir():
-        return read_tally(Path(reference) / FILE)
-    run_id, address = reference.removeprefix("runs:/"), chosen_address(None)
-    if not re.fullmatch("[0-9a-f]{32}", run_id):
-        expected = "an output folder, runs:/ID or the ID of an MLflow run"
-        raise TrackingError(reference, "neither a folder nor a run", expected, "Correct it.")
-    if address is None:
-        remedy = "Set MLFLOW_TRACKING_URI to the run's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
-        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
-    store = open_store(address, create=False)
-    with store.conversation(reference), TemporaryDirectory() as scratch:
-        return read_tally(Path(store.client.download_artifacts(_holder(store, run_id), FILE, scratch)))
-
-
-def _holder(store: Store, run_id: str) -> str:
-    """The run that holds the file: this one, or one of its stages. Raises TrackingError where none does."""
-    run = store.client.get_run(run_id)
-    stages = store.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
-    for found in (run.info.run_id, *(stage.info.run_id for stage in stages)):
-        if any(file.path == FILE for file in store.client.list_artifacts(found)):
-            return str(found)
-    raise TrackingError(run_id, f"no {FILE}", "a run that was evaluated", "Run `fullfield evaluate` with its configuration.")
+    with run_file(reference, FILE) as path:
+        return read_tally(path)
 
 
 def _row(slide_id: str, slide: Mapping[str, object]) -> SlideConfusion:

@@ -13,13 +13,10 @@ import csv
 import getpass
 import io
 import json
-import os
-import platform
 import posixpath
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline import __version__
 from pipeline.errors import TrackingError
 from pipeline.files import write_text
+from pipeline.origin import origin
 from pipeline.registry import log_model, resolve_model
 from pipeline.store import Store, chosen_address, open_store, own_address, without_password
 
@@ -254,29 +251,14 @@ def _record(output: Path, content: Mapping[str, str]) -> None:
 
 def _origin() -> dict[str, str]:
     """Tags that tell by whom, where and with which code a run was made."""
+    found = origin()
     tags = {
         "mlflow.user": _user(),
         "mlflow.source.name": without_password(shlex.join(sys.argv)),
         "mlflow.source.type": "LOCAL",
-        "fullfield.version": __version__,
-        "fullfield.python": platform.python_version(),
-        "fullfield.machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} cores",
+        **{f"fullfield.{name}": value for name, value in found.items() if name != "commit"},
     }
-    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", Path(__file__).name) else None
-    if commit:
-        changed = "no" if _git("diff", "--quiet", "HEAD") is not None else "yes"
-        tags |= {"mlflow.source.git.commit": commit, "fullfield.changed_since_commit": changed}
-    return tags
-
-
-def _git(*words: str) -> str | None:
-    """What git says about the folder of this code; None where it says no, or is not there."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return tags | ({"mlflow.source.git.commit": found["commit"]} if "commit" in found else {})
 
 
 def _flat(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, str]]:

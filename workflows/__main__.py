@@ -224,6 +224,44 @@ def compare(
 
 
 @app.command()
+def promote(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Output folder of a run, models:/NAME/VERSION or models:/NAME@ALIAS.")
+    ],
+    alias: Annotated[str, typer.Option(help="What the model in use is called.")] = "champion",
+    margin: Annotated[float, typer.Option(help="Largest loss of mean Dice that may remain possible.", min=0, max=1)] = 0.01,
+    config: Annotated[Path | None, typer.Option(help="Whose slides decide; else those of the model's own run.")] = None,
+    output: Annotated[Path, typer.Option(help="Where both are examined.")] = Path("promotions"),
+) -> None:
+    """Give a registered model the alias, unless it may lose against the model that has it.
+
+    Both segment the annotated test slides that neither was trained on; the alias moves where the 95 % interval of the paired
+    difference over patients leaves out a loss larger than the margin. The evidence becomes tags of the version. The exit
+    code is 1 where the alias stays. Example: `fullfield promote runs/mine --margin 0.01`
+    """
+    from workflows.promote import promote as verb
+
+    raise typer.Exit(verb(model, alias, margin, config, output))
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a run, or its MLflow run (`runs:/ID`).")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the new run; else the old one's name with `-again`.")
+    ] = None,
+) -> None:
+    """Write the configuration and cohort of an earlier run anew, and say what has changed since.
+
+    Compares code, packages, machine, slides and annotations with the run's lineage.json. Writes config.yaml and
+    cohort.csv, and prints the command that runs them. Example: `fullfield reproduce runs/glas`
+    """
+    from workflows.reproduce import reproduce as verb
+
+    raise typer.Exit(verb(run, output))
+
+
+@app.command()
 def inspect(
     slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

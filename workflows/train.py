@@ -17,6 +17,7 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
+from pipeline.lineage import ancestry, case_facts, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record, Standing
@@ -62,8 +63,24 @@ def train_model(workspace: Workspace) -> None:
         else:
             _watch(workspace, run, cases, unfinished, done)
         snapshot.beside(unfinished).unlink(missing_ok=True)
+        workspace.run.log_file(_describe(workspace))
         address = run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
     console.print(f"train: model at {model}, in MLflow {address}")
+
+
+def _describe(workspace: Workspace) -> Path:
+    """Write what this run is made of into its folder; slides are read by workers."""
+    for case in workspace.cases:
+        workspace.cluster.submit(case, case_facts, case)
+    facts = {outcome.key: outcome.value for outcome in workspace.cluster if outcome.error is None}
+    config = workspace.config
+    more = {
+        "run": {"store": workspace.run.store.shown, "run_id": workspace.run.run_id},
+        "config_digest": config.digest(),
+        "seed": config.seed,
+        "slides": [facts[case] for case in workspace.cases if case in facts],
+    }
+    return write_lineage(workspace.output, [workspace.model], more)
 
 
 def fit_arguments(workspace: Workspace) -> tuple[Config, Sequence[Case], Path, Path, str]:
@@ -146,6 +163,7 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
     trainer = Trainer(spec, learner, config.training, config.seed)
+    seen = [case_facts(case) for case in cases]
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config)):
@@ -154,7 +172,9 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
         metrics = _metrics(epoch, dice)
         record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, epoch.planned)
         if record.best:
-            checkpoint.save(folder, spec, averaged, _lineage(config, inputs, epoch.number, dice))
+            took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
+            origins = _lineage(config, inputs, epoch.number, dice), ancestry(config, seen, took)
+            checkpoint.save(folder, spec, averaged, *origins)
         standing = standing.after(record, trainer.seconds)
         snapshot.save(state, standing, trainer.state())
         yield record

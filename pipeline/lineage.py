@@ -1,0 +1,116 @@
+"""Where a result comes from: code, packages, machine, slides and annotations by digest, splits, seed, and its models.
+
+    OUTPUT/lineage.json          of a run, or of slides that were segmented; a run's is in MLflow, too
+    MODEL/ancestry.json          the same of a model, of the slides that it learned from; it stays with the model
+
+From either one can tell what a run was made of, without the folder in which it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.cohort import Case
+from pipeline.config import Config
+from pipeline.errors import CohortError, FullfieldError
+from pipeline.files import write_text
+from pipeline.origin import origin, packages
+from pipeline.slide import open_slide
+
+FILE = "lineage.json"
+_ELSEWHERE = {"output", "cluster", "tracking"}  # sections of a configuration on which no result depends
+
+
+def case_facts(case: Case) -> dict[str, Any]:
+    """A case with the digests of its slide and its annotation; None where the file cannot be read.
+
+    The slide's is that of `Slide.digest`, the annotation's a SHA-256 over the file.
+    """
+    slide_digest = annotation_digest = None
+    with suppress(FullfieldError):
+        slide_digest = open_slide(case.slide, case.mpp).digest()
+    if case.annotation is not None:
+        with suppress(OSError), case.annotation.open("rb") as file:
+            annotation_digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "slide_id": case.slide_id,
+        "patient": case.patient,
+        "split": case.split,
+        "mpp": case.mpp,
+        "slide": str(case.slide.absolute()),
+        "slide_digest": slide_digest,
+        "annotation": None if case.annotation is None else str(case.annotation.absolute()),
+        "annotation_digest": annotation_digest,
+    }
+
+
+def case_of(facts: Mapping[str, Any]) -> Case:
+    """The case that `case_facts` described."""
+    annotation = None if facts["annotation"] is None else Path(facts["annotation"])
+    return Case(facts["slide_id"], facts["patient"], Path(facts["slide"]), annotation, facts["split"], facts["mpp"])
+
+
+def made_here() -> dict[str, Any]:
+    """When, with which code and packages, and on which machine something is made now."""
+    return {"made": datetime.now(UTC).isoformat(timespec="seconds"), **origin(), "packages": packages()}
+
+
+def ancestry(config: Config, slides: Sequence[Mapping[str, Any]], training: Mapping[str, float]) -> dict[str, Any]:
+    """What a model keeps of where it comes from: `slides` are facts of those it saw, `training` epochs and minutes."""
+    content = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    return {**made_here(), "seed": config.seed, "training": dict(training), "config": content, "slides": list(slides)}
+
+
+def write_lineage(folder: Path, models: Sequence[Path], more: Mapping[str, Any]) -> Path:
+    """Write FOLDER/lineage.json: what is made here and now of some models, with their ancestries, and `more`."""
+    listed = [
+        {"path": str(model.resolve()), "digest": checkpoint.digest(model), "ancestry": checkpoint.load_ancestry(model)}
+        for model in models
+    ]
+    path = folder / FILE
+    write_text(path, json.dumps({**made_here(), **more, "models": listed}, indent=2) + "\n")
+    return path
+
+
+def read_lineage(path: Path) -> dict[str, Any]:
+    """What `write_lineage` wrote of a run. Raises CohortError where there is no such file, or it is damaged."""
+    remedy = "Name the output of `fullfield run` or `fullfield train`, or its MLflow run."
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CohortError(str(path), str(error), "the lineage of a run", remedy) from error
+    missing = [name for name in ("version", "packages", "slides", "models") if name not in found]
+    if missing:
+        raise CohortError(str(path), f"no {', '.join(missing)}", "the lineage of a run", remedy)
+    return found
+
+
+def changes(then: Mapping[str, Any], slides_now: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What differs here and now from what a lineage says, a line each: code, machine, packages, slides, annotations."""
+    for name in ("version", "commit", "changed_since_commit", "python", "machine"):
+        was, found = then.get(name, "not known"), origin().get(name, "not known")
+        if was != found:
+            yield f"{name.replace('_', ' ')}: was {was}, is {found}"
+    for name in sorted({*then["packages"], *packages()}):
+        was, found = then["packages"].get(name, "not installed"), packages().get(name, "not installed")
+        if was != found:
+            yield f"package {name}: was {was}, is {found}"
+    for old, new in zip(then["slides"], slides_now, strict=True):
+        for kind in ("slide", "annotation"):
+            was, found = old[f"{kind}_digest"], new[f"{kind}_digest"]
+            if was != found:
+                state = "cannot be read" if found is None else f"its digest was {was}, is {found}"
+                yield f"{kind} of {old['slide_id']}, {old[kind]}: {state}"
+
+
+def seen_slides(model: Path, splits: Collection[str]) -> frozenset[str]:
+    """The digests of the slides of some splits that a model saw as it was trained, as far as its ancestry tells."""
+    slides = checkpoint.load_ancestry(model).get("slides", [])
+    return frozenset(slide["slide_digest"] for slide in slides if slide["split"] in splits)

@@ -1,0 +1,49 @@
+"""With which code, with which other packages and on which machine something is made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+
+from pipeline import __version__
+
+
+@cache
+def origin() -> dict[str, str]:
+    """By name: version, python, machine, lock (a SHA-256 over `packages`), and of a git checkout commit and
+    changed_since_commit, `yes` or `no`.
+    """
+    listed = "\n".join(f"{name}=={number}" for name, number in packages().items())
+    found = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} cores",
+        "lock": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", Path(__file__).name) else None
+    if commit:
+        changed = "no" if _git("diff", "--quiet", "HEAD") is not None else "yes"
+        found |= {"commit": commit, "changed_since_commit": changed}
+    return found
+
+
+@cache
+def packages() -> dict[str, str]:
+    """The version of every package that is installed here, by name, in the order of names."""
+    found = {item.metadata["Name"].lower().replace("_", "-"): item.version for item in distributions()}
+    return dict(sorted(found.items()))
+
+
+def _git(*words: str) -> str | None:
+    """What git says about the folder of this code; None where it says no, or is not there."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,107 @@
+"""Versions of registered models: found by reference or by output folder, and the alias that says which is in use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.errors import TrackingError
+from pipeline.registry import DIGEST, resolve_model
+from pipeline.store import Store, chosen_address, open_store
+
+_PARENT = "mlflow.parentRunId"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model's version: its name and number, the run that it belongs to, its checkpoint's folder."""
+
+    name: str
+    number: str
+    run_id: str
+    checkpoint: Path
+
+    @property
+    def reference(self) -> str:
+        """How MLflow calls it."""
+        return f"models:/{self.name}/{self.number}"
+
+
+def find_version(reference: str) -> tuple[Store, Version]:
+    """The version that `models:/NAME/VERSION`, `models:/NAME@ALIAS` or an output folder means, and the store it is in.
+
+    A folder's is the newest version of the model that lies in it, in the store of its run; every other is looked up in the
+    store that MLFLOW_TRACKING_URI names. Raises TrackingError where there is none, CheckpointError for a folder without
+    a model.
+    """
+    if reference.startswith("models:/"):
+        store = _chosen_store(reference)
+        folder = resolve_model(reference)  # tells what is wrong with the reference
+        name, number = _named(store, reference)
+        return store, _version(store, name, number, folder)
+    folder = Path(reference) / "model"
+    store, digest = _store_of(Path(reference)), checkpoint.digest(folder)
+    with store.conversation(reference):
+        found = store.client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'")
+    if not found:
+        remedy = "Finish it: call `fullfield run` with its configuration again."
+        raise TrackingError(reference, f"no version of it in {store.shown}", "a registered model", remedy)
+    newest = max(found, key=lambda version: int(version.creation_timestamp))
+    return store, _version(store, newest.name, str(newest.version), folder)
+
+
+def version_with(store: Store, name: str, alias: str) -> Version | None:
+    """The version of a registered model that an alias points to; None where it points to none."""
+    with store.conversation(name):
+        number = store.client.get_registered_model(name).aliases.get(alias)
+    if number is None:
+        return None
+    return _version(store, name, str(number), resolve_model(f"models:/{name}/{number}", store.address))
+
+
+def decide(store: Store, version: Version, alias: str, takes: bool, evidence: Mapping[str, object]) -> None:
+    """Keep the evidence as tags of a version, and then, if it `takes` the alias, point the alias to it."""
+    with store.conversation(version.reference):
+        for key, value in evidence.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            store.client.set_model_version_tag(version.name, version.number, f"fullfield.{alias}.{key}", text)
+        if takes:
+            store.client.set_registered_model_alias(version.name, alias, version.number)
+
+
+def _version(store: Store, name: str, number: str, folder: Path) -> Version:
+    """The run is that of the whole, not of its stage."""
+    with store.conversation(name):
+        run_id = str(store.client.get_model_version(name, number).run_id)
+        run_id = store.client.get_run(run_id).data.tags.get(_PARENT, run_id)
+    return Version(name, number, run_id, folder)
+
+
+def _named(store: Store, reference: str) -> tuple[str, str]:
+    name, _, alias = reference.removeprefix("models:/").strip("/").partition("@")
+    if alias:
+        with store.conversation(reference):
+            return name, str(store.client.get_registered_model(name).aliases[alias])
+    name, _, number = name.partition("/")
+    return name, number
+
+
+def _chosen_store(reference: str) -> Store:
+    address = chosen_address(None)
+    if address is None:
+        remedy = "Set MLFLOW_TRACKING_URI to the model's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
+        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
+    return open_store(address, create=False)
+
+
+def _store_of(output: Path) -> Store:
+    """The store of an output folder's run."""
+    try:
+        address = json.loads((output / "run.json").read_text(encoding="utf-8"))["store"]
+    except (OSError, ValueError, LookupError) as error:
+        expected = "models:/NAME/VERSION, models:/NAME@ALIAS or the output folder of a run"
+        raise TrackingError(str(output), f"no run ({error})", expected, "Correct it.") from error
+    return open_store(chosen_address(None) or address, create=False)

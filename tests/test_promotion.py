@@ -1,0 +1,225 @@
+"""Models that are promoted or refused by what they do, runs that are made again, and a model behind a real server."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.canvas import open_canvas
+from pipeline.cohort import read_manifest, write_manifest
+from pipeline.config import ClusterSettings, EngineSettings
+from pipeline.config_file import load_config
+from pipeline.errors import CheckpointError, CohortError, TrackingError
+from pipeline.lineage import read_lineage
+from pipeline.origin import packages
+from pipeline.phantom import make_cohort
+from pipeline.registry import resolve_model
+from pipeline.slide import open_slide
+from pipeline.slide_job import CANVAS
+from pipeline.tally import read_tally
+from pipeline.versions import find_version
+from workflows.promote import promote
+from workflows.reproduce import reproduce
+from workflows.run import run
+from workflows.segment import segment
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of which two patients are for test, and a configuration that takes seconds, with a store for all runs."""
+    folder = tmp_path_factory.mktemp("promotion")
+    manifest = make_cohort(folder / "cohort", seed=7, slides=5, width=901, height=703, mpp=1.0)
+    content = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
+    lines = manifest.read_text().splitlines()
+    splits = ("train", "train", "val", "test", "test")
+    rows = [
+        line.rsplit(",", 2)[0] + f",P{number},{split}"
+        for number, (line, split) in enumerate(zip(lines[1:], splits, strict=True))
+    ]
+    manifest.write_text("\n".join([lines[0], *rows]) + "\n")
+    content["cohort"], content["cluster"] = {"manifest": str(manifest)}, {"workers": 0}
+    content["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 8, "depth": 2}
+    content["tiles"]["patch_size"] = 64
+    content["training"] = {"epochs": 1, "patches_per_epoch": 4, "batch_size": 4, "warmup_epochs": 0}
+    content["segmentation"] = {"tile_size": 128, "splits": ["test"]}
+    content["tracking"] = {"uri": f"sqlite:///{folder}/store.db", "experiment": "promotion", "model": "tissue"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**content, "output": str(folder / "out")}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(home: Path) -> "mlflow.MlflowClient":
+    return mlflow.MlflowClient(f"sqlite:///{home}/store.db")
+
+
+@pytest.fixture(scope="module")
+def bad(home: Path) -> Path:
+    """A run whose network has learned next to nothing."""
+    assert run(home / "config.yaml", [f"output={home / 'bad'}", "training.learning_rate=1e-9"]) == 0
+    return home / "bad"
+
+
+@pytest.fixture(scope="module")
+def good(home: Path) -> Path:
+    """A run whose network tells classes apart."""
+    learned = ["training.epochs=2", "training.patches_per_epoch=120", "training.learning_rate=0.01"]
+    assert run(home / "config.yaml", [f"output={home / 'good'}", *learned]) == 0
+    return home / "good"
+
+
+def champion(store: "mlflow.MlflowClient") -> str:
+    return str(store.get_registered_model("tissue").aliases.get("champion"))
+
+
+def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_tags(
+    home: Path, store: "mlflow.MlflowClient", bad: Path, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse, better = (find_version(str(folder))[1].number for folder in (bad, good))
+    output = home / "promotions"
+    assert promote(str(bad), "champion", 0.01, None, output) == 0
+    assert champion(store) == worse
+    assert promote(str(bad), "champion", 0.01, None, output) == 0
+    assert "has the alias champion already" in capsys.readouterr().out
+
+    assert promote(str(good), "champion", 0.01, None, output) == 0
+    assert champion(store) == better
+    tags = store.get_model_version("tissue", better).tags
+    tallies = {number: read_tally(output / f"tissue-{number}" / "confusions.json") for number in (worse, better)}
+    tested = {case.patient for case in read_manifest(home / "cohort" / "cohort.csv") if case.split == "test"}
+    assert set(json.loads(tags["fullfield.champion.patients"])) == tested
+    dice = {}
+    for number, tally in tallies.items():
+        assert {row.patient for row in tally.rows} == tested
+        scores = [tally.dice(name) for index, name in enumerate(tally.classes) if index != tally.rest]
+        dice[number] = {patient: np.mean([score[patient] for score in scores if patient in score]) for patient in tested}
+    differences = [dice[better][patient] - dice[worse][patient] for patient in tested]
+    assert float(tags["fullfield.champion.difference"]) == pytest.approx(np.mean(differences))
+    assert min(differences) - 1e-9 <= float(tags["fullfield.champion.low"]) <= np.mean(differences)
+    assert tags["fullfield.champion.against"] == f"models:/tissue/{worse}"
+
+    assert promote(str(bad), "champion", 0.01, None, output) == 1
+    assert champion(store) == better
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"The alias champion stays with models:/tissue/{better}" in said
+    assert store.get_model_version("tissue", worse).tags["fullfield.champion.verdict"].startswith("refused")
+    loss = -float(store.get_model_version("tissue", worse).tags["fullfield.champion.low"])
+    assert promote(str(bad), "champion", min(loss + 0.01, 1.0), None, output) == 0
+    assert champion(store) == worse
+
+
+def test_slides_that_a_model_was_trained_on_do_not_decide(
+    home: Path, store: "mlflow.MlflowClient", bad: Path, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
+    cases = read_manifest(home / "cohort" / "cohort.csv")
+    swap = {"train": "test", "val": "val", "test": "train"}
+    write_manifest(tmp_path / "cohort.csv", [replace(case, split=swap[case.split]) for case in cases])
+    content = yaml.safe_load((home / "config.yaml").read_text())
+    content["cohort"]["manifest"] = str(tmp_path / "cohort.csv")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CohortError, match="no test slide that both models have never seen"):
+        promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out")
+    assert capsys.readouterr().out.count("was trained on") == 2
+    with pytest.raises(TrackingError, match="no run"):
+        promote(str(tmp_path), "seen", 0.01, None, tmp_path / "out")
+
+
+def test_a_run_tells_what_it_is_made_of_and_is_made_again(
+    home: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = read_lineage(good / "lineage.json")
+    (model,) = found["models"]
+    assert model["ancestry"]["training"]["epochs"] in (1, 2) and model["ancestry"]["training"]["minutes"] > 0
+    assert found["packages"]["torch"] == packages()["torch"] and found["seed"] == 0
+    cases = {case.slide_id: case for case in read_manifest(good / "cohort.csv")}
+    assert {slide["slide_id"]: slide["split"] for slide in found["slides"]} == {name: cases[name].split for name in cases}
+    for slide in found["slides"]:
+        assert slide["slide_digest"] == open_slide(cases[slide["slide_id"]].slide).digest()
+    assert {slide["split"] for slide in model["ancestry"]["slides"]} == {"train", "val"}
+
+    again = tmp_path / "again"
+    assert reproduce(str(good), again) == 0
+    assert "Nothing has changed since" in capsys.readouterr().out
+    old, new = load_config(good / "config.yaml"), load_config(again / "config.yaml")
+    assert new.output == again and new.training == old.training and new.network == old.network
+    splits = [(case.slide_id, case.patient, case.split) for case in read_manifest(again / "cohort.csv")]
+    assert splits == [(case.slide_id, case.patient, case.split) for case in cases.values()]
+
+    run_id = json.loads((good / "run.json").read_text())["run_id"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store.db")
+    changed = [case for case in cases.values() if case.split == "test"]
+    shutil.copy(changed[0].slide, tmp_path / "kept.tiff")
+    annotation = changed[1].annotation
+    text = annotation.read_text()
+    try:
+        changed[0].slide.unlink()
+        annotation.write_text(text + "\n")
+        assert reproduce(f"runs:/{run_id}", tmp_path / "more") == 0
+    finally:
+        shutil.copy(tmp_path / "kept.tiff", changed[0].slide)
+        annotation.write_text(text)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
+    assert len(said) == 2 and f"slide of {changed[0].slide_id}" in said[0] and said[0].endswith("cannot be read")
+    assert f"annotation of {changed[1].slide_id}" in said[1]
+    with pytest.raises(CheckpointError, match="another folder"):
+        reproduce(str(good), good)
+
+
+def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path) -> None:
+    slide = read_manifest(good / "cohort.csv")[-1].slide
+    here = ClusterSettings(workers=0)
+    assert segment([slide], [str(good / "model")], tmp_path, None, None, here, EngineSettings()) == 0
+    lineage = json.loads((tmp_path / "lineage.json").read_text())
+    assert (
+        lineage["models"][0]["ancestry"]["slides"] == read_lineage(good / "lineage.json")["models"][0]["ancestry"]["slides"]
+    )
+    canvas = open_canvas(tmp_path / "slides" / slide.stem / CANVAS)
+    pixels = open_slide(slide).read(canvas.lattice.roi, canvas.lattice)
+    expected = canvas.read_probabilities(canvas.lattice.roi)
+    examined = canvas.read_labels(canvas.lattice.roi) != 255
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store, version = find_version(str(good))
+    stored = resolve_model(version.reference, store.address).parents[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(stored)]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/ping", server, tmp_path / "log")
+        body = json.dumps({"inputs": pixels[None].tolist()}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            served = np.array(json.load(answer)["predictions"])[0]
+    finally:
+        subprocess.run(["pkill", "-KILL", "-s", str(server.pid)], check=False)
+        server.wait()
+    assert examined.any()
+    assert np.abs(served - expected / 255)[:, examined].max() <= 0.5 / 255 + 1e-5
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())

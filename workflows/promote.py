@@ -1,0 +1,164 @@
+"""`fullfield promote MODEL`: gives a model an alias such as `champion`, if it does not lose against the one that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.assessment import count_pixels
+from pipeline.canvas import open_canvas
+from pipeline.cluster import Cluster, connect
+from pipeline.cohort import Case, deal_out, read_manifest
+from pipeline.comparison import Difference, paired_difference
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import CohortError
+from pipeline.lineage import case_facts, seen_slides
+from pipeline.metrics import SlideConfusion
+from pipeline.progress import console
+from pipeline.slide_job import CANVAS, SlideJob
+from pipeline.store import Store
+from pipeline.tally import FILE, Tally, write_tally
+from pipeline.versions import Version, decide, find_version, version_with
+from pipeline.workspace import case_truth, rest_index, slide_job
+from workflows.segment import run_jobs
+
+
+def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
+    """Examine both on the same patients, keep the evidence, and move the alias; 1 where it stays, else 0.
+
+    The alias moves where the 95 % interval of the paired difference leaves out a loss larger than `margin` (mean Dice).
+    """
+    store, challenger = find_version(reference)
+    champion = version_with(store, challenger.name, alias)
+    if champion is None or champion.number == challenger.number:
+        takes = champion is None
+        if takes:
+            decide(store, challenger, alias, True, {"verdict": "taken: nobody had the alias", "when": _now()})
+        said = f"takes the alias {alias}, which nobody had" if takes else f"has the alias {alias} already"
+        console.print(f"{challenger.reference} {said}", markup=False)
+        return 0
+    config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
+    with connect(config.cluster) as cluster:
+        cases = _unseen(config, cluster, [champion, challenger])
+        tallies = [_examine(version, cases, config, cluster, output) for version in (champion, challenger)]
+    before, after = (_mean_dice(tally) for tally in tallies)
+    difference = paired_difference(before, after, config.evaluation.bootstrap_samples, config.seed)
+    takes = difference.low is not None and difference.low > -margin
+    verdict = _verdict(difference, champion, margin, takes)
+    patients = {"patients": difference.patients, "slides": [case.slide_id for case in cases]}
+    figures = {"difference": difference.mean, "low": difference.low, "high": difference.high, "margin": margin}
+    dice = {"dice": float(np.mean(list(after.values()))), "dice_of_other": float(np.mean(list(before.values())))}
+    other = {"against": champion.reference, "verdict": verdict, "when": _now()}
+    decide(store, challenger, alias, takes, {**other, **figures, **dice, **patients})
+    console.print(f"{challenger.reference}: {verdict}", markup=False, soft_wrap=True)
+    if not takes:
+        console.print(f"The alias {alias} stays with {champion.reference}.", markup=False)
+    return 0 if takes else 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _own_config(store: Store, version: Version, output: Path) -> Config:
+    """The configuration of the run that made a version, with the cohort as it was dealt out then; `output` keeps both."""
+    folder = _folder(output, version)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = load_config(store.fetch(version.run_id, "config.yaml", folder))
+    cohort = config.cohort.model_copy(update={"manifest": store.fetch(version.run_id, "cohort.csv", folder)})
+    return config.model_copy(update={"cohort": cohort})
+
+
+def _folder(output: Path, version: Version) -> Path:
+    return output.absolute() / f"{version.name}-{version.number}"
+
+
+def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> list[Case]:
+    """The annotated test cases that no version saw as it was trained; where there are no test cases, those for validation.
+
+    By the latter the challenger's epoch was chosen, so this is said, and only those count from which neither has learned.
+    Raises CohortError where no case remains.
+    """
+    manifest = config.cohort.manifest
+    cases = deal_out(read_manifest(manifest), config.cohort.fractions.model_dump(), config.seed)
+    annotated = [case for case in cases if case.annotation is not None]
+    split = "test" if any(case.split == "test" for case in annotated) else "val"
+    if split == "val":
+        console.print(f"{manifest} has no annotated test slides: patients for validation decide", markup=False)
+    for case in annotated:
+        if case.split == split:
+            cluster.submit(case, case_facts, case)
+    counts = ("train", "val") if split == "test" else ("train",)
+    seen = {version.reference: seen_slides(version.checkpoint, counts) for version in versions}
+    kept = []
+    for outcome in cluster:
+        if outcome.error is not None:
+            raise outcome.error
+        by = [name for name, digests in seen.items() if outcome.value["slide_digest"] in digests]
+        if by:
+            console.print(f"left out {outcome.key.slide_id}, which {', '.join(by)} was trained on", markup=False)
+        else:
+            kept.append(outcome.key)
+    if not kept:
+        remedy = "Name a configuration with other annotated slides (--config)."
+        raise CohortError(str(manifest), f"no {split} slide that both models have never seen", "one or more", remedy)
+    return sorted(kept, key=lambda case: case.slide_id)
+
+
+def _examine(version: Version, cases: Sequence[Case], config: Config, cluster: Cluster, output: Path) -> Tally:
+    """Segment the cases with a version, which an earlier call may have done, and count. Raises CohortError."""
+    folder = _folder(output, version)
+    (folder / "slides").mkdir(parents=True, exist_ok=True)
+    jobs = [_job(case, config, version, folder) for case in cases]
+    console.print(f"examining {version.reference} on {len(cases)} slide(s)", markup=False)
+    rows = run_jobs(jobs, cluster, folder, config.cluster.worker_memory_gib)
+    failed = [f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"]
+    if failed:
+        raise CohortError(version.reference, "; ".join(failed), "an answer on every slide", "Correct it, then call again.")
+    for case, job in zip(cases, jobs, strict=True):
+        cluster.submit(case, count, case, config, job)
+    counted = []
+    for outcome in cluster:
+        if outcome.error is not None:
+            raise outcome.error
+        counted.append(outcome.value)
+    canvas = open_canvas(jobs[0].folder / CANVAS)
+    rows_by_id = tuple(sorted(counted, key=lambda row: row.slide_id))
+    tally = Tally(canvas.classes.names, rest_index(config), canvas.lattice.mpp.x, rows_by_id)
+    write_tally(folder / FILE, tally)
+    return tally
+
+
+def _job(case: Case, config: Config, version: Version, folder: Path) -> SlideJob:
+    settings = config.segmentation.model_copy(update={"tile_size": None})
+    job = replace(slide_job(case, config), model=version.checkpoint.absolute(), settings=settings)
+    return replace(job, folder=folder / "slides" / case.slide_id)
+
+
+def count(case: Case, config: Config, job: SlideJob) -> SlideConfusion:
+    """The pixels of a segmented case, by true and predicted class. Raises AnnotationError or CanvasError."""
+    counts = count_pixels(open_canvas(job.folder / CANVAS), case_truth(case, config))
+    return SlideConfusion(case.slide_id, case.patient, case.split, counts)
+
+
+def _mean_dice(tally: Tally) -> dict[str, float]:
+    """For each patient the mean Dice of the classes, without the background."""
+    names = [name for index, name in enumerate(tally.classes) if index != tally.rest]
+    found = [tally.dice(name) for name in names]
+    patients = {patient for scores in found for patient in scores}
+    return {patient: float(np.mean([scores[patient] for scores in found if patient in scores])) for patient in patients}
+
+
+def _verdict(difference: Difference, champion: Version, margin: float, takes: bool) -> str:
+    against = f"mean Dice {difference.mean:+.3f} against {champion.reference}"
+    if difference.low is None or difference.high is None:
+        return f"refused: {against}, but one patient cannot tell; examine two or more"
+    interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}, {len(difference.patients)} patients"
+    if takes:
+        return f"taken: {against} ({interval}) leaves out a loss of more than {margin:g}"
+    return f"refused: {against} ({interval}) does not leave out a loss of more than {margin:g}"

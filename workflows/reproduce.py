@@ -1,0 +1,41 @@
+"""`fullfield reproduce RUN`: the configuration of an earlier run once more, and what has changed since."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from pipeline.cohort import write_manifest
+from pipeline.config_file import load_config
+from pipeline.errors import CheckpointError
+from pipeline.files import write_text
+from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
+from pipeline.progress import console
+from pipeline.store import run_file
+
+
+def reproduce(reference: str, output: Path | None) -> int:
+    """Write a configuration and a cohort with the same splits, name every difference, and say how to go on."""
+    with run_file(reference, FILE) as path:
+        lineage = read_lineage(path)
+    with run_file(reference, "config.yaml") as path:
+        old = load_config(path)
+    output = (output or old.output.with_name(f"{old.output.name}-again")).absolute()
+    if (output / "model").exists():
+        expected = "a folder without a model"
+        raise CheckpointError(str(output), "the results of another run", expected, "Choose another folder (--output).")
+    output.mkdir(parents=True, exist_ok=True)
+    cases = [case_of(facts) for facts in lineage["slides"]]
+    cohort = old.cohort.model_copy(update={"manifest": output / "cohort.csv"})
+    write_manifest(output / "cohort.csv", cases)
+    write_text(output / "config.yaml", old.model_copy(update={"output": output, "cohort": cohort}).to_yaml())
+    differences = list(changes(lineage, [case_facts(case) for case in cases]))
+    made = f"{lineage['made']} with Fullfield {lineage['version']} on {lineage['machine']}"
+    console.print(f"{reference} was made {made}", markup=False, soft_wrap=True)
+    if not differences:
+        console.print("Nothing has changed since: code, packages, machine, slides and annotations are the same.")
+    for line in differences:
+        console.print(f"changed: {line}", markup=False, soft_wrap=True)
+    command = shlex.join(["fullfield", "run", str(output / "config.yaml")])
+    console.print(f"Run it again with\n  {command}", markup=False, soft_wrap=True)
+    return 0
