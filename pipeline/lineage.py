@@ -110,7 +110,7 @@ def changes(then: Mapping[str, Any], slides_now: Sequence[Mapping[str, Any]]) ->
                 yield f"{kind} of {old['slide_id']}, {old[kind]}: {state}"
 
 
-def seen_slides(model: Path, splits: Collection[str]) -> frozenset[str]:
-    """The digests of the slides of some splits that a model saw as it was trained, as far as its ancestry tells."""
-    slides = checkpoint.load_ancestry(model).get("slides", [])
-    return frozenset(slide["slide_digest"] for slide in slides if slide["split"] in splits)
+def seen_by(model: Path, splits: Collection[str]) -> frozenset[str]:
+    """Digests of the slides of some splits that a model saw as it was trained, and their patients; see ancestry."""
+    slides = [slide for slide in checkpoint.load_ancestry(model).get("slides", []) if slide["split"] in splits]
+    return frozenset(slide[key] for slide in slides for key in ("slide_digest", "patient"))

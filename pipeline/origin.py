@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -22,7 +23,7 @@ def origin() -> dict[str, str]:
     found = {
         "version": __version__,
         "python": platform.python_version(),
-        "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} cores",
+        "machine": ", ".join([platform.node(), platform.platform(), _processor(), f"{os.cpu_count()} cores"]),
         "lock": hashlib.sha256(listed.encode()).hexdigest(),
     }
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", Path(__file__).name) else None
@@ -37,6 +38,14 @@ def packages() -> dict[str, str]:
     """The version of every package that is installed here, by name, in the order of names."""
     found = {item.metadata["Name"].lower().replace("_", "-"): item.version for item in distributions()}
     return dict(sorted(found.items()))
+
+
+def _processor() -> str:
+    """The processor's model, where Linux tells it; else its kind."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.machine()
 
 
 def _git(*words: str) -> str | None:

@@ -42,8 +42,7 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
     A checkpoint of this run to which the alias points already is not stored again. Returns `models:/NAME/VERSION`.
     Raises CheckpointError where the folder holds no checkpoint, TrackingError for an alias that MLflow keeps to itself.
     """
-    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-        raise TrackingError(f"alias {alias!r}", "a word that MLflow keeps to itself", "another", "Say `newest`, perhaps.")
+    check_alias(alias)
     client, tags = store.client, {DIGEST: checkpoint.digest(folder)}
     with store.conversation():
         known = client.search_registered_models(f"name = '{registered}'")
@@ -57,6 +56,12 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
         made = client.create_model_version(registered, model.artifact_location, run_id, tags, model_id=model.model_id)
         client.set_registered_model_alias(registered, alias, made.version)
     return f"models:/{registered}/{made.version}"
+
+
+def check_alias(alias: str) -> None:
+    """Raises TrackingError for an alias that MLflow keeps to itself."""
+    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise TrackingError(f"alias {alias!r}", "a word that MLflow keeps to itself", "another", "Say `newest`, perhaps.")
 
 
 def resolve_model(reference: str, uri: str | None = None) -> Path:

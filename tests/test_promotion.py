@@ -127,13 +127,16 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
     cases = read_manifest(home / "cohort" / "cohort.csv")
     swap = {"train": "test", "val": "val", "test": "train"}
-    write_manifest(tmp_path / "cohort.csv", [replace(case, split=swap[case.split]) for case in cases])
+    swapped = [replace(case, patient=f"other {case.patient}", split=swap[case.split]) for case in cases]
+    write_manifest(tmp_path / "cohort.csv", swapped)
     content = yaml.safe_load((home / "config.yaml").read_text())
     content["cohort"]["manifest"] = str(tmp_path / "cohort.csv")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(CohortError, match="no test slide that both models have never seen"):
         promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out")
     assert capsys.readouterr().out.count("was trained on") == 2
+    with pytest.raises(TrackingError, match="keeps to itself"):
+        promote(str(good), "latest", 0.01, None, tmp_path / "out")
     with pytest.raises(TrackingError, match="no run"):
         promote(str(tmp_path), "seen", 0.01, None, tmp_path / "out")
 

@@ -30,6 +30,7 @@ from pipeline.config_file import load_config
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
+from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine
 from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
@@ -95,13 +96,14 @@ def test_a_run_leaves_everything(project: Path) -> None:
         "metrics.json",
         "metrics.csv",
         "confusions.json",
+        "lineage.json",
         "mlflow.db",
     ):
         assert (project / "out" / name).is_file(), name
     for name in ("calibration.csv", "reliability.png"):
         assert (project / "out" / name).is_file(), name
     model = {path.name for path in (project / "out" / "model").iterdir()}
-    assert model == {"model.yaml", "network.json", "weights.safetensors"}
+    assert model == {"model.yaml", "network.json", "weights.safetensors", "ancestry.json"}
     expected = "segmentation.ome.zarr segmentation.ome.tif regions.geojson measurements.csv overlay.png tissue.png truth.png"
     assert {path.name for path in slide_folder(project).iterdir()} == {*expected.split(), "provenance.json"}
     assert not list((project / "out").rglob("*.partial"))
@@ -190,11 +192,11 @@ def test_another_training_into_the_same_folder_is_refused(project: Path) -> None
 def test_the_registered_model_answers_like_the_engine(project: Path) -> None:
     import mlflow
 
-    mlflow.set_tracking_uri(f"sqlite:///{project / 'out' / 'mlflow.db'}")
+    stored = resolve_model("models:/fullfield-demo@newest", f"sqlite:///{project / 'out' / 'mlflow.db'}").parents[1]
     patch = open_slide(project / "cohort" / "phantom-03.tiff")
     lattice = patch.base.at(Mpp.square(4.0))
     pixels = patch.read(lattice.roi, lattice)[None, :96, :128]
-    served = mlflow.pyfunc.load_model("models:/fullfield-demo@newest").predict(pixels)
+    served = mlflow.pyfunc.load_model(str(stored)).predict(pixels)
     assert np.abs(served - load_engine(project / "out" / "model")(pixels)).max() < 1e-6
 
 
@@ -373,6 +375,8 @@ def test_a_killed_training_goes_on_to_the_same_bits(project: Path, killed: Path,
     log = fullfield("train", project / "config.yaml", *killed_options(project, output))
     assert "goes on after epoch 2" in log
     for path in (project / "out" / "model").iterdir():
+        if path.name == "ancestry.json":  # tells when and in how many minutes, so not the same
+            continue
         assert (output / "model" / path.name).read_bytes() == path.read_bytes(), path.name
     assert not list(output.rglob("*.partial")) + list(output.glob("training*"))
     (undisturbed,) = [stage for stage in trainings(project, project / "out") if stage["stage"] == "train"]
@@ -397,6 +401,12 @@ class Relieved:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cluster, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.cluster)
 
     def stream(self, *task: Any) -> Iterator[Any]:
         yield from islice(self.cluster.stream(*task), 1)

@@ -11,15 +11,17 @@ import numpy as np
 
 from pipeline.assessment import count_pixels
 from pipeline.canvas import open_canvas
+from pipeline.checkpoint import load_spec
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest
 from pipeline.comparison import Difference, paired_difference
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import CohortError
-from pipeline.lineage import case_facts, seen_slides
+from pipeline.errors import CheckpointError, CohortError
+from pipeline.lineage import case_facts, seen_by
 from pipeline.metrics import SlideConfusion
 from pipeline.progress import console
+from pipeline.registry import check_alias
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.store import Store
 from pipeline.tally import FILE, Tally, write_tally
@@ -33,6 +35,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
 
     The alias moves where the 95 % interval of the paired difference leaves out a loss larger than `margin` (mean Dice).
     """
+    check_alias(alias)
     store, challenger = find_version(reference)
     champion = version_with(store, challenger.name, alias)
     if champion is None or champion.number == challenger.number:
@@ -42,13 +45,14 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
         said = f"takes the alias {alias}, which nobody had" if takes else f"has the alias {alias} already"
         console.print(f"{challenger.reference} {said}", markup=False)
         return 0
+    _check_classes(champion, challenger)
     config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
     with connect(config.cluster) as cluster:
         cases = _unseen(config, cluster, [champion, challenger])
         tallies = [_examine(version, cases, config, cluster, output) for version in (champion, challenger)]
     before, after = (_mean_dice(tally) for tally in tallies)
     difference = paired_difference(before, after, config.evaluation.bootstrap_samples, config.seed)
-    takes = difference.low is not None and difference.low > -margin
+    takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
     patients = {"patients": difference.patients, "slides": [case.slide_id for case in cases]}
     figures = {"difference": difference.mean, "low": difference.low, "high": difference.high, "margin": margin}
@@ -59,6 +63,13 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     if not takes:
         console.print(f"The alias {alias} stays with {champion.reference}.", markup=False)
     return 0 if takes else 1
+
+
+def _check_classes(champion: Version, challenger: Version) -> None:
+    names = [", ".join(load_spec(version.checkpoint).classes.names) for version in (champion, challenger)]
+    if names[0] != names[1]:
+        remedy = "Choose another alias (--alias), or train with the same classes."
+        raise CheckpointError(challenger.reference, f"the classes {names[1]}", f"{names[0]} of {champion.reference}", remedy)
 
 
 def _now() -> str:
@@ -94,14 +105,17 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
         if case.split == split:
             cluster.submit(case, case_facts, case)
     counts = ("train", "val") if split == "test" else ("train",)
-    seen = {version.reference: seen_slides(version.checkpoint, counts) for version in versions}
+    seen = {version.reference: seen_by(version.checkpoint, counts) for version in versions}
+    for name in (name for name, known in seen.items() if not known):
+        console.print(f"{name} does not tell what it was trained on: it may have been these slides", markup=False)
     kept = []
     for outcome in cluster:
         if outcome.error is not None:
             raise outcome.error
-        by = [name for name, digests in seen.items() if outcome.value["slide_digest"] in digests]
+        facts = {outcome.value["slide_digest"], outcome.value["patient"]}
+        by = [name for name, known in seen.items() if facts & known]
         if by:
-            console.print(f"left out {outcome.key.slide_id}, which {', '.join(by)} was trained on", markup=False)
+            console.print(f"left out {outcome.key.slide_id}: {', '.join(by)} was trained on that patient", markup=False)
         else:
             kept.append(outcome.key)
     if not kept:
