@@ -22,9 +22,10 @@ from pipeline.errors import CheckpointError
 from pipeline.files import write_text
 from pipeline.grid import round_up
 from pipeline.network import ModelSpec
+from pipeline.staining import Normalisation
 
 _FILE = "ensemble.yaml"
-_ALIKE = ("classes", "mpp", "output_stride", "rest", "normalisation")
+_ALIKE = ("classes", "mpp", "output_stride", "rest")
 
 
 def gather(models: Sequence[Path], folder: Path) -> Path:
@@ -99,4 +100,18 @@ def _together(specs: Sequence[ModelSpec], models: Sequence[Path]) -> ModelSpec:
     if len(halos) not in (0, len(specs)):
         expected = "models that are all local, or none of which is"
         raise CheckpointError(", ".join(map(str, models)), "some of either kind", expected, "Give those of one kind.")
-    return replace(first, stride=stride, halo=round_up(max(halos), stride) if halos else None)
+    normalisation = _joint([spec.normalisation for spec in specs], models)
+    return replace(first, stride=stride, halo=round_up(max(halos), stride) if halos else None, normalisation=normalisation)
+
+
+def _joint(found: Sequence[Normalisation | None], models: Sequence[Path]) -> Normalisation | None:
+    """One normalisation for all where they share it, else that of each: a slide's own stain is told by one method."""
+    first = found[0]
+    if len(set(found)) == 1:
+        return first
+    methods = [None if one is None else one.method for one in found]
+    if first is None or len(set(methods)) > 1:
+        told = ", ".join(method or "none" for method in methods)
+        expected = "one method of normalisation for all"
+        raise CheckpointError(", ".join(map(str, models)), told, expected, "Give models that see slides alike.")
+    return replace(first, others=tuple(one for one in found[1:] if one is not None))

@@ -112,8 +112,9 @@ class ModelSpec:
         classes = [{"name": item.name, "color": list(item.color)} for item in self.classes]
         listed = {"classes": classes, "mean": list(self.mean), "std": list(self.std)}
         if self.normalisation is not None:
-            dyes = [list(dye) for dye in self.normalisation.dyes]
-            listed["normalisation"] = {"method": self.normalisation.method, "dyes": dyes}
+            first, *others = ([list(dye) for dye in one.dyes] for one in self.normalisation.each)
+            more = {"dyes_of_others": others} if others else {}
+            listed["normalisation"] = {"method": self.normalisation.method, "dyes": first, **more}
         return {**asdict(self), **listed}
 
     @classmethod

@@ -31,8 +31,10 @@ class NormalisedSlide:
     normalisation: Normalisation
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
-        """Pixels as `Slide.read` gives them, normalised."""
-        return restained(self.slide.read(roi, lattice), self.staining, self.normalisation)
+        """Pixels as `Slide.read` gives them, normalised; (height, width, 3 n) where n models each have a way of their own."""
+        pixels = self.slide.read(roi, lattice)
+        seen = [restained(pixels, self.staining, one) for one in self.normalisation.each]
+        return seen[0] if len(seen) == 1 else np.concatenate(seen, axis=-1)
 
 
 def normalised(slide: Slide, tissue: Tissue, normalisation: Normalisation | None) -> Pixels:

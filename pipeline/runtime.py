@@ -14,8 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pipeline import __version__, checkpoint, ensemble, openvino_engine
 from pipeline.config import Backend, EngineSettings, Precision
@@ -24,8 +27,6 @@ from pipeline.network import ModelSpec
 from pipeline.openvino_engine import GRAPH
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.engine import Engine
 
 EXACT = EngineSettings()
@@ -69,10 +70,12 @@ class _Mean:
         self.spec, self._engines = spec, engines
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
-        """See Engine."""
-        total = self._engines[0](windows)
-        for engine in self._engines[1:]:
-            total += engine(windows)
+        """See Engine; of windows with three channels for each member, every one takes its own."""
+        seen = (windows,) if windows.shape[-1] == 3 else map(np.ascontiguousarray, np.split(windows, len(self._engines), -1))
+        answers = (engine(window) for engine, window in zip(self._engines, cycle(seen), strict=False))
+        total = next(answers)
+        for answer in answers:
+            total += answer
         total /= len(self._engines)
         return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 Rgb = tuple[float, float, float]
@@ -36,7 +36,16 @@ class Staining:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How slides are made alike before a model sees them: by one of METHODS, and to which dyes."""
+    """How slides are made alike before a model sees them: by one of METHODS, and to which dyes.
+
+    An ensemble's members may each have dyes of their own; those after the first are the `others`.
+    """
 
     method: str
     dyes: tuple[Rgb, ...]
+    others: tuple[Normalisation, ...] = ()
+
+    @property
+    def each(self) -> tuple[Normalisation, ...]:
+        """What every member sees by itself; of a single model, the normalisation itself."""
+        return replace(self, others=()), *self.others

@@ -13,13 +13,18 @@ from pipeline import checkpoint, ensemble
 from pipeline.architectures import build_network
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import ClusterSettings, EngineSettings
+from pipeline.config import ClusterSettings, EngineSettings, TissueSettings
 from pipeline.errors import CheckpointError
 from pipeline.footprint import with_footprint
+from pipeline.geometry import Roi
+from pipeline.grid import round_up
 from pipeline.network import ModelSpec
+from pipeline.normalised import NormalisedSlide, estimate
 from pipeline.phantom import make_phantom
 from pipeline.runtime import load_engine
 from pipeline.slide import open_slide
+from pipeline.staining import Normalisation
+from pipeline.tissue import find_tissue
 from workflows.segment import segment
 from workflows.verify import verify
 
@@ -99,6 +104,30 @@ def test_an_ensemble_is_a_model_whose_tiles_are_exact(output: Path) -> None:
     assert verify(output.parent / "phantom.tiff", str(output / "ensemble"), None, TORCH, blend=False) == 0
 
 
+def test_each_member_sees_the_slide_in_its_own_stain(models: list[Path], output: Path, tmp_path: Path) -> None:
+    spec, dyes = checkpoint.load_spec(models[0]), (((0.6, 0.7, 0.3), (0.2, 0.9, 0.3)), ((0.5, 0.8, 0.3), (0.1, 1.0, 0.2)))
+    alike = [replace(spec, halo=0, stride=1, normalisation=Normalisation("macenko", each)) for each in dyes]
+    members = [save(tmp_path / str(seed), seed, each) for seed, each in enumerate(alike)]
+    path = output.parent / "phantom.tiff"
+    where = ClusterSettings(workers=0)
+    assert segment([path], [str(member) for member in members], tmp_path / "out", None, 128, where, TORCH) == 0
+    canvas = open_canvas(tmp_path / "out" / "slides" / "phantom" / "segmentation.ome.zarr")
+    slide = open_slide(path)
+    staining = estimate(slide, find_tissue(slide, TissueSettings()), "macenko")
+    step, size = ensemble.load_spec(tmp_path / "out" / "ensemble").stride, canvas.lattice
+    roi = Roi(0, 0, round_up(size.width, step), round_up(size.height, step))
+    seen = [NormalisedSlide(slide, staining, Normalisation("macenko", each)).read(roi, size) for each in dyes]
+    assert (seen[0] != seen[1]).any()
+    passes = [
+        load_engine(member, TORCH)(pixels[None])[0, :, : size.height, : size.width]
+        for member, pixels in zip(members, seen, strict=True)
+    ]
+    examined = canvas.read_labels(size.roi) != IGNORED
+    stored = canvas.read_probabilities(size.roi)[:, examined]
+    assert np.abs(stored - 255 * np.mean(passes, axis=0)[:, examined]).max() <= 0.5 + 1e-3
+    assert verify(path, str(tmp_path / "out" / "ensemble"), None, TORCH, blend=False) == 0
+
+
 def test_a_single_model_is_itself_and_has_no_entropy_map(models: list[Path], output: Path, tmp_path: Path) -> None:
     assert ensemble.gather(models[:1], tmp_path / "ensemble") == models[0]
     assert ensemble.digest(models[0]) == checkpoint.digest(models[0])
@@ -111,7 +140,9 @@ def test_a_single_model_is_itself_and_has_no_entropy_map(models: list[Path], out
 def test_members_that_do_not_belong_together_are_refused(models: list[Path], tmp_path: Path) -> None:
     spec = checkpoint.load_spec(models[0])
     other = save(tmp_path / "other", 9, replace(spec, mpp=2.0))
-    for wrong, words in (([models[0], other], "mpp 2.0"), ([models[0], models[0]], "a model twice")):
+    stained = save(tmp_path / "stained", 9, replace(spec, normalisation=Normalisation("macenko", ((1, 0, 0), (0, 1, 0)))))
+    cases = (([models[0], other], "mpp 2.0"), ([models[0], models[0]], "a model twice"))
+    for wrong, words in (*cases, ([models[0], stained], "none, macenko")):
         with pytest.raises(CheckpointError, match=words):
             ensemble.gather(wrong, tmp_path / "ensemble")
     assert not (tmp_path / "ensemble").exists()
