@@ -31,7 +31,7 @@ class NormalisedSlide:
     normalisation: Normalisation
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
-        """Pixels as `Slide.read` gives them, normalised; (height, width, 3 n) where n models each have a way of their own."""
+        """Pixels as `Slide.read` gives them, normalised; (height, width, 3 n) where n models each have their own way."""
         pixels = self.slide.read(roi, lattice)
         seen = [restained(pixels, self.staining, one) for one in self.normalisation.each]
         return seen[0] if len(seen) == 1 else np.concatenate(seen, axis=-1)
