@@ -84,8 +84,8 @@ def _run(task: _Task, node: int, meeting: Meeting, others: Sequence[Connection])
                     errors.append(told)
                 elif told is not None:
                     yield told
-            if errors:  # one that says what to do comes before those of processes that lost sight of it
-                raise min(errors, key=lambda error: not isinstance(error, FullfieldError) or isinstance(error, WorkerError))
+            if errors:
+                raise _cause(errors)
 
 
 @contextmanager
@@ -111,6 +111,13 @@ def _process(task: _Task, meeting: Meeting, node: int, device: int) -> Iterator[
         process.wait()
         process.stdin.close()
         receiver.close()
+
+
+def _cause(errors: Sequence[BaseException]) -> BaseException:
+    """The error that says what to do, before those of processes that only lost sight of it."""
+    return next(
+        (error for error in errors if isinstance(error, FullfieldError) and not isinstance(error, WorkerError)), errors[0]
+    )
 
 
 def _how_it_ended(process: subprocess.Popen[bytes] | None) -> WorkerError | None:

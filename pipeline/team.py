@@ -57,9 +57,12 @@ class Alone:
         return network
 
     def learner(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """See Team; on a GPU it is compiled."""
+        """See Team; on a GPU it is compiled, if there is a compiler, else run as it is."""
         if self.device.type == "cpu":
             return network
+        import torch._dynamo
+
+        torch._dynamo.config.suppress_errors = True
         compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network)
         return compiled
 

@@ -145,7 +145,6 @@ def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
 
     training = config.training
     team = FabricTeam(training.devices, training.nodes, training.strategy)
-    import time; print("TEAM", time.process_time(), time.time(), flush=True)
     yield from _fit(team, config, *arguments)
     team.close()
 
@@ -172,7 +171,6 @@ def _fit(
     trainer = Trainer(spec, learner, config.training, config.seed, team)
     rank, size = trainer.team.rank, trainer.team.size
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
-    import time; print("READY", time.process_time(), time.time(), flush=True)
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
         averaged = for_slides(trainer.averaged())
