@@ -22,6 +22,9 @@ TILE_COLUMNS = ("slide_id", "patient", "split", "x", "y", "tissue", "known")
 Split = Literal["train", "val", "test"]
 Precision = Literal["exact", "fast", "fastest"]
 Backend = Literal["auto", "torch", "openvino"]
+SHARING = frozenset({"devices", "nodes", "strategy"})
+"""Keys of `training` that say who does the work; on them its result does not depend."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -126,6 +129,9 @@ class TrainingSettings(Section):
     """The optimisation. An epoch is `patches_per_epoch` patches, not a pass over the cohort.
 
     `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1.
+
+    Each batch is dealt out to `devices` processes on each of `nodes` machines, one GPU each, else processors; it needs the
+    extra `distributed` where they are several. `strategy` is Lightning Fabric's: with `ddp` each has the whole network.
     """
 
     epochs: PositiveInt = 60
@@ -137,7 +143,24 @@ class TrainingSettings(Section):
     weight_average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     class_weights: dict[str, Positive] = {}
     max_minutes: Positive | None = None
+    devices: PositiveInt = 1
+    nodes: PositiveInt = 1
+    strategy: Literal["ddp"] = "ddp"
     augmentation: AugmentationSettings = AugmentationSettings()
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.devices * self.nodes
+
+    @model_validator(mode="after")
+    def _even_shares(self) -> TrainingSettings:
+        if self.batch_size % self.processes or self.patches_per_epoch % self.processes:
+            raise ValueError(
+                f"batch_size and patches_per_epoch should be multiples of devices x nodes, {self.processes}, "
+                "so that each has as large a share of every batch"
+            )
+        return self
 
 
 class SegmentationSettings(Section):
@@ -263,7 +286,9 @@ class Config(Section):
 
     def digest(self) -> str:
         """A SHA-256 over everything but where output goes and who does the work, as hexadecimal digits."""
-        content = self.model_dump(mode="json", exclude={"output", "cluster", "tracking"})
+        others = set(Config.model_fields) - {"output", "cluster", "tracking", "training"}
+        content = self.model_dump(mode="json", include=others)
+        content["training"] = self.training.model_dump(mode="json", exclude=set(SHARING))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,6 +3,9 @@
 An epoch's learning rate follows how much of the training is over: a warm-up, then half a cosine. Where time runs out first
 (`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
 
+Several processes may train one network, each on its share of every batch, to the same weights but for rounding (team.py).
+On a GPU that has it, the forward pass is computed in bf16.
+
 Between two epochs a Trainer's `state` is all that it takes to go on in another process, to the same bits on a CPU with as
 many threads.
 """
@@ -25,11 +28,14 @@ from pipeline.classes import IGNORED
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec, normalise
+from pipeline.team import Alone, Team
 
 _CALIBRATION_BATCHES = 12
 
 Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
-"""epoch -> batches of images (N, S, S, 3) uint8 RGB and masks (N, S, S) uint8, IGNORED where nothing is known."""
+"""epoch -> batches of images (N, S, S, 3) uint8 RGB and masks (N, S, S) uint8, IGNORED where nothing is known.
+
+Of several processes each gets its share: of the patches of every batch the `rank`th, and every `size`th after it."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,23 @@ class Epoch:
 
 
 class Trainer:
-    """A network, its optimiser and its running average, which is the network that is validated and kept."""
+    """A network, its optimiser and its running average, which is the network that is validated and kept.
 
-    def __init__(self, spec: ModelSpec, network: torch.nn.Module, settings: TrainingSettings, seed: int) -> None:
+    The processes of a team each have one, and call the same methods in the same order.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, network: torch.nn.Module, settings: TrainingSettings, seed: int, team: Team | None = None
+    ) -> None:
         torch.manual_seed(seed)
-        self.spec, self.settings = spec, settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.spec, self.settings, self.team = spec, settings, team or Alone()
+        self.device = self.team.device
+        self.network = self.team.prepared(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_average(settings.weight_average), use_buffers=True)
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self._learner = self.team.learner(self.network)
         self.dice = DiceLoss(batch=True)
         weights = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
         self.class_weights = torch.tensor(weights, device=self.device)
@@ -75,7 +87,7 @@ class Trainer:
 
         The caller's time counts against `max_minutes` as well. Raises TrainingError where the loss is not finite.
         """
-        while self._done < (planned := self._affordable()):
+        while self._done < (planned := self.team.first(self._affordable())):
             epoch = self._epoch(self._done, planned, batches(self._done))
             self._done += 1
             yield epoch
@@ -89,7 +101,7 @@ class Trainer:
         parts: dict[str, Mapping[str, torch.Tensor]] = {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
-            "recent": {str(index): torch.from_numpy(batch) for index, batch in enumerate(older)},
+            "recent": {str(index): self.team.whole(torch.from_numpy(batch)) for index, batch in enumerate(older)},
             "random": {"cpu": torch.get_rng_state()},
         }
         if self.device.type == "cuda":
@@ -115,7 +127,8 @@ class Trainer:
         }
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         recent = _part(state, "recent")
-        self.recent.extend(recent[str(index)].numpy() for index in range(len(recent)))
+        shares = (recent[str(index)].numpy()[self.team.rank :: self.team.size] for index in range(len(recent)))
+        self.recent.extend(np.ascontiguousarray(share) for share in shares)
         torch.set_rng_state(state["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"])
@@ -130,7 +143,7 @@ class Trainer:
         module: torch.nn.Module = self.average.module
         images = (normalise(torch.from_numpy(batch).to(self.device), self.spec) for batch in self.recent)
         update_bn(images, module)
-        return module.eval()
+        return self.team.finished(module).eval()
 
     @property
     def _steps(self) -> int:
@@ -168,17 +181,24 @@ class Trainer:
 
     def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
         inputs = normalise(torch.from_numpy(images).to(self.device), self.spec)
-        logits = self.network(inputs)
+        with self._precision():
+            logits = self._learner(inputs).float()
         if logits.ndim == 2:  # a classifier's, whose answer is one pixel for the whole patch
             logits = logits[:, :, None, None]
         truth = _at_output(masks, masks.shape[1] // logits.shape[2])
-        loss = self._loss(logits, torch.from_numpy(truth).to(self.device, torch.long))
+        known = torch.from_numpy(truth).to(self.device, torch.long)
+        loss = self._loss(self.team.whole(logits), self.team.whole(known))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
         self.optimiser.step()
         self.average.update_parameters(self.network)
         return loss.item()
+
+    def _precision(self) -> torch.autocast:
+        """bf16 where a GPU computes in it; fp32 everywhere else."""
+        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
 
     def _loss(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Dice and cross-entropy over the known pixels, (N, C, h, w) against (N, h, w)."""

@@ -17,7 +17,7 @@ from pipeline import __version__, checkpoint
 from pipeline.annotations import ClassMap, Truth, open_truth
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
-from pipeline.config import Config
+from pipeline.config import SHARING, Config
 from pipeline.errors import CheckpointError, TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
@@ -249,7 +249,8 @@ def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
 
 
 def _training_sections(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", include={*_TILED, "normalisation", "network", "training", "seed"})
+    sections = {*_TILED, "normalisation", "network", "training", "seed"}
+    return config.model_dump(mode="json", include=sections, exclude={"training": set(SHARING)})
 
 
 def _check_model(model: Path, inputs: str) -> None:

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "errors ahead origin",
-    "classes geometry files progress contours polygons density staining resampling",
+    "errors ahead origin whole_batch",
+    "team classes geometry files progress contours polygons density staining resampling",
     "config outlines label_image stencil shards stains objects boundaries calibration froc",
     "slide grid annotations cohort cluster ngff store snapshot config_file",
-    "tissue canvas augment network dense graph histology folds combinations",
+    "processes tissue canvas augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised fields",
     "footprint patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
@@ -26,7 +26,7 @@ FLOORS = [
     "workspace",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
-OWNERS = {"openslide": {"slide"}, "mlflow": {"tracking", "served", "store", "registry"}}
+OWNERS = {"openslide": {"slide"}, "lightning_fabric": {"team"}, "mlflow": {"tracking", "served", "store", "registry"}}
 OWNERS |= {"openvino": {"openvino_engine"}, "nncf": {"openvino_engine"}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyarrow import parquet
@@ -19,6 +19,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.lineage import ancestry, case_facts, write_lineage
 from pipeline.network import ModelSpec
+from pipeline.processes import together
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record, Standing
 from pipeline.workspace import (
@@ -35,6 +36,7 @@ from pipeline.workspace import (
 
 if TYPE_CHECKING:
     from pipeline.patches import Patch, PatchStream, Source
+    from pipeline.team import Team
     from pipeline.tracking import Run
     from pipeline.training import Epoch, Trainer
 
@@ -145,8 +147,29 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it.
 
     After each epoch the state is kept beside it; where there is one of this very training, its epochs are told again and it
-    goes on.
+    goes on. With several `training.devices` or `training.nodes`, processes of their own do it together.
     """
+    arguments, training = (config, cases, tiles, folder, inputs), config.training
+    if training.processes > 1:
+        yield from together(_fit_share, arguments, training.devices, training.nodes)
+    else:
+        yield from _fit(None, *arguments)
+
+
+def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
+    """What each of several processes does."""
+    from pipeline.team import FabricTeam
+
+    training = config.training
+    team = FabricTeam(training.devices, training.nodes, training.strategy)
+    yield from _fit(team, config, *arguments)
+    team.close()
+
+
+def _fit(
+    team: Team | None, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str
+) -> Iterator[Record]:
+    """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
     import torch
 
     from pipeline.engine import TorchEngine
@@ -162,21 +185,25 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
-    trainer = Trainer(spec, learner, config.training, config.seed)
+    trainer = Trainer(spec, learner, config.training, config.seed, team)
+    rank, size = trainer.team.rank, trainer.team.size
     seen = [case_facts(case) for case in cases]
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     yield from standing.records
-    for epoch in trainer.fit(lambda number: _batches(stream, number, config)):
+    for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
         averaged = for_slides(trainer.averaged())
-        dice = _dice(validate(validation, TorchEngine(spec, averaged)), spec, rest_index(config))
+        counts = trainer.team.total(validate(validation[rank::size], TorchEngine(spec, averaged)))
+        dice = _dice(counts, spec, rest_index(config))
         metrics = _metrics(epoch, dice)
         record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, epoch.planned)
-        if record.best:
+        if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
             origins = _lineage(config, inputs, epoch.number, dice), ancestry(config, seen, took)
             checkpoint.save(folder, spec, averaged, *origins)
         standing = standing.after(record, trainer.seconds)
-        snapshot.save(state, standing, trainer.state())
+        tensors = trainer.state()
+        if rank == 0:
+            snapshot.save(state, standing, tensors)
         yield record
 
 
@@ -221,8 +248,10 @@ def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> Patch
     return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed)
 
 
-def _batches(stream: PatchStream, epoch: int, config: Config) -> Iterator[Patch]:
-    return stream.batches(epoch, range(config.training.patches_per_epoch), config.training.batch_size)
+def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: int) -> Iterator[Patch]:
+    """The share of every batch of process `rank` of so many."""
+    training = config.training
+    return stream.batches(epoch, range(rank, training.patches_per_epoch, size), training.batch_size // size)
 
 
 def _dice(counts: np.ndarray, spec: ModelSpec, rest: int | None) -> dict[str, float]:

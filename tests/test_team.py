@@ -1,0 +1,102 @@
+"""Two processes train as one does: the same losses, the same scores and the same weights, to rounding."""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.patches import Patch
+from pipeline.phantom import make_cohort
+from pipeline.snapshot import Record, load_tensors
+from pipeline.team import FabricTeam
+from pipeline.workspace import open_workspace, training_facts
+from workflows import train
+from workflows.tile import tile_cohort
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three phantoms, and patches of which not all is known; three steps an epoch, the last of half a batch."""
+    folder = tmp_path_factory.mktemp("team")
+    manifest = make_cohort(folder / "cohort", seed=3, slides=3, width=1001, height=803, mpp=1.0)
+    content = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
+    content["output"], content["cohort"] = str(folder / "out"), {"manifest": str(manifest)}
+    content["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 4, "depth": 2}
+    content["tiles"]["patch_size"] = 64
+    weights = {content["classes"][1]["name"]: 2.0}
+    content["training"] = {"epochs": 3, "patches_per_epoch": 20, "batch_size": 8, "class_weights": weights}
+    content["cluster"] = {"workers": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "config.yaml"
+
+
+def distance(one: Path, other: Path) -> float:
+    """How far the weights of two trainings are from each other."""
+    first, second = (load_tensors(folder / "training.safetensors") for folder in (one, other))
+    names = [name for name in first if name.startswith(("network.", "average.")) and not name.endswith("n_averaged")]
+    return float(torch.stack([(first[name].double() - second[name].double()).norm() for name in names]).norm())
+
+
+def figures(records: list[Record], name: str) -> list[float]:
+    return [record.metrics[name] for record in records]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_equal_one(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as one process does that gets each batch in another order: sums are rounded otherwise, and no more.
+
+    The two are killed after the second epoch, and one goes on for them.
+    """
+    pytest.importorskip("lightning_fabric")
+    with open_workspace(load_config(path, [])) as workspace:
+        tile_cohort(workspace)
+        config, cases, tiles, _, inputs = train.fit_arguments(workspace)
+
+    def fit(name: str, **values: object) -> Iterator[Record]:
+        training = config.training.model_copy(update=values)
+        folder = tmp_path / name / "model.partial"
+        return train.fit(config.model_copy(update={"training": training}), cases, tiles, folder, inputs)
+
+    one, two = list(fit("one")), list(islice(fit("two", devices=2), 2))
+    gone_on, usual = list(fit("two")), train._batches
+
+    def reversed_batches(*arguments: Any) -> Iterator[Patch]:
+        for images, masks in usual(*arguments):
+            yield np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
+
+    monkeypatch.setattr(train, "_batches", reversed_batches)
+    list(fit("reversed"))
+    assert gone_on[:2] == two
+    assert figures(gone_on, "learning_rate") == figures(one, "learning_rate")
+    assert figures(gone_on, "loss") == pytest.approx(figures(one, "loss"), rel=1e-4)
+    assert figures(gone_on, "dice") == pytest.approx(figures(one, "dice"), abs=1e-3)
+    assert distance(tmp_path / "one", tmp_path / "two") < 10 * distance(tmp_path / "one", tmp_path / "reversed")
+
+
+def test_what_a_training_depends_on_is_not_who_does_it(path: Path) -> None:
+    one, two = load_config(path, []), load_config(path, ["training.devices=2", "training.nodes=2"])
+    assert one != two
+    assert training_facts(one, []) == training_facts(two, []) and one.digest() == two.digest()
+    assert one.digest() != load_config(path, ["training.epochs=5"]).digest()
+
+
+@pytest.mark.parametrize("override", ["training.batch_size=6", "training.patches_per_epoch=18"])
+def test_shares_that_are_not_even_are_refused(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="multiples of devices x nodes, 4"):
+        load_config(path, ["training.devices=4", override])
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    with pytest.raises(TrainingError, match="distributed"):
+        FabricTeam(2, 1, "ddp")
