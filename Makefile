@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/.demo
 	$(BIN)/fullfield demo
 
+# Two processes of one thread each, a file of tests after the other: threads that wait for each other take longer.
 test: .venv/.test lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks.bench
