@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import CohortError, FullfieldError
-from pipeline.files import write_text
+from pipeline.files import locked, write_text
 from pipeline.origin import origin, packages
 from pipeline.slide import open_slide
 
@@ -68,14 +68,26 @@ def ancestry(config: Config, slides: Sequence[Mapping[str, Any]], training: Mapp
     return {**made_here(), "seed": config.seed, "training": dict(training), "config": content, "slides": list(slides)}
 
 
-def write_lineage(folder: Path, models: Sequence[Path], more: Mapping[str, Any]) -> Path:
-    """Write FOLDER/lineage.json: what is made here and now of some models, with their ancestries, and `more`."""
-    listed = [
+def models_facts(models: Sequence[Path]) -> list[dict[str, Any]]:
+    """Path, digest and ancestry of models. Raises CheckpointError."""
+    return [
         {"path": str(model.resolve()), "digest": checkpoint.digest(model), "ancestry": checkpoint.load_ancestry(model)}
         for model in models
     ]
+
+
+def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Write `facts` into FOLDER/lineage.json, beside other facts that it has already; returns its path.
+
+    `origins` lists who began it, and each that went on with it by other code or on another machine.
+    """
     path = folder / FILE
-    write_text(path, json.dumps({**made_here(), **more, "models": listed}, indent=2) + "\n")
+    with locked(path):
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        origins, now = before.get("origins", []), made_here()
+        if not origins or {**origins[-1], "made": now["made"]} != now:
+            origins = [*origins, now]
+        write_text(path, json.dumps({**before, **facts, "origins": origins}, indent=2) + "\n")
     return path
 
 
@@ -86,20 +98,21 @@ def read_lineage(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CohortError(str(path), str(error), "the lineage of a run", remedy) from error
-    missing = [name for name in ("version", "packages", "slides", "models") if name not in found]
+    missing = [name for name in ("origins", "slides", "models") if name not in found]
     if missing:
         raise CohortError(str(path), f"no {', '.join(missing)}", "the lineage of a run", remedy)
     return found
 
 
 def changes(then: Mapping[str, Any], slides_now: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What differs here and now from what a lineage says, a line each: code, machine, packages, slides, annotations."""
-    for name in ("version", "commit", "changed_since_commit", "python", "machine"):
-        was, found = then.get(name, "not known"), origin().get(name, "not known")
+    """What differs here and now from what a lineage began with, a line each: code, machine, packages, slides and truth."""
+    began = then["origins"][0]
+    for name in ("version", "commit", "code", "python", "machine"):
+        was, found = began.get(name, "not known"), origin().get(name, "not known")
         if was != found:
-            yield f"{name.replace('_', ' ')}: was {was}, is {found}"
-    for name in sorted({*then["packages"], *packages()}):
-        was, found = then["packages"].get(name, "not installed"), packages().get(name, "not installed")
+            yield f"{name}: was {was}, is {found}"
+    for name in sorted({*began["packages"], *packages()}):
+        was, found = began["packages"].get(name, "not installed"), packages().get(name, "not installed")
         if was != found:
             yield f"package {name}: was {was}, is {found}"
     for old, new in zip(then["slides"], slides_now, strict=True):

@@ -13,15 +13,18 @@ from pathlib import Path
 
 from pipeline import __version__
 
+_PACKAGE = Path(__file__).resolve().parent
+
 
 @cache
 def origin() -> dict[str, str]:
-    """By name: version, python, machine, lock (a SHA-256 over `packages`), and of a git checkout commit and
-    changed_since_commit, `yes` or `no`.
+    """By name: version, code (a SHA-256 over its sources), python, machine, lock (a SHA-256 over `packages`), and of a git
+    checkout commit and changed_since_commit, `yes` or `no`.
     """
     listed = "\n".join(f"{name}=={number}" for name, number in packages().items())
     found = {
         "version": __version__,
+        "code": _source_digest(),
         "python": platform.python_version(),
         "machine": ", ".join([platform.node(), platform.platform(), _processor(), f"{os.cpu_count()} cores"]),
         "lock": hashlib.sha256(listed.encode()).hexdigest(),
@@ -40,6 +43,14 @@ def packages() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _source_digest() -> str:
+    total = hashlib.sha256()
+    for folder in (_PACKAGE, _PACKAGE.with_name("workflows")):
+        for path in sorted(folder.glob("*.py")):
+            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
 def _processor() -> str:
     """The processor's model, where Linux tells it; else its kind."""
     with suppress(OSError, StopIteration):
@@ -50,7 +61,7 @@ def _processor() -> str:
 
 def _git(*words: str) -> str | None:
     """What git says about the folder of this code; None where it says no, or is not there."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+    command = ["git", "-C", str(_PACKAGE), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

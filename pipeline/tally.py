@@ -33,13 +33,26 @@ class Tally:
 
     def dice(self, name: str) -> dict[str, float]:
         """Dice of a class for each patient, slides summed; left out where neither side has the class."""
+        index = self.classes.index(name)
+        found = {patient: number(ratios(counts, self.rest)["dice"][index]) for patient, counts in self._sums().items()}
+        return {patient: dice for patient, dice in found.items() if dice is not None}
+
+    def mean_dice(self) -> dict[str, float]:
+        """Mean Dice for each patient, slides summed, over the classes that its truth has, the background among them.
+
+        So two models are scored on the same classes of a patient; what is invented costs the class that it is taken from.
+        """
+        known = {patient: counts for patient, counts in self._sums().items() if counts.any()}
+        return {
+            patient: float(ratios(counts, self.rest)["dice"][counts.any(axis=1)].mean()) for patient, counts in known.items()
+        }
+
+    def _sums(self) -> dict[str, np.ndarray]:
+        """The counts of each patient."""
         sums: dict[str, np.ndarray] = {}
         for row in self.rows:
             sums[row.patient] = sums.get(row.patient, np.int64(0)) + row.confusion
-        found = {
-            patient: number(ratios(counts, self.rest)["dice"][self.classes.index(name)]) for patient, counts in sums.items()
-        }
-        return {patient: dice for patient, dice in found.items() if dice is not None}
+        return sums
 
     @property
     def unseen(self) -> Tally:

@@ -22,12 +22,13 @@ from pipeline.config import ClusterSettings, EngineSettings
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.lineage import read_lineage
+from pipeline.metrics import SlideConfusion
 from pipeline.origin import packages
 from pipeline.phantom import make_cohort
 from pipeline.registry import resolve_model
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS
-from pipeline.tally import read_tally
+from pipeline.tally import Tally, read_tally
 from pipeline.versions import find_version
 from workflows.promote import promote
 from workflows.reproduce import reproduce
@@ -104,8 +105,7 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     dice = {}
     for number, tally in tallies.items():
         assert {row.patient for row in tally.rows} == tested
-        scores = [tally.dice(name) for index, name in enumerate(tally.classes) if index != tally.rest]
-        dice[number] = {patient: np.mean([score[patient] for score in scores if patient in score]) for patient in tested}
+        dice[number] = tally.mean_dice()
     differences = [dice[better][patient] - dice[worse][patient] for patient in tested]
     assert float(tags["fullfield.champion.difference"]) == pytest.approx(np.mean(differences))
     assert min(differences) - 1e-9 <= float(tags["fullfield.champion.low"]) <= np.mean(differences)
@@ -119,6 +119,16 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     loss = -float(store.get_model_version("tissue", worse).tags["fullfield.champion.low"])
     assert promote(str(bad), "champion", min(loss + 0.01, 1.0), None, output) == 0
     assert champion(store) == worse
+
+
+def test_what_is_invented_costs_the_class_that_it_is_taken_from() -> None:
+    healthy = np.array([[900, 0, 0, 0], [0, 100, 0, 0], [0, 0, 0, 0]])
+    invented = np.array([[90, 0, 810, 0], [0, 100, 0, 0], [0, 0, 0, 0]])
+    for rest in (0, None):
+        rows = [SlideConfusion(name, name, "test", counts) for name, counts in (("a", healthy), ("b", invented))]
+        scores = Tally(("Other", "Gland", "Tumour"), rest, 1.0, tuple(rows)).mean_dice()
+        assert scores["a"] == 1.0
+        assert scores["b"] == pytest.approx((2 * 90 / (900 + 90) + 1) / 2)
 
 
 def test_slides_that_a_model_was_trained_on_do_not_decide(
@@ -147,7 +157,8 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     found = read_lineage(good / "lineage.json")
     (model,) = found["models"]
     assert model["ancestry"]["training"]["epochs"] in (1, 2) and model["ancestry"]["training"]["minutes"] > 0
-    assert found["packages"]["torch"] == packages()["torch"] and found["seed"] == 0
+    assert found["origins"][0]["packages"]["torch"] == packages()["torch"] and found["seed"] == 0
+    assert found["training"]["epochs"] == 2 and found["training"]["minutes"] >= model["ancestry"]["training"]["minutes"]
     cases = {case.slide_id: case for case in read_manifest(good / "cohort.csv")}
     assert {slide["slide_id"]: slide["split"] for slide in found["slides"]} == {name: cases[name].split for name in cases}
     for slide in found["slides"]:
@@ -186,10 +197,8 @@ def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path
     slide = read_manifest(good / "cohort.csv")[-1].slide
     here = ClusterSettings(workers=0)
     assert segment([slide], [str(good / "model")], tmp_path, None, None, here, EngineSettings()) == 0
-    lineage = json.loads((tmp_path / "lineage.json").read_text())
-    assert (
-        lineage["models"][0]["ancestry"]["slides"] == read_lineage(good / "lineage.json")["models"][0]["ancestry"]["slides"]
-    )
+    lineages = [json.loads((folder / "lineage.json").read_text()) for folder in (tmp_path, good)]
+    assert lineages[0]["segmented_with"][0]["ancestry"] == lineages[1]["models"][0]["ancestry"]
     canvas = open_canvas(tmp_path / "slides" / slide.stem / CANVAS)
     pixels = open_slide(slide).read(canvas.lattice.roi, canvas.lattice)
     expected = canvas.read_probabilities(canvas.lattice.roi)
@@ -215,6 +224,25 @@ def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path
         server.wait()
     assert examined.any()
     assert np.abs(served - expected / 255)[:, examined].max() <= 0.5 / 255 + 1e-5
+
+
+def test_what_began_a_lineage_stays_in_it(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a run that skips everything, nor slides segmented into its folder, hide that other code began it."""
+    kept = (good / "lineage.json").read_text()
+    found = json.loads(kept)
+    found["origins"][0] |= {"version": "0.0.9", "packages": {**found["origins"][0]["packages"], "torch": "1.0"}}
+    (good / "lineage.json").write_text(json.dumps(found))
+    try:
+        assert run(good / "config.yaml", []) == 0
+        slide = read_manifest(good / "cohort.csv")[-1].slide
+        assert segment([slide], [str(good / "model")], good, None, None, ClusterSettings(workers=0), EngineSettings()) == 0
+        capsys.readouterr()
+        assert reproduce(str(good), tmp_path / "again") == 0
+        assert len(json.loads((good / "lineage.json").read_text())["origins"]) == 2
+    finally:
+        (good / "lineage.json").write_text(kept)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
+    assert [line.split(",")[0] for line in said] == ["changed: version: was 0.0.9", "changed: package torch: was 1.0"]
 
 
 def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.progress import console
 from pipeline.registry import check_alias
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.store import Store
-from pipeline.tally import FILE, Tally, write_tally
+from pipeline.tally import FILE, Tally, shared_patients, write_tally
 from pipeline.versions import Version, decide, find_version, version_with
 from pipeline.workspace import case_truth, rest_index, slide_job
 from workflows.segment import run_jobs
@@ -49,8 +49,9 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
     with connect(config.cluster) as cluster:
         cases = _unseen(config, cluster, [champion, challenger])
-        tallies = [_examine(version, cases, config, cluster, output) for version in (champion, challenger)]
-    before, after = (_mean_dice(tally) for tally in tallies)
+        theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
+    shared_patients(theirs, ours)  # refuses another truth
+    before, after = theirs.mean_dice(), ours.mean_dice()
     difference = paired_difference(before, after, config.evaluation.bootstrap_samples, config.seed)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
@@ -158,14 +159,6 @@ def count(case: Case, config: Config, job: SlideJob) -> SlideConfusion:
     """The pixels of a segmented case, by true and predicted class. Raises AnnotationError or CanvasError."""
     counts = count_pixels(open_canvas(job.folder / CANVAS), case_truth(case, config))
     return SlideConfusion(case.slide_id, case.patient, case.split, counts)
-
-
-def _mean_dice(tally: Tally) -> dict[str, float]:
-    """For each patient the mean Dice of the classes, without the background."""
-    names = [name for index, name in enumerate(tally.classes) if index != tally.rest]
-    found = [tally.dice(name) for name in names]
-    patients = {patient for scores in found for patient in scores}
-    return {patient: float(np.mean([scores[patient] for scores in found if patient in scores])) for patient in patients}
 
 
 def _verdict(difference: Difference, champion: Version, margin: float, takes: bool) -> str:

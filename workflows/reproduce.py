@@ -30,7 +30,8 @@ def reproduce(reference: str, output: Path | None) -> int:
     write_manifest(output / "cohort.csv", cases)
     write_text(output / "config.yaml", old.model_copy(update={"output": output, "cohort": cohort}).to_yaml())
     differences = list(changes(lineage, [case_facts(case) for case in cases]))
-    made = f"{lineage['made']} with Fullfield {lineage['version']} on {lineage['machine']}"
+    began = lineage["origins"][0]
+    made = f"{began['made']} with Fullfield {began['version']} on {began['machine']}"
     console.print(f"{reference} was made {made}", markup=False, soft_wrap=True)
     if not differences:
         console.print("Nothing has changed since: code, packages, machine, slides and annotations are the same.")

@@ -21,7 +21,7 @@ from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CohortError
 from pipeline.files import locked, write_csv
-from pipeline.lineage import write_lineage
+from pipeline.lineage import models_facts, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
@@ -80,7 +80,7 @@ def segment(
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
-    write_lineage(output, found, {})
+    write_lineage(output, {"segmented_with": models_facts(found)})
     return report(rows, output)
 
 

@@ -17,7 +17,7 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
-from pipeline.lineage import ancestry, case_facts, write_lineage
+from pipeline.lineage import ancestry, case_facts, models_facts, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.processes import together
 from pipeline.progress import console, progress
@@ -64,25 +64,35 @@ def train_model(workspace: Workspace) -> None:
             console.print("train: done already")
         else:
             _watch(workspace, run, cases, unfinished, done)
+        cost = _cost(unfinished)
         snapshot.beside(unfinished).unlink(missing_ok=True)
-        workspace.run.log_file(_describe(workspace))
+        workspace.run.log_file(_describe(workspace, cost))
         address = run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
     console.print(f"train: model at {model}, in MLflow {address}")
 
 
-def _describe(workspace: Workspace) -> Path:
-    """Write what this run is made of into its folder; slides are read by workers."""
+def _cost(unfinished: Path) -> dict[str, Any]:
+    """Minutes and epochs of a training that has just ended; nothing where it ended earlier."""
+    standing = snapshot.read_standing(snapshot.beside(unfinished))
+    if standing is None:
+        return {}
+    return {"training": {"minutes": round(standing.seconds / 60, 2), "epochs": len(standing.records)}}
+
+
+def _describe(workspace: Workspace, cost: Mapping[str, Any]) -> Path:
+    """Write what this run is made of, and at what `cost`, into its folder; slides are read by workers."""
     for case in workspace.cases:
         workspace.cluster.submit(case, case_facts, case)
-    facts = {outcome.key: outcome.value for outcome in workspace.cluster if outcome.error is None}
+    described = {outcome.key: outcome.value for outcome in workspace.cluster if outcome.error is None}
     config = workspace.config
-    more = {
+    facts = {
         "run": {"store": workspace.run.store.shown, "run_id": workspace.run.run_id},
         "config_digest": config.digest(),
         "seed": config.seed,
-        "slides": [facts[case] for case in workspace.cases if case in facts],
+        "slides": [described[case] for case in workspace.cases if case in described],
+        "models": models_facts([workspace.model]),
     }
-    return write_lineage(workspace.output, [workspace.model], more)
+    return write_lineage(workspace.output, {**facts, **cost})
 
 
 def fit_arguments(workspace: Workspace) -> tuple[Config, Sequence[Case], Path, Path, str]:
