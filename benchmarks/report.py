@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -148,25 +149,25 @@ def _cell(text: str) -> str:
 
 
 def draw(records: dict[str, Record]) -> Figure:
-    """Seconds of the contenders on the left; seconds and memory against pixels on the right."""
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    panels = figure.subplot_mosaic([["fcn", "seconds"], ["unet", "memory"]], width_ratios=[1.4, 1])
+    """What there is, one panel below the other: seconds of the contenders; seconds and memory against pixels."""
     peers = medians(records["peers"]) if "peers" in records else []
-    for network in ("fcn", "unet"):
-        _bars(panels[network], [run for run in peers if run.key.network == network], TITLES[network])
     grown = [run for name in ("growth", "huge") if name in records for run in medians(records[name]) if not run.error]
-    _lines(panels["seconds"], grown, "whole process, s", [run.whole for run in grown])
-    _lines(panels["memory"], grown, "peak of the largest process, GiB", [run.peak_bytes / _GIB for run in grown])
-    panels["seconds"].set(yscale="log")
-    panels["memory"].set(ylim=(0, None))
+    panels: list[Callable[[Axes], None]] = []
+    for network in dict.fromkeys(run.key.network for run in peers):
+        runs = [run for run in peers if run.key.network == network]
+        panels.append(partial(_bars, runs=runs, title=TITLES[network]))
+    if grown:
+        seconds, peaks = [run.whole for run in grown], [run.peak_bytes / _GIB for run in grown]
+        panels.append(partial(_lines, runs=grown, label="whole process, s", values=seconds, yscale="log"))
+        panels.append(partial(_lines, runs=grown, label="peak of the largest process, GiB", values=peaks, yscale="linear"))
+    figure = Figure(figsize=(11, 4.5 * max(len(panels), 1)), layout="constrained")
+    for panel, drawn in zip(figure.subplots(max(len(panels), 1), squeeze=False)[:, 0], panels, strict=False):
+        drawn(panel)
     return figure
 
 
 def _bars(panel: Axes, runs: Sequence[Run], title: str) -> None:
     """Whole processes on the smallest slide, the part after start-up darker."""
-    if not runs:
-        panel.set_axis_off()
-        return
     smallest = min(run.key.size for run in runs)
     shown = [run for run in runs if run.key.size == smallest and not run.error]
     names = [run.key.contender for run in shown]
@@ -178,21 +179,20 @@ def _bars(panel: Axes, runs: Sequence[Run], title: str) -> None:
         [f"{run.seconds:.1f} s of {run.whole:.1f}, {run.peak_bytes / _GIB:.1f} GiB" for run in shown],
         padding=4,
     )
-    panel.margins(x=0.35)
+    panel.margins(x=0.4)
     panel.invert_yaxis()
     panel.set(title=f"{title}, {smallest} x {smallest} px", xlabel="s (dark: after start-up)")
 
 
-def _lines(panel: Axes, runs: Sequence[Run], label: str, values: Sequence[float]) -> None:
+def _lines(panel: Axes, runs: Sequence[Run], label: str, values: Sequence[float], yscale: str) -> None:
     """One line for each network and number of workers."""
     lines = dict[tuple[str, int], list[tuple[float, float]]]()
     for run, value in zip(runs, values, strict=True):
         lines.setdefault((run.key.network, run.key.workers), []).append((run.megapixels, value))
-    if not lines:
-        panel.set_axis_off()
-        return
     for (network, workers), points in lines.items():
         name = f"{network}, {workers} worker{'s' if workers > 1 else ''}" if workers else f"{network}, huge slide"
         panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    panel.set(xlabel="Mpx segmented", ylabel=label, xscale="log")
+    panel.set(xlabel="Mpx segmented", ylabel=label, xscale="log", yscale=yscale)
+    if yscale == "linear":
+        panel.set_ylim(0, None)
     panel.legend()
