@@ -129,10 +129,11 @@ def open_store(address: str, create: bool) -> Store:
     """Opens the store at an address; a SQLite store that does not exist is made, if `create` allows it.
 
     Raises TrackingError where it cannot be opened; for a server that does not answer, within seconds. MLflow's
-    telemetry and its links on standard output are switched off, unless the environment says otherwise.
+    telemetry, its progress bars and its links on standard output are switched off, unless the environment says otherwise.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     path = _sqlite_path(address)
     if path is not None:
         _check_sqlite(path, create)

@@ -42,6 +42,12 @@ def failing(folder: Path) -> Iterator[int]:
     time.sleep(600)
 
 
+def waiting(folder: Path) -> Iterator[int]:
+    meet(folder, 2)
+    yield 1
+    time.sleep(600)
+
+
 def dying(folder: Path) -> Iterator[int]:
     meet(folder, 2)
     if os.environ["RANK"] == "1":
@@ -79,7 +85,7 @@ def test_the_death_of_one_ends_all(tmp_path: Path) -> None:
 
 
 def test_who_no_longer_listens_ends_all(tmp_path: Path) -> None:
-    told = together(failing, (tmp_path,), 2, 1)
+    told = together(waiting, (tmp_path,), 2, 1)
     assert next(told) == 1
     told.close()
     assert_gone(tmp_path)
