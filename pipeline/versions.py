@@ -31,19 +31,24 @@ class Version:
 
 
 def find_version(reference: str) -> tuple[Store, Version]:
-    """The version that `models:/NAME/VERSION`, `models:/NAME@ALIAS` or an output folder means, and the store it is in.
+    """The version that `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/ID` or a folder means, and the store it is in.
 
-    A folder's is the newest version of the model that lies in it, in the store of its run; every other is looked up in the
-    store that MLFLOW_TRACKING_URI names. Raises TrackingError where there is none, CheckpointError for a folder without
-    a model.
+    A folder is a run's output, or the model in it; it stands for the newest version of that model in the store of its run.
+    All else is looked up in the store that MLFLOW_TRACKING_URI names. Raises TrackingError where there is none,
+    CheckpointError for a folder without a model.
     """
     if reference.startswith("models:/"):
         store = _chosen_store(reference)
         folder = resolve_model(reference)  # tells what is wrong with the reference
         name, number = _named(store, reference)
         return store, _version(store, name, number, folder)
-    folder = Path(reference) / "model"
-    store, digest = _store_of(Path(reference)), checkpoint.digest(folder)
+    if reference.startswith("runs:/"):
+        store, folder = _chosen_store(reference), resolve_model(reference)
+    else:
+        given = Path(reference).absolute()
+        output = given.parent if (given / "model.yaml").is_file() else given
+        store, folder = _store_of(output), output / "model"
+    digest = checkpoint.digest(folder)
     with store.conversation(reference):
         found = store.client.search_model_versions(f"tags.`{DIGEST}` = '{digest}'")
     if not found:
@@ -102,6 +107,6 @@ def _store_of(output: Path) -> Store:
     try:
         address = json.loads((output / "run.json").read_text(encoding="utf-8"))["store"]
     except (OSError, ValueError, LookupError) as error:
-        expected = "models:/NAME/VERSION, models:/NAME@ALIAS or the output folder of a run"
+        expected = "models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID or the output folder of a run"
         raise TrackingError(str(output), f"no run ({error})", expected, "Correct it.") from error
     return open_store(chosen_address(None) or address, create=False)

@@ -132,7 +132,13 @@ def test_what_is_invented_costs_the_class_that_it_is_taken_from() -> None:
 
 
 def test_slides_that_a_model_was_trained_on_do_not_decide(
-    home: Path, store: "mlflow.MlflowClient", bad: Path, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    store: "mlflow.MlflowClient",
+    bad: Path,
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
     cases = read_manifest(home / "cohort" / "cohort.csv")
@@ -145,6 +151,11 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     with pytest.raises(CohortError, match="no test slide that both models have never seen"):
         promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out")
     assert capsys.readouterr().out.count("was trained on") == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store.db")
+    run_id = json.loads((good / "run.json").read_text())["run_id"]
+    number = find_version(str(good))[1].number
+    for reference in (str(good / "model"), f"runs:/{run_id}", f"models:/tissue/{number}"):
+        assert find_version(reference)[1].number == number
     with pytest.raises(TrackingError, match="keeps to itself"):
         promote(str(good), "latest", 0.01, None, tmp_path / "out")
     with pytest.raises(TrackingError, match="no run"):

@@ -226,7 +226,7 @@ def compare(
 @app.command()
 def promote(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Output folder of a run, models:/NAME/VERSION or models:/NAME@ALIAS.")
+        str, typer.Argument(metavar="MODEL", help="Output of a run, runs:/ID, models:/NAME/VERSION or models:/NAME@ALIAS.")
     ],
     alias: Annotated[str, typer.Option(help="What the model in use is called.")] = "champion",
     margin: Annotated[float, typer.Option(help="Largest loss of mean Dice that may remain possible.", min=0, max=1)] = 0.01,

@@ -29,6 +29,8 @@ from pipeline.versions import Version, decide, find_version, version_with
 from pipeline.workspace import case_truth, rest_index, slide_job
 from workflows.segment import run_jobs
 
+Scores = dict[str, float]
+
 
 def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
     """Examine both on the same patients, keep the evidence, and move the alias; 1 where it stays, else 0.
@@ -38,32 +40,40 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     check_alias(alias)
     store, challenger = find_version(reference)
     champion = version_with(store, challenger.name, alias)
-    if champion is None or champion.number == challenger.number:
-        takes = champion is None
-        if takes:
-            decide(store, challenger, alias, True, {"verdict": "taken: nobody had the alias", "when": _now()})
-        said = f"takes the alias {alias}, which nobody had" if takes else f"has the alias {alias} already"
-        console.print(f"{challenger.reference} {said}", markup=False)
+    if champion is None:
+        decide(store, challenger, alias, True, {"verdict": "taken: nobody had the alias", "when": _now()})
+        console.print(f"{challenger.reference} takes the alias {alias}, which nobody had", markup=False)
+        return 0
+    if champion.number == challenger.number:
+        console.print(f"{challenger.reference} has the alias {alias} already", markup=False)
         return 0
     _check_classes(champion, challenger)
     config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
-    with connect(config.cluster) as cluster:
-        cases = _unseen(config, cluster, [champion, challenger])
-        theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
-    shared_patients(theirs, ours)  # refuses another truth
-    before, after = theirs.mean_dice(), ours.mean_dice()
-    difference = paired_difference(before, after, config.evaluation.bootstrap_samples, config.seed)
+    theirs, ours = _contest(champion, challenger, config, output)
+    difference = paired_difference(theirs, ours, config.evaluation.bootstrap_samples, config.seed)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
-    patients = {"patients": difference.patients, "slides": [case.slide_id for case in cases]}
-    figures = {"difference": difference.mean, "low": difference.low, "high": difference.high, "margin": margin}
-    dice = {"dice": float(np.mean(list(after.values()))), "dice_of_other": float(np.mean(list(before.values())))}
-    other = {"against": champion.reference, "verdict": verdict, "when": _now()}
-    decide(store, challenger, alias, takes, {**other, **figures, **dice, **patients})
+    evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin}
+    decide(store, challenger, alias, takes, {**evidence, **_figures(difference, theirs, ours)})
     console.print(f"{challenger.reference}: {verdict}", markup=False, soft_wrap=True)
     if not takes:
         console.print(f"The alias {alias} stays with {champion.reference}.", markup=False)
     return 0 if takes else 1
+
+
+def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores]:
+    """The mean Dice of each patient, of the champion and of the challenger. Raises CohortError."""
+    with connect(config.cluster) as cluster:
+        cases = _unseen(config, cluster, [champion, challenger])
+        theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
+    shared_patients(theirs, ours)  # refuses another truth
+    return theirs.mean_dice(), ours.mean_dice()
+
+
+def _figures(difference: Difference, theirs: Scores, ours: Scores) -> dict[str, object]:
+    dice = {"dice": float(np.mean(list(ours.values()))), "dice_of_other": float(np.mean(list(theirs.values())))}
+    found = {"difference": difference.mean, "low": difference.low, "high": difference.high}
+    return {**dice, **found, "patients": difference.patients}
 
 
 def _check_classes(champion: Version, challenger: Version) -> None:
