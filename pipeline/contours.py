@@ -48,8 +48,10 @@ def find_corners(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         kept = np.flatnonzero(first & (edge | (_TURNS[mask] > 0)))
         owners.append(owner[kept])
         corners.append(np.stack([rows[kept], columns[kept], np.asarray(mask)[kept]], axis=1).astype(np.int32))
-    order = np.argsort(np.concatenate(owners), kind="stable")
-    return np.concatenate(owners)[order], np.concatenate(corners)[order]
+    all_owners = np.concatenate(owners)
+    # Numpy sorts 16 bits five times as fast, and few blocks have components that take more.
+    order = np.argsort(all_owners.astype(np.min_scalar_type(ids.max())), kind="stable")
+    return all_owners[order], np.concatenate(corners)[order]
 
 
 def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, float]) -> np.ndarray:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.canvas import Canvas
-from pipeline.classes import IGNORED
 from pipeline.files import write_csv
 from pipeline.tissue import Tissue
 
@@ -31,15 +30,15 @@ class Measurement:
 
 def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
     """One measurement a class, in the order of the classes; the canvas is read block by block."""
-    beside, on_tissue = np.zeros(IGNORED + 1, np.int64), np.zeros(IGNORED + 1, np.int64)
+    pixels, on_tissue = np.zeros(len(canvas.classes), np.int64), np.zeros(len(canvas.classes), np.int64)
     for row in canvas.block_rows():
         for roi in row:
-            places = tissue.sampled(roi, canvas.lattice) * np.uint16(IGNORED + 1) + canvas.read_labels(roi)
-            counts = np.bincount(places.ravel(), minlength=2 * (IGNORED + 1)).reshape(2, IGNORED + 1)
-            beside += counts[0]
-            on_tissue += counts[1]
-    pixels = beside + on_tissue
-    examined = max(int(on_tissue[: len(canvas.classes)].sum()), 1)
+            labels, stained = canvas.read_labels(roi), tissue.sampled(roi, canvas.lattice)
+            for index in range(len(canvas.classes)):
+                found = labels == index
+                pixels[index] += np.count_nonzero(found)
+                on_tissue[index] += np.count_nonzero(found & stained)
+    examined = max(int(on_tissue.sum()), 1)
     pixel_mm2 = canvas.lattice.mpp.area_um2 / _UM2_PER_MM2
     return tuple(
         Measurement(item.name, int(pixels[index]) * pixel_mm2, int(on_tissue[index]) / examined)

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 import shapely
-from skimage import measure
 
 from pipeline.ahead import ahead
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.cluster import threads
+from pipeline.components import find_runs
 from pipeline.contours import find_corners, trace_polygons
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
@@ -99,7 +99,9 @@ def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]
     while batch := list(islice(remaining, _WRITTEN)):
         _, points, (starts, first_rings) = shapely.to_ragged_array([region.polygon for region in batch])
         points = np.round(points, _DECIMALS)
-        rings = [points[start:stop] for start, stop in pairwise(starts.tolist())]
+        whole = points.astype(np.int64)  # fewer bytes, where an output pixel is a whole number of base pixels wide
+        shown: np.ndarray = whole if np.array_equal(whole, points) else points
+        rings = [shown[start:stop] for start, stop in pairwise(starts.tolist())]
         for region, (first, beyond) in zip(batch, pairwise(first_rings.tolist()), strict=True):
             yield region, rings[first:beyond]
 
@@ -182,18 +184,16 @@ class _Block:
         labels = canvas.read_labels(roi)
         for index in skip:
             labels[labels == index] = IGNORED
-        ids, count = measure.label(labels, background=IGNORED, connectivity=1, return_num=True)
-        flat = ids.astype(np.int32).ravel()
-        starts = np.append(0, 1 + np.flatnonzero(flat[1:] != flat[:-1]))
-        owners, lengths = flat[starts], np.diff(starts, append=flat.size)
+        runs = find_runs(labels)
         confidence = canvas.read_probabilities(roi).max(axis=0).ravel()
-        sums = np.add.reduceat(confidence, starts, dtype=np.int64)
-        pixels, weights = (np.bincount(owners, values, minlength=count + 1) for values in (lengths, sums))
-        classes, touching = np.zeros(count + 1, np.uint8), np.zeros(count + 1, bool)
-        classes[owners] = labels.ravel()[starts]
-        for line in (ids[0], ids[-1], ids[:, 0], ids[:, -1]):
-            touching[line] = True
-        numbers = flat.reshape(ids.shape) - 1
+        sums = np.add.reduceat(confidence, runs.starts, dtype=np.int64)
+        owners, count = runs.components + 1, runs.count + 1  # what is of no component counts for one before the first
+        pixels, weights = (np.bincount(owners, values, minlength=count) for values in (runs.lengths, sums))
+        classes, touching = np.zeros(count, np.uint8), np.zeros(count, bool)
+        classes[owners] = runs.labels
+        numbers = runs.image(labels.shape)
+        for line in (numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]):
+            touching[line + 1] = True
         corner_owners, corners = find_corners(numbers)
         corners += np.array([roi.y, roi.x, 0], np.int32)
         of_components = (pixels[1:], weights[1:], classes[1:], touching[1:])

@@ -43,7 +43,8 @@ class Tissue:
         columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
         rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
         height, width = self.mask.shape
-        return self.mask[np.ix_(np.minimum(rows, height - 1), np.minimum(columns, width - 1))]
+        lines = self.mask[np.minimum(rows, height - 1)]
+        return np.asarray(lines.take(np.minimum(columns, width - 1), axis=1))
 
     @property
     def area_um2(self) -> float:

@@ -12,7 +12,7 @@ FLOORS = [
     "errors ahead origin whole_batch",
     "team classes geometry files progress contours polygons density staining resampling",
     "config outlines label_image stencil shards stains objects boundaries calibration froc",
-    "slide grid annotations cohort cluster ngff store snapshot config_file",
+    "components slide grid annotations cohort cluster ngff store snapshot config_file",
     "processes tissue canvas augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised fields",
     "footprint patches checkpoint metrics phantom",

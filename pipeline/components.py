@@ -1,0 +1,70 @@
+"""Connected components of a label image, found by its *runs*: pixels of one label side by side in a row.
+
+    a a b b b      runs (0, 0-1) (0, 2-4)
+    a c c b b      runs (1, 0) (1, 1-2) (1, 3-4): one of a, and one of b, lies under another of its label and joins it
+
+There are far fewer runs than pixels, so that scipy's graph of them takes a third of the time of a labelling of pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.classes import IGNORED
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The n runs of a label image, row by row.
+
+    `starts` (n,) int64 are their first pixels, counted along the rows, `lengths` (n,) int64 and `labels` (n,) uint8 what the
+    name says. `components` (n,) int32 counts the components, connected by the sides of pixels, from 0 in the order of their
+    first pixels; -1 where the label is IGNORED.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    components: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Number of components."""
+        return int(self.components.max(initial=-1)) + 1
+
+    def image(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The component of each pixel, int32, of an image of this shape."""
+        return np.repeat(self.components, self.lengths).reshape(shape)
+
+
+def find_runs(labels: np.ndarray) -> Runs:
+    """The runs of (rows, columns) uint8 labels."""
+    new = np.ones(labels.shape, bool)
+    np.not_equal(labels[:, 1:], labels[:, :-1], out=new[:, 1:])
+    starts = np.flatnonzero(new)
+    of_run = labels.ravel()[starts]
+    components = _counted(_joined(new, of_run), of_run != IGNORED)
+    return Runs(starts, np.diff(starts, append=labels.size), of_run, components)
+
+
+def _joined(new: np.ndarray, of_run: np.ndarray) -> np.ndarray:
+    """A component for each run, counted by their first runs; `new` (rows, columns) says where runs begin."""
+    runs = np.cumsum(new.ravel(), dtype=np.int32) - 1
+    upper = np.flatnonzero(new[1:] | new[:-1])  # two runs lie on each other from where the later of them begins
+    above, below = runs[upper], runs[upper + new.shape[1]]
+    alike = of_run[above] == of_run[below]
+    ends = np.cumsum(np.bincount(above[alike], minlength=len(of_run)))
+    graph = csr_array((np.ones(ends[-1], np.int8), below[alike], np.append(0, ends)), shape=(len(of_run),) * 2)
+    components: np.ndarray = connected_components(graph, directed=False)[1]
+    return components
+
+
+def _counted(components: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The components of runs that are `known`, counted anew from 0; -1 for all others."""
+    chosen = np.zeros(len(components), np.int32)
+    chosen[components[known]] = 1
+    return np.where(known, (np.cumsum(chosen, dtype=np.int32) - 1)[components], np.int32(-1))
