@@ -113,7 +113,8 @@ def require_approval(settings: EngineSettings, model: Path) -> None:
             f"{model}, engine.precision {settings.precision}, engine.backend {settings.backend}",
             "a way to run it that was never held against exact",
             "one that was approved on validation tissue",
-            f"Run `fullfield run CONFIG engine.precision={settings.precision} engine.backend={settings.backend}` with the "
+            f"Run `fullfield run CONFIG engine.precision={settings.precision} engine.backend={settings.backend} "
+            f"engine.flips={str(settings.flips).lower()}` with the "
             "configuration that the model was trained with, or say --precision exact.",
         )
 
@@ -156,4 +157,5 @@ def _dice_change(counts: np.ndarray, spec: ModelSpec) -> float:
 
 
 def _path(settings: EngineSettings, model: Path) -> Path:
-    return engines_folder(model) / f"{settings.precision}-{settings.backend}.json"
+    flips = "-flips" if settings.flips else ""
+    return engines_folder(model) / f"{settings.precision}-{settings.backend}{flips}.json"

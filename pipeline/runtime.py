@@ -49,18 +49,39 @@ def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
     Raises CheckpointError where there is no model, and EngineError where it cannot be run in that way here.
     """
     chosen = settled(settings, ensemble.load_spec(model).architecture)
-    return _shared_engine(model, ensemble.digest(model), chosen.precision, chosen.backend)
+    return _shared_engine(model, ensemble.digest(model), chosen.precision, chosen.backend, chosen.flips)
 
 
 @lru_cache(maxsize=2)
-def _shared_engine(model: Path, digest: str, precision: Precision, backend: Backend) -> Engine:
-    return open_engine(model, EngineSettings(precision=precision, backend=backend))
+def _shared_engine(model: Path, digest: str, precision: Precision, backend: Backend, flips: bool) -> Engine:
+    return open_engine(model, EngineSettings(precision=precision, backend=backend, flips=flips))
 
 
 def open_engine(model: Path, settings: EngineSettings) -> Engine:
     """An engine that nobody else shares; `settings` name a backend. Raises as `load_engine` does."""
     engines = [_open_one(member, settings) for member in ensemble.members(model)]
-    return engines[0] if len(engines) == 1 else _Mean(ensemble.load_spec(model), engines)
+    engine = engines[0] if len(engines) == 1 else _Mean(ensemble.load_spec(model), engines)
+    return Mirrored(engine) if settings.flips else engine
+
+
+class Mirrored:
+    """An engine that answers with the mean over a window and its three mirror images.
+
+    Tiles stay exact: the halo is as wide on every side, and windows end on the stride as they begin on it, so that what is
+    mirrored lies on the stride as well.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.spec, self._engine = engine.spec, engine
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        """See Engine."""
+        total = self._engine(windows)
+        for axes in ((1,), (2,), (1, 2)):
+            mirrored = self._engine(np.ascontiguousarray(np.flip(windows, axes)))
+            total += np.flip(mirrored, tuple(axis + 1 for axis in axes))
+        total /= 4
+        return total
 
 
 class _Mean:
@@ -101,11 +122,19 @@ def settled(settings: EngineSettings, architecture: str) -> EngineSettings:
     return settings.model_copy(update={"backend": "openvino" if openvino else "torch"})
 
 
+def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> EngineSettings:
+    """The settings with `flips`, or, where that is None, with what the run that trained the model had."""
+    own = ensemble.load_lineage(model).get("flips", False) if flips is None else flips
+    return settings.model_copy(update={"flips": own})
+
+
 def describe(model: Path, settings: EngineSettings) -> str:
     """What labels depend on besides the model: precision, backend, and the int8 graph's digest. Raises EngineError."""
     parts: list[str] = [settings.precision, settings.backend]
     if settings.precision == "fastest":
         parts += [openvino_engine.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
+    if settings.flips:
+        parts.append("flips")
     return ", ".join(parts)
 
 

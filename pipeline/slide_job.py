@@ -68,11 +68,12 @@ def job_engine(job: SlideJob) -> EngineSettings:
     So installing the other backend later neither refuses what is there nor mixes the two in one output.
     """
     if job.engine.precision == "exact" and job.engine.backend == "auto":
-        ways = {f"exact, {backend}": backend for backend in ("torch", "openvino")}
+        ways = [job.engine.model_copy(update={"backend": backend}) for backend in ("torch", "openvino")]
         with suppress(CanvasError):
-            begun = ways.get(open_canvas(job.folder / CANVAS).identity.get("engine", ""))
-            if begun:
-                return job.engine.model_copy(update={"backend": begun})
+            begun = open_canvas(job.folder / CANVAS).identity.get("engine")
+            for way in ways:
+                if describe(job.model, way) == begun:
+                    return way
     return settled(job.engine, ensemble.load_spec(job.model).architecture)
 
 

@@ -135,11 +135,18 @@ def _sample(slides: Sequence[Slide], scale: Mpp, settings: TissueSettings) -> li
     ]
 
 
-def foresee(path: Path, mpp: float | None, model: Path, settings: TissueSettings, wanted: SegmentationSettings) -> Estimate:
+def foresee(
+    path: Path,
+    mpp: float | None,
+    model: Path,
+    settings: TissueSettings,
+    wanted: SegmentationSettings,
+    way_to_run: EngineSettings = EXACT,
+) -> Estimate:
     """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
     from pipeline.tissue import find_tissue
 
-    engine, slide = load_engine(model), open_slide(path, mpp)
+    engine, slide = load_engine(model, way_to_run), open_slide(path, mpp)
     way = stitching(engine.spec, wanted.blend)
     lattice = slide.base.at(Mpp.square(engine.spec.mpp))
     tissue = find_tissue(slide, settings)

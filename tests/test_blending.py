@@ -169,7 +169,7 @@ def test_a_network_that_is_not_local_is_refused_everywhere_with_the_way_out(
         lambda: stitching(spec, blended=False),
         lambda: choose(spec, [], None, None),
         lambda: segment([slide], [str(folder)], tmp_path / "out", None, None, HERE, TORCH),
-        lambda: plan(slide, str(folder), None, None, False, False),
+        lambda: plan(slide, str(folder), None, None, EngineSettings(), False, None, False),
         lambda: verify(slide, str(folder), None, TORCH, False),
     ]
     for call in calls:

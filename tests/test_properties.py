@@ -24,6 +24,7 @@ from pipeline.network import ModelSpec, normalise
 from pipeline.openvino_engine import OpenVinoEngine, export, installed
 from pipeline.phantom import render, write_slide
 from pipeline.prediction import predict
+from pipeline.runtime import Mirrored
 from pipeline.slide import Slide, open_slide
 
 GRAPHS = TemporaryDirectory()
@@ -34,7 +35,12 @@ def compiled(spec: ModelSpec, model: nn.Module) -> Engine:
     return OpenVinoEngine(spec, export(spec, model.eval(), Path(GRAPHS.name) / f"{spec.architecture}-{id(model)}"))
 
 
-ENGINES: list[Callable[[ModelSpec, nn.Module], Engine]] = [TorchEngine, *([compiled] if installed() else [])]
+def mirrored(spec: ModelSpec, model: nn.Module) -> Engine:
+    """The mean over a window and its mirror images."""
+    return Mirrored(TorchEngine(spec, model))
+
+
+ENGINES: list[Callable[[ModelSpec, nn.Module], Engine]] = [TorchEngine, mirrored, *([compiled] if installed() else [])]
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
 BASE_MPP = 0.5
 TILES = 30  # at most, so that no example takes long

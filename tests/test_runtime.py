@@ -19,7 +19,7 @@ from pipeline.footprint import with_footprint
 from pipeline.network import FAMILIES, ModelSpec
 from pipeline.openvino_engine import OpenVinoEngine, quantise
 from pipeline.phantom import render
-from pipeline.runtime import describe, fp32_graph, int8_folder, load_engine, settled
+from pipeline.runtime import describe, fp32_graph, int8_folder, load_engine, settled, with_flips
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
 WINDOWS = render(5, 160, 96, 1.0, spread=3)[0][None]
@@ -104,3 +104,28 @@ def test_auto_takes_torch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(runtime, "_has_gpu", lambda: True)
     assert settled(EngineSettings(), "fcn").backend == "torch"
     assert settled(EngineSettings(precision="fast"), "fcn").backend == "torch"
+
+
+@pytest.mark.parametrize("settings", [TORCH, OPENVINO])
+def test_flips_are_the_mean_over_mirror_images_and_part_of_what_labels_depend_on(
+    model: Path, settings: EngineSettings
+) -> None:
+    flips = settings.model_copy(update={"flips": True})
+    plain, mirrored = load_engine(model, settings), load_engine(model, flips)
+    down, right = WINDOWS[:, ::-1].copy(), WINDOWS[:, :, ::-1].copy()
+    both = down[:, :, ::-1].copy()
+    answers = [plain(WINDOWS), plain(down)[:, :, ::-1], plain(right)[..., ::-1], plain(both)[:, :, ::-1, ::-1]]
+    assert np.abs(mirrored(WINDOWS) - np.mean(answers, axis=0)).max() < 1e-6
+    assert np.abs(mirrored(WINDOWS) - answers[0]).max() > 1e-4
+    assert np.abs(mirrored(down)[:, :, ::-1] - mirrored(WINDOWS)).max() < 1e-6
+    assert describe(model, flips) == f"{describe(model, settings)}, flips"
+
+
+def test_flips_are_those_of_the_models_own_run_unless_told(tmp_path: Path) -> None:
+    spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=32, width=4, depth=2)
+    network = build_network(spec).eval()
+    for flips in (False, True):
+        folder = tmp_path / str(flips)
+        checkpoint.save(folder, with_footprint(spec, network), network, {"flips": flips})
+        assert with_flips(TORCH, folder, None).flips == flips
+        assert with_flips(TORCH, folder, not flips).flips != flips

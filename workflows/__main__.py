@@ -46,6 +46,10 @@ TileSize = Annotated[
     typer.Option(help="Pixels of a tile, without its halo; chosen by running a few.", min=32, max=16384, show_default=False),
 ]
 PrecisionOption = Annotated[Literal["exact", "fast", "fastest"], typer.Option(help="fp32, half (bf16 or fp16) or int8.")]
+FlipsOption = Annotated[
+    bool | None,
+    typer.Option(help="Mean over four mirror images, in four times the time. Without this: as the model's own run."),
+]
 BlendOption = Annotated[
     bool,
     typer.Option("--blend", help="Average overlapping windows; for networks that are not local. The result is not exact."),
@@ -125,6 +129,7 @@ def segment(
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, instead of local workers.")] = None,
     precision: PrecisionOption = "exact",
     backend: BackendOption = "auto",
+    flips: FlipsOption = None,
     blend: BlendOption = False,
 ) -> None:
     """Segment slides with a trained model. What is done is skipped; what was interrupted is finished.
@@ -139,7 +144,7 @@ def segment(
 
     where = ClusterSettings(workers=workers, scheduler=scheduler)
     engine = EngineSettings(precision=precision, backend=backend)
-    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, engine, blend))
+    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, engine, blend, flips))
 
 
 @app.command()
@@ -148,6 +153,9 @@ def plan(
     model: Model,
     mpp: MppOption = None,
     tile_size: TileSize = None,
+    precision: PrecisionOption = "exact",
+    backend: BackendOption = "auto",
+    flips: FlipsOption = None,
     blend: BlendOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -157,9 +165,11 @@ def plan(
     the output is the OME-Zarr with its pyramid, at the rate at which those tiles were compressed.
     Example: `fullfield plan slide.svs --model runs/demo/model`
     """
+    from pipeline.config import EngineSettings
     from workflows.plan import plan as verb
 
-    verb(slide, model, mpp, tile_size, blend, as_json)
+    engine = EngineSettings(precision=precision, backend=backend)
+    verb(slide, model, mpp, tile_size, engine, blend, flips, as_json)
 
 
 @app.command()
@@ -285,6 +295,7 @@ def verify(
     mpp: MppOption = None,
     precision: PrecisionOption = "exact",
     backend: BackendOption = "auto",
+    flips: FlipsOption = None,
     blend: BlendOption = False,
 ) -> None:
     """Prove on your own slide that tiles, stitched, are what one forward pass over the whole gives.
@@ -298,7 +309,7 @@ def verify(
     from workflows.verify import verify as verb
 
     engine = EngineSettings(precision=precision, backend=backend)
-    raise typer.Exit(verb(slide, model, mpp, engine, blend))
+    raise typer.Exit(verb(slide, model, mpp, engine, blend, flips))
 
 
 @config_app.command("schema")

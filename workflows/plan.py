@@ -10,24 +10,35 @@ from rich.table import Table
 
 from pipeline import ensemble
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
+from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.progress import console
 from pipeline.registry import resolve_model
+from pipeline.runtime import with_flips
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Estimate, foresee
 
 
-def plan(path: Path, model: str, mpp: float | None, tile_size: int | None, blend: bool, as_json: bool) -> None:
+def plan(
+    path: Path,
+    model: str,
+    mpp: float | None,
+    tile_size: int | None,
+    engine: EngineSettings,
+    blend: bool,
+    flips: bool | None,
+    as_json: bool,
+) -> None:
     """Estimate in a worker such as `fullfield segment` starts, with the tissue of the model's own run, and print."""
     folder, path = resolve_model(model).absolute(), path.absolute()
     tissue = TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
     mpp = fallback_mpp(path, mpp)
     open_slide(path, mpp)  # before workers are started for nothing
     stitching(ensemble.load_spec(folder), blend)
+    engine = with_flips(engine, folder, flips)
     wanted = SegmentationSettings(tile_size=tile_size, blend=blend)
     with connect(ClusterSettings()) as cluster:
-        cluster.submit(path, foresee, path, mpp, folder, tissue, wanted)
+        cluster.submit(path, foresee, path, mpp, folder, tissue, wanted, engine)
         (outcome,) = cluster
     if outcome.error:
         raise outcome.error

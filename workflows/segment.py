@@ -25,7 +25,7 @@ from pipeline.lineage import models_facts, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
-from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
+from pipeline.runtime import fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled, with_flips
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.slide_job import SlideJob
@@ -48,15 +48,16 @@ def segment(
     where: ClusterSettings,
     engine: EngineSettings,
     blend: bool = False,
+    flips: bool | None = None,
 ) -> int:
-    """Segment slides as the model's own run did, its tissue and smallest region included; 1 where one failed.
+    """Segment slides as the model's own run did, its tissue, smallest region and (`flips` None) flips; 1 where one failed.
 
     Several models answer as one; of what is looked for in slides, the first one's run decides.
     """
     output = output.absolute()
     found = [member for model in models for member in _checkpoints(resolve_model(model).absolute())]
     folder = ensemble.gather(found, output / "ensemble")
-    spec = ensemble.load_spec(folder)
+    spec, engine = ensemble.load_spec(folder), with_flips(engine, folder, flips)
     stitching(spec, blend)  # refuses what is not local before workers are started
     if engine.precision != "exact":
         from pipeline.precision import require_approval
@@ -138,7 +139,7 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
         normalisation = checkpoint.load_spec(model).normalisation
         sources = (open_source(case, config, normalisation) for case in slides)
         tissues = (find_tissue(open_slide(case.slide, case.mpp), config.tissue) for case in slides)
-        exact = open_engine(model, settled(EXACT, config.network.architecture))
+        exact = open_engine(model, settled(EngineSettings(flips=engine.flips), config.network.architecture))
         found = hold(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
     yield found
     approve(found, engine, model)

@@ -247,6 +247,7 @@ def _lineage(config: Config, inputs: str, epoch: int, dice: Mapping[str, float])
         "dice": dict(dice),
         "tissue": config.tissue.model_dump(),
         "min_region_um2": config.segmentation.min_region_um2,
+        "flips": config.engine.flips,
     }
 
 

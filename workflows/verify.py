@@ -20,17 +20,20 @@ from pipeline.normalised import normalised
 from pipeline.phantom import make_phantom
 from pipeline.progress import console
 from pipeline.registry import resolve_model
-from pipeline.runtime import load_engine, settled
+from pipeline.runtime import load_engine, settled, with_flips
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import Stitching, stitching
 from pipeline.tissue import find_tissue
 
 
-def verify(path: Path | None, model: str, mpp: float | None, settings: EngineSettings, blend: bool) -> int:
+def verify(
+    path: Path | None, model: str, mpp: float | None, settings: EngineSettings, blend: bool, flips: bool | None = None
+) -> int:
     """Compare and print; the exit code is 1 above 1e-5 or where a label differs, as it does where windows are blended."""
     keep_memory()
     folder = resolve_model(model)
     way = stitching(ensemble.load_spec(folder), blend)
+    settings = with_flips(settings, folder, flips)
     engine = load_engine(folder, settings)
     spec, looked = engine.spec, TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
     with _given_or_phantom(path) as scan:
@@ -44,6 +47,7 @@ def verify(path: Path | None, model: str, mpp: float | None, settings: EngineSet
     console.print(
         f"{scan.name}: {lattice.width} x {lattice.height} px at {spec.mpp:g} um/px; {spec.architecture}, "
         f"{way}; precision {settings.precision}, {settled(settings, spec.architecture).backend}"
+        f"{', mean over flips' if settings.flips else ''}"
     )
     console.print(table)
     console.print(_verdict(found, way))
