@@ -40,7 +40,7 @@ Of several processes each gets its share: of the patches of every batch the `ran
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch achieved: the mean loss, the last learning rate, the seconds it took; and how many are `planned`.
+    """What one epoch achieved: the mean loss, the last learning rate, and the seconds it took.
 
     `waiting` is the share of the seconds, 0 to 1, in which the network waited for patches.
     """
@@ -49,7 +49,6 @@ class Epoch:
     loss: float
     learning_rate: float
     seconds: float
-    planned: int
     waiting: float
 
 
@@ -82,12 +81,19 @@ class Trainer:
         """What the training has taken, in an earlier process too; the caller's time between two epochs counts as well."""
         return time.monotonic() - self._started
 
+    @property
+    def planned(self) -> int:
+        """How many epochs there will be, at the pace of those that are done."""
+        if self.settings.max_minutes is None or not self._done:
+            return self.settings.epochs
+        return min(self.settings.epochs, max(self._done, int(self.settings.max_minutes * 60 / self.seconds * self._done)))
+
     def fit(self, batches: Batches) -> Iterator[Epoch]:
         """Train epoch by epoch; between two, the caller validates and saves `averaged()`, and after that the `state()`.
 
         The caller's time counts against `max_minutes` as well. Raises TrainingError where the loss is not finite.
         """
-        while self._done < (planned := self.team.first(self._affordable())):
+        while self._done < (planned := self.team.first(self.planned)):
             epoch = self._epoch(self._done, planned, batches(self._done))
             self._done += 1
             yield epoch
@@ -150,12 +156,6 @@ class Trainer:
         """Batches in an epoch."""
         return math.ceil(self.settings.patches_per_epoch / self.settings.batch_size)
 
-    def _affordable(self) -> int:
-        """How many epochs there will be, at the pace of those that are done."""
-        if self.settings.max_minutes is None or not self._done:
-            return self.settings.epochs
-        return min(self.settings.epochs, max(self._done, int(self.settings.max_minutes * 60 / self.seconds * self._done)))
-
     def _epoch(self, number: int, planned: int, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Epoch:
         self.network.train()
         started, losses, rate, patches = time.monotonic(), list[float](), 0.0, _Awaited(batches)
@@ -167,7 +167,7 @@ class Trainer:
             found = f"a loss of {sum(losses)} in epoch {number + 1}"
             raise TrainingError("training", found, "a finite loss", "Lower training.learning_rate.")
         seconds = time.monotonic() - started
-        return Epoch(number + 1, float(np.mean(losses)), rate, seconds, planned, patches.seconds / seconds)
+        return Epoch(number + 1, float(np.mean(losses)), rate, seconds, patches.seconds / seconds)
 
     def _set_rate(self, progress: float, planned: int) -> float:
         warm, settings = self.settings.warmup_epochs, self.settings

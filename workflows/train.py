@@ -205,7 +205,7 @@ def _fit(
         counts = trainer.team.total(validate(validation[rank::size], TorchEngine(spec, averaged)))
         dice = _dice(counts, spec, rest_index(config))
         metrics = _metrics(epoch, dice)
-        record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, epoch.planned)
+        record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
             origins = _lineage(config, inputs, epoch.number, dice), ancestry(config, seen, took)
