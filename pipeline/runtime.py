@@ -78,7 +78,7 @@ class Mirrored:
         """See Engine."""
         total = self._engine(windows)
         for axes in ((1,), (2,), (1, 2)):
-            mirrored = self._engine(np.ascontiguousarray(np.flip(windows, axes)))
+            mirrored = self._engine(np.flip(windows, axes).copy())
             total += np.flip(mirrored, tuple(axis + 1 for axis in axes))
         total /= 4
         return total

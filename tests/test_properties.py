@@ -212,3 +212,9 @@ def test_a_halo_that_lacks_one_stride_is_seen(slides, name: str) -> None:
     (tile, found), *_ = predict(slide, grid, [grid[rows // 2, columns // 2]], model)
     truth = whole(slide, grid, model)[:, *tile.target(scale).slices()]
     assert np.abs(found - truth).max() > TOLERANCE
+
+
+def test_a_row_of_pixels_is_mirrored_too() -> None:
+    """Numpy takes a mirrored axis of one pixel for contiguous as it is, and torch takes no such array."""
+    row, model, plain = PICTURE[None, :1, :9], engine(mirrored, "plain"), engine(TorchEngine, "plain")
+    assert agree(model(row)[0], ((plain(row) + plain(row[:, :, ::-1].copy())[..., ::-1]) / 2)[0])
