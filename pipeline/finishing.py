@@ -2,8 +2,8 @@
 
 Two chains go side by side, since neither can use more than a processor for most of its time:
 
-    canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png; tissue.png
-             `--> regions.geojson --> measurements.csv
+    canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png
+             `--> regions.geojson --> measurements.csv; tissue.png
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class Finish:
 
     def make(self) -> None:
         """Write all files; each appears when it is complete."""
-        with ThreadPoolExecutor(1, "views") as pool:
-            views = pool.submit(self._views)
+        with ThreadPoolExecutor(1, "pyramid") as pool:
+            pyramid = pool.submit(self._pyramid)
             self._regions()
-            views.result()
+            pyramid.result()
 
-    def _views(self) -> None:
+    def _pyramid(self) -> None:
         self.canvas.build_pyramid()
         write_ome_tiff(self.canvas, self.folder / "segmentation.ome.tif")
         if self.ensemble:
             write_entropy(self.canvas, self.folder / "entropy.ome.tif")
         write_png(self.folder / "overlay.png", overlay(self.slide, self.canvas))
-        write_png(self.folder / "tissue.png", outlined(self.slide, self.tissue))
 
     def _regions(self) -> None:
         skip = () if self.rest is None else (self.rest,)
         regions = find_regions(self.canvas, self.slide.base, self.min_region_um2, skip)
         counts = write_geojson(self.folder / "regions.geojson", regions, self.canvas.classes)
         write_measurements(self.folder / "measurements.csv", measure(self.canvas, self.tissue), counts)
+        write_png(self.folder / "tissue.png", outlined(self.slide, self.tissue))
