@@ -141,12 +141,12 @@ def foresee(
     model: Path,
     settings: TissueSettings,
     wanted: SegmentationSettings,
-    way_to_run: EngineSettings = EXACT,
+    engine_settings: EngineSettings = EXACT,
 ) -> Estimate:
     """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
     from pipeline.tissue import find_tissue
 
-    engine, slide = load_engine(model, way_to_run), open_slide(path, mpp)
+    engine, slide = load_engine(model, engine_settings), open_slide(path, mpp)
     way = stitching(engine.spec, wanted.blend)
     lattice = slide.base.at(Mpp.square(engine.spec.mpp))
     tissue = find_tissue(slide, settings)
