@@ -15,7 +15,7 @@ from pipeline.grid import Grid
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Normalisation, Staining
 from pipeline.stains import restained, staining_of
-from pipeline.tissue import Tissue, glass
+from pipeline.tissue import Tissue, light_of
 
 _MPP = 2.0  # micrometres per pixel of the view: nuclei stand apart from what is around them
 _FIELD = 128  # pixels along a side of a field
@@ -54,5 +54,5 @@ def estimate(slide: Slide, tissue: Tissue, method: str) -> Staining:
     fields = [roi for roi in cells if tissue.fraction(roi, lattice) > 0]
     chosen = [fields[index] for index in np.random.default_rng(0).permutation(len(fields))[:_FIELDS]]
     pixels = [slide.read(roi, lattice)[tissue.sampled(roi, lattice)] for roi in chosen]
-    light = glass(slide.read(tissue.lattice.roi, tissue.lattice))
+    light = light_of(slide, tissue)
     return staining_of(np.concatenate([np.empty((0, 3), np.uint8), *pixels]), light, method)

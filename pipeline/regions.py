@@ -1,7 +1,8 @@
 """From a canvas to regions: connected pixels of one class, outlined along pixel edges and joined across blocks.
 
 The canvas is read block by block, one row of blocks after the other. A region that touches no edge of its block is
-finished at once; the others wait until no row of blocks below can reach them any more.
+finished at once; the others wait until no row of blocks below can reach them any more. What would become too long an outline
+to hold in memory, such as that of stroma with all its holes throughout a slide, is cut along edges of blocks.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from pipeline.contours import find_corners, trace_polygons
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 
-_BATCH = 1_000_000  # corners that are made into outlines at once
+_LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
+_BATCH = 250_000  # corners that are made into outlines at once
 _WRITTEN = 256  # regions that are taken apart at once
 _DECIMALS = 3  # of a coordinate in base pixels: a nanometre
 
 
 @dataclass(frozen=True)
 class Region:
-    """Connected pixels (by their sides) of one class.
+    """Connected pixels (by their sides) of one class, or a part of them, where their outline is too long for one polygon.
 
     `polygon` is in base pixels, with holes; `area_um2` in square micrometres; `mean_probability`, of its class, 0 to 1.
     """
@@ -46,8 +48,8 @@ class Region:
 def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()) -> Iterator[Region]:
     """The regions of all classes but those whose index is in `skip`, from top to bottom by where they end.
 
-    Polygons are in pixels of `base`; regions below `min_area_um2` are left out. Memory grows with the outlines of the
-    regions that cross the current row of blocks, not with the slide.
+    Polygons are in pixels of `base`; regions below `min_area_um2` are left out, but not parts of larger ones. Memory grows
+    with the blocks of a row, not with the slide.
     """
     finish = _Finish(canvas.lattice.scale_to(base), canvas.lattice.mpp.area_um2, min_area_um2)
     waiting, nothing = _Waiting(), _Edge.empty(canvas.lattice.width)
@@ -63,7 +65,7 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
         for roi, uncounted in row:
             block = replace(uncounted, first=first)
             first += len(block.pixels)
-            yield from finish.regions(block.components(~block.touching & finish.keeps(block.pixels)))
+            yield from finish.regions(block.components(~block.touching & finish.large(block.pixels)))
             waiting.add(block.components(block.touching))
             waiting.join(above.part(roi.x, roi.right), block.edge(0, slice(None)))
             if roi.x == right:
@@ -125,18 +127,24 @@ def _feature(region: Region, item: Class, rings: list[np.ndarray]) -> dict[str, 
 
 @dataclass
 class _Component:
-    """A region, or what is known of it: `corners` are (n, 3) int32 arrays of row, column and mask of vertices."""
+    """A region, or what is known of it: `corners` are (n, 3) int32 arrays of row, column and mask of vertices, `length` is
+    how many they are together. What is `cut` is a part of a larger region.
+    """
 
     number: int
     class_index: int
     pixels: int
     weight: float
     corners: list[np.ndarray]
+    length: int
+    cut: bool = False
 
     def absorb(self, other: _Component) -> None:
         self.pixels += other.pixels
         self.weight += other.weight
         self.corners.extend(other.corners)
+        self.length += other.length
+        self.cut |= other.cut
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ class _Block:
         for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops.tolist(), strict=True):
             pixels, weight = int(self.pixels[number]), float(self.weights[number])
             own = [self.corners[start:stop].copy()]
-            yield _Component(self.first + number, int(self.classes[number]), pixels, weight, own)
+            yield _Component(self.first + number, int(self.classes[number]), pixels, weight, own, stop - start)
 
 
 class _Waiting:
@@ -225,15 +233,19 @@ class _Waiting:
             self._components[component.number] = component
 
     def join(self, one: _Edge, other: _Edge) -> None:
-        """Join what is of one class on either side of two edges that lie side by side."""
+        """Join what is of one class on either side of two edges that lie side by side, unless it would be too long."""
         meet = (one.labels == other.labels) & (one.labels != IGNORED)
         pairs = np.unique(np.stack([one.numbers[meet], other.numbers[meet]]), axis=1)
         for pair in pairs.T.tolist():
-            first, second = (self._root(number) for number in pair)
-            if first != second:
-                small, large = sorted((first, second), key=lambda root: len(self._components[root].corners))
-                self._parents[small] = large
-                self._components[large].absorb(self._components.pop(small))
+            first, second = (self._components[self._root(number)] for number in pair)
+            if first is second:
+                continue
+            if first.length + second.length > _LONGEST:
+                first.cut = second.cut = True
+                continue
+            small, large = sorted((first, second), key=lambda component: len(component.corners))
+            self._parents[small.number] = large.number
+            large.absorb(self._components.pop(small.number))
 
     def release(self, below: _Edge) -> list[_Component]:
         """Hand out the components that do not reach the edge `below`; on it, number the others by their roots."""
@@ -261,7 +273,7 @@ class _Finish:
     pixel_um2: float
     min_area_um2: float
 
-    def keeps(self, pixels: np.ndarray) -> np.ndarray:
+    def large(self, pixels: np.ndarray) -> np.ndarray:
         """Whether components of so many pixels are large enough."""
         return np.asarray(pixels * self.pixel_um2 >= self.min_area_um2)
 
@@ -270,18 +282,18 @@ class _Finish:
         size = 0
         for component in components:
             batch.append(component)
-            size += sum(map(len, component.corners))
+            size += component.length
             if size > _BATCH:
                 yield from self._outline(batch)
                 batch, size = [], 0
         yield from self._outline(batch)
 
     def _outline(self, batch: list[_Component]) -> Iterator[Region]:
-        kept = self.keeps(np.array([component.pixels for component in batch]))
-        batch = [component for component, keep in zip(batch, kept, strict=True) if keep]
+        large = self.large(np.array([component.pixels for component in batch]))
+        batch = [component for component, whole in zip(batch, large, strict=True) if whole or component.cut]
         if not batch:
             return
-        sizes = [sum(map(len, component.corners)) for component in batch]
+        sizes = [component.length for component in batch]
         corners = np.concatenate([piece for component in batch for piece in component.corners])
         polygons = trace_polygons(np.repeat(np.arange(len(batch)), sizes), corners, self.scale)
         for component, polygon in zip(batch, polygons, strict=True):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 from skimage import filters, morphology, segmentation, transform
 
+from pipeline.ahead import ahead
+from pipeline.cluster import threads
+from pipeline.components import find_runs
 from pipeline.config import TissueSettings
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.slide import Slide
@@ -18,7 +23,10 @@ _FAINTEST, _FIRMEST = 0.035, 0.09  # bounds of the threshold on stain: below is 
 _BLACK = 70  # of 255: brightest channel of ink and of the scanner's border
 _BLACK_CHROMA = 35  # of 255: ink and border are grey; dark nuclei are blue
 _PEN_SATURATION = 0.42
-_SMOOTHING_UM = 12.0
+_SMOOTHING_UM, _TRUNCATED = 12.0, 4.0  # standard deviation of a Gaussian, and how many of them it reaches
+_SPECK, _GROWN = 15, 2  # pixels: no ink that is smaller, and a margin round what is
+_SURVEYED = 1024  # pixels along the longer side of the view that tells a slide's glass and its threshold
+_BAND_PIXELS = 1 << 19  # looked at together: a few arrays of them stay small
 _LINE = (0, 160, 60)
 
 PICTURE_PIXELS = 2048
@@ -57,73 +65,122 @@ def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:
 
     Stain is told from glass by a threshold (Otsu 1979) held within bounds, so that a slide that is all tissue or has none is
     not split in two. Ink and scanner borders are recognised by colour. Small objects are dropped and small holes filled.
+    A large slide's threshold is that of a coarser view, and its view is looked at in bands, to save memory.
     """
     lattice = slide.base.at(Mpp.square(max(settings.mpp, slide.base.mpp.x)))
-    view = slide.read(lattice.roi, lattice)
-    mask = tissue_mask(view, lattice.mpp)
+    levels = _Levels.of(*_glance(slide, lattice, _SURVEYED))
+    rows, margin = max(_BAND_PIXELS // lattice.width, 1), _margin(lattice.mpp)
+
+    def band(top: int) -> np.ndarray:
+        read = Roi(0, top - margin, lattice.width, rows + 2 * margin).intersect(lattice.roi)
+        return levels.tissue(slide.read(read, lattice), lattice.mpp)[top - read.y :][:rows]
+
+    mask = np.concatenate([found for _, found in ahead(band, range(0, lattice.height, rows), 2 * threads(), threads())])
     pixel_um2 = lattice.mpp.area_um2
-    mask = morphology.remove_small_objects(mask, max_size=int(settings.min_area_um2 / pixel_um2))
-    mask = morphology.remove_small_holes(mask, max_size=int(settings.max_hole_um2 / pixel_um2))
-    return Tissue(mask, lattice)
+    mask = _without_small(mask, True, settings.min_area_um2 / pixel_um2)
+    return Tissue(_without_small(mask, False, settings.max_hole_um2 / pixel_um2), lattice)
 
 
-def tissue_mask(view: np.ndarray, mpp: Mpp) -> np.ndarray:
-    """Tissue in a low-power view, (rows, columns, 3) uint8 RGB; returns (rows, columns) bool, not yet cleaned by size."""
+@dataclass(frozen=True)
+class _Levels:
+    """What tells the tissue of a slide from its glass: the colour of glass, (3,) float, and a threshold on the stain."""
+
+    glass: np.ndarray
+    threshold: float
+
+    @classmethod
+    def of(cls, view: np.ndarray, mpp: Mpp) -> _Levels:
+        """Of a slide that a low-power view, (rows, columns, 3) uint8 RGB, shows."""
+        smooth = _smooth(view, mpp)
+        light = _glass(smooth)
+        candidates = _stain(smooth, light)[~_foreign(view)]
+        varied = candidates.size > 0 and np.ptp(candidates) > 0
+        threshold = filters.threshold_otsu(candidates) if varied else _FIRMEST
+        return cls(light, float(np.clip(threshold, _FAINTEST, _FIRMEST)))
+
+    def tissue(self, view: np.ndarray, mpp: Mpp) -> np.ndarray:
+        """Tissue in a view, (rows, columns, 3) uint8 RGB; returns (rows, columns) bool, not yet cleaned by size."""
+        mask: np.ndarray = (_stain(_smooth(view, mpp), self.glass) > self.threshold) & ~_foreign(view)
+        return mask
+
+
+def _without_small(mask: np.ndarray, kind: bool, largest: float) -> np.ndarray:
+    """A mask, (rows, columns) bool, in which connected pixels of one kind, up to `largest` of them, are of the other.
+
+    By runs it takes half the memory that scikit-image's `remove_small_objects` does.
+    """
+    runs = find_runs(mask.view(np.uint8))
+    sizes = np.bincount(runs.components, runs.lengths)
+    tissue = runs.labels == 1
+    small = (tissue == kind) & (sizes[runs.components] <= largest)
+    return np.repeat(tissue ^ small, runs.lengths).reshape(mask.shape)
+
+
+def _margin(mpp: Mpp) -> int:
+    """Pixels round a place that decide whether it is tissue: smoothing looks that far, or a speck of ink may reach in."""
+    return max(math.ceil(_TRUNCATED * _SMOOTHING_UM / mpp.x), _SPECK + _GROWN) + 1
+
+
+def _smooth(view: np.ndarray, mpp: Mpp) -> np.ndarray:
     sigma = _SMOOTHING_UM / mpp.x
-    smooth = np.stack([ndimage.gaussian_filter(view[..., c].astype(np.float32), sigma) for c in range(3)], axis=-1)
-    foreign = _grown(_ink(view), 2)
-    stain = _stain(smooth)
-    candidates = stain[~foreign]
-    if candidates.size == 0:
-        return np.zeros(foreign.shape, bool)
-    threshold = filters.threshold_otsu(candidates) if np.ptp(candidates) > 0 else _FIRMEST
-    mask: np.ndarray = (stain > np.clip(threshold, _FAINTEST, _FIRMEST)) & ~foreign
-    return mask
+    planes = (view[..., channel].astype(np.float32) for channel in range(3))
+    return np.stack([ndimage.gaussian_filter(plane, sigma, truncate=_TRUNCATED) for plane in planes], axis=-1)
 
 
-def _stain(view: np.ndarray) -> np.ndarray:
+def _stain(view: np.ndarray, light: np.ndarray) -> np.ndarray:
     """How much light a pixel takes away and how unequally over the colours, relative to glass; 0 is glass."""
-    transmission = np.clip(view / glass(view), 1 / 255, 1)
-    density = -np.log10(transmission)
-    chroma = transmission.max(axis=-1) - transmission.min(axis=-1)
-    stain: np.ndarray = chroma + np.clip(density.min(axis=-1) - 0.1, 0, None)
+    high, low = _range([np.clip(view[..., channel] / light[channel], 1 / 255, 1) for channel in range(3)])
+    stain: np.ndarray = high - low + np.clip(-np.log10(high) - 0.1, 0, None)
     return stain
 
 
-def glass(view: np.ndarray) -> np.ndarray:
+def _glass(view: np.ndarray) -> np.ndarray:
     """The colour of empty glass in a view: the median of its bright and colourless pixels; white where there are none."""
-    pixels = view.reshape(-1, 3)
-    bright = pixels[(pixels.min(axis=1) > _GLASS_BRIGHTNESS) & (np.ptp(pixels, axis=1) < _GLASS_TINT)]
-    if len(bright) < 0.002 * len(pixels):
+    high, low = _range([view[..., channel] for channel in range(3)])
+    bright = view[(low > _GLASS_BRIGHTNESS) & (high - low < _GLASS_TINT)]
+    if len(bright) < 0.002 * low.size:
         return np.full(3, 245, np.float32)
     brightest = bright[bright.sum(axis=1) >= np.percentile(bright.sum(axis=1), 75)]
     glass: np.ndarray = np.maximum(np.median(brightest, axis=0), _GLASS_BRIGHTNESS)
     return glass
 
 
-def _ink(view: np.ndarray) -> np.ndarray:
+def _foreign(view: np.ndarray) -> np.ndarray:
     """Pen marks (blue, green, black) and the scanner's border, by colours that stained tissue does not have."""
-    red, green, blue = (view[..., c].astype(np.int16) for c in range(3))
-    high, low = view.max(axis=-1).astype(np.int16), view.min(axis=-1).astype(np.int16)
+    red, green, blue = (view[..., channel].astype(np.int16) for channel in range(3))
+    high, low = _range([red, green, blue])
     black = (high < _BLACK) & (high - low < _BLACK_CHROMA)
     saturated = high - low > _PEN_SATURATION * high
     green_pen = saturated & (green > red * 1.15) & (green > 0.8 * blue)
     blue_pen = saturated & (blue > red * 1.6) & (green > red * 1.02)
-    marks: np.ndarray = black | green_pen | blue_pen
-    specks_gone: np.ndarray = morphology.remove_small_objects(marks, max_size=15)
-    return specks_gone
-
-
-def _grown(mask: np.ndarray, pixels: int) -> np.ndarray:
-    grown: np.ndarray = ndimage.binary_dilation(mask, iterations=pixels)
+    marks = morphology.remove_small_objects(black | green_pen | blue_pen, max_size=_SPECK)
+    grown: np.ndarray = ndimage.binary_dilation(marks, iterations=_GROWN)
     return grown
+
+
+def _range(planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The highest and the lowest of three colours, pixel by pixel: numpy is slow over a short last axis."""
+    red, green, blue = planes
+    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+
+
+def _glance(slide: Slide, lattice: Lattice, longest: int) -> tuple[np.ndarray, Mpp]:
+    """A view of a slide, (rows, columns, 3) uint8 RGB, and its scale: that of a lattice, or as much coarser as it takes to
+    have `longest` pixels along its longer side.
+    """
+    shrink = max(max(lattice.shape) / longest, 1)
+    seen = slide.base.at(Mpp(lattice.mpp.x * shrink, lattice.mpp.y * shrink))
+    return slide.read(seen.roi, seen), seen.mpp
+
+
+def light_of(slide: Slide, tissue: Tissue) -> np.ndarray:
+    """The colour of empty glass of a slide whose tissue was looked for: (3,) grey levels, 0 to 255."""
+    return _glass(_glance(slide, tissue.lattice, _SURVEYED)[0])
 
 
 def thumbnail(slide: Slide) -> np.ndarray:
     """A slide at a glance: (rows, columns, 3) uint8 RGB, 2048 px on its longer side, or all of a smaller slide."""
-    shrink = max(slide.base.width, slide.base.height) / PICTURE_PIXELS
-    lattice = slide.base.at(Mpp(slide.base.mpp.x * max(shrink, 1), slide.base.mpp.y * max(shrink, 1)))
-    return slide.read(lattice.roi, lattice)
+    return _glance(slide, slide.base, PICTURE_PIXELS)[0]
 
 
 def outlined(slide: Slide, tissue: Tissue) -> np.ndarray:

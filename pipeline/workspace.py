@@ -14,8 +14,9 @@ from typing import Any
 from pyarrow import parquet
 
 from pipeline import __version__, checkpoint
+from pipeline.ahead import ahead
 from pipeline.annotations import ClassMap, Truth, open_truth
-from pipeline.cluster import Cluster, connect
+from pipeline.cluster import Cluster, connect, threads
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import SHARING, Config
 from pipeline.errors import CheckpointError, TrainingError
@@ -27,7 +28,7 @@ from pipeline.patches import Source
 from pipeline.progress import console
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob
-from pipeline.staining import Normalisation
+from pipeline.staining import Normalisation, Staining
 from pipeline.stains import reference
 from pipeline.store import chosen_address, own_address
 from pipeline.tissue import find_tissue
@@ -155,7 +156,11 @@ def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Sourc
     if method == "none":
         return sources, None
     slides = {case.slide_id: open_slide(case.slide, case.mpp) for case in cases}
-    found = {name: estimate(slide, find_tissue(slide, config.tissue), method) for name, slide in slides.items()}
+
+    def stained(name: str) -> Staining:
+        return estimate(slides[name], find_tissue(slides[name], config.tissue), method)
+
+    found = dict(ahead(stained, slides, 2 * threads(), threads()))
     trained = [found[case.slide_id] for case in cases if case.split == "train"]
     normalisation = reference(trained, method)
     if normalisation is None:

@@ -117,6 +117,35 @@ def test_shapes_that_are_hard_to_join(labels: np.ndarray, write_size: int) -> No
     check(labels, write_size)
 
 
+@settings(max_examples=30, deadline=None)
+@given(label_maps(), st.integers(40, 200))
+def test_a_region_whose_outline_is_too_long_is_cut_and_loses_nothing(case: tuple[np.ndarray, int], longest: int) -> None:
+    labels, write_size = case
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.regions._LONGEST", longest)
+        canvas = make(folder, labels, write_size)
+        regions = list(find_regions(canvas, base_of(canvas), min_area_um2=6 * OUTPUT.area_um2))
+    large = labels.copy()
+    for index in range(3):
+        parts, _ = ndimage.label(labels == index)
+        large[(parts > 0) & (np.bincount(parts.ravel())[parts] < 6)] = IGNORED
+    assert np.array_equal(drawn(regions, canvas), large)
+    polygons = np.array([region.polygon for region in regions])
+    assert shapely.is_valid(polygons).all()
+    assert np.array_equal(shapely.area(polygons) * BASE.area_um2, [region.area_um2 for region in regions])
+
+
+def test_outlines_are_no_longer_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = (np.random.default_rng(2).random((160, 200)) < 0.7).astype(np.uint8)
+    canvas = make(tmp_path, labels, 16)
+    whole = list(find_regions(canvas, base_of(canvas), skip=[0], min_area_um2=1000))
+    monkeypatch.setattr("pipeline.regions._LONGEST", 600)
+    parts = list(find_regions(canvas, base_of(canvas), skip=[0], min_area_um2=1000))
+    assert len(whole) == 1 and shapely.count_coordinates(whole[0].polygon) > 10_000
+    assert max(shapely.count_coordinates(part.polygon) for part in parts) < 2 * 600
+    assert sum(part.area_um2 for part in parts) == whole[0].area_um2
+
+
 def test_tiles_larger_than_a_block_are_joined_within() -> None:
     rng = np.random.default_rng(5)
     noise = np.stack([ndimage.gaussian_filter(rng.random((1500, 2300)), 20) for _ in range(3)])

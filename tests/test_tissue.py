@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
+from skimage import morphology
 
 from pipeline.config import TissueSettings
 from pipeline.geometry import Lattice, Mpp, Roi
@@ -83,6 +84,38 @@ def test_a_slide_that_is_all_tissue_is_all_tissue(tmp_path: Path) -> None:
     image, truth = render(5, 1501, 1203, MPP, spread=3)
     assert (truth != GLASS).all()
     assert tissue_of(image, tmp_path).mask.mean() > 0.99
+
+
+@pytest.mark.parametrize("mpp", [1.0, 3.3, 8.0])
+def test_bands_give_the_same_tissue_as_the_whole_view(
+    phantom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mpp: float
+) -> None:
+    image = phantom[0].copy()
+    image[60:90, 100:1400], image[400:407, 300:304] = BLUE, GREEN
+    write_slide(image, tmp_path / "slide.tiff", MPP)
+    slide, settings = open_slide(tmp_path / "slide.tiff"), TissueSettings(mpp=mpp, min_area_um2=500, max_hole_um2=500)
+    masks = []
+    for pixels in (1 << 24, 5000):
+        monkeypatch.setattr("pipeline.tissue._BAND_PIXELS", pixels)
+        masks.append(find_tissue(slide, settings).mask)
+    assert 0.1 < masks[0].mean() < 0.9
+    assert np.array_equal(*masks)
+
+
+def test_a_large_slide_is_judged_by_a_coarser_view(phantom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tissue._SURVEYED", 60)
+    assert agreement(tissue_of(phantom[0], tmp_path), phantom[1]) > 0.95
+
+
+def test_small_parts_and_holes_are_gone(phantom, tmp_path: Path) -> None:
+    """Of what scikit-image would call small, to the pixel."""
+    write_slide(phantom[0], tmp_path / "slide.tiff", MPP)
+    slide = open_slide(tmp_path / "slide.tiff")
+    raw = find_tissue(slide, TissueSettings(min_area_um2=0, max_hole_um2=0)).mask
+    cleaned = find_tissue(slide, TissueSettings(min_area_um2=64 * 300, max_hole_um2=64 * 200)).mask
+    expected = morphology.remove_small_holes(morphology.remove_small_objects(raw, max_size=300), max_size=200)
+    assert np.array_equal(cleaned, expected)
+    assert not np.array_equal(cleaned, raw)
 
 
 @pytest.mark.parametrize("patient", ["01", "03", "08", "10"])
