@@ -97,6 +97,14 @@ class Canvas:
         """(row, column) of every tile that is written, row by row."""
         return self.label_shards(0).places()
 
+    def written(self, level: int) -> np.ndarray:
+        """(rows, columns) bool: of which squares of `write_size` pixels of a level something is written."""
+        height, width = self.levels[level].shape
+        found = np.zeros((-(-height // self.write_size), -(-width // self.write_size)), bool)
+        for place in self.label_shards(level).places():
+            found[place] = True
+        return found
+
     def tile_roi(self, place: Place) -> Roi:
         """The rectangle of the tile at (row, column)."""
         size = self.write_size

@@ -128,6 +128,12 @@ def keep_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def release_memory() -> None:
+    """Give the memory that is kept free back to the kernel: for when work of another kind follows."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _local_cluster(workers: int | None) -> Any:
     import dask
     from distributed import LocalCluster

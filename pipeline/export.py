@@ -61,7 +61,7 @@ def _write_pyramid(
         for number, level in enumerate(canvas.levels):
             first = {"subifds": len(canvas.levels) - 1, "metadata": _ome(canvas, name)}
             writer.write(
-                _encoded_tiles(level, tile, partial(read, level=number), empty),
+                _encoded_tiles(canvas, number, tile, read, empty),
                 shape=level.shape,
                 dtype=np.uint8,
                 tile=(tile, tile),
@@ -128,13 +128,16 @@ def _entropy(canvas: Canvas, roi: Roi, level: int) -> np.ndarray:
     return np.asarray(np.rint(np.minimum(total, 255)), np.uint8)
 
 
-def _encoded_tiles(level: Lattice, tile: int, read: Callable[[Roi], np.ndarray], empty: int) -> Iterator[bytes]:
+def _encoded_tiles(canvas: Canvas, number: int, tile: int, read: Callable[..., np.ndarray], empty: int) -> Iterator[bytes]:
     """The tiles of a level, row by row, each compressed; the many that are `empty` are compressed once."""
     nothing = _compressed(np.full((tile, tile), empty, np.uint8))
+    level, written, size = canvas.levels[number], canvas.written(number), canvas.write_size
     for y in range(0, level.height, tile):
+        rows = slice(y // size, (y + tile - 1) // size + 1)
         for x in range(0, level.width, tile):
-            pixels = read(Roi(x, y, tile, tile))
-            yield nothing if np.all(pixels == empty) else _compressed(pixels)
+            touched = written[rows, x // size : (x + tile - 1) // size + 1].any()
+            pixels = read(Roi(x, y, tile, tile), number) if touched else None
+            yield nothing if pixels is None or np.all(pixels == empty) else _compressed(pixels)
 
 
 def _compressed(pixels: np.ndarray) -> bytes:

@@ -24,7 +24,7 @@ from pipeline import ensemble
 from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas, open_canvas
-from pipeline.cluster import Cluster
+from pipeline.cluster import Cluster, release_memory
 from pipeline.errors import CanvasError, FullfieldError
 from pipeline.files import locked, write_text
 from pipeline.grid import Tile
@@ -179,6 +179,7 @@ def plan_slide(job: SlideJob) -> Plan:
             write_size = opened.grid.write_size // opened.spec.output_stride
             canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
         done = set(canvas.done())
+    release_memory()  # what looking for tissue took is in other pieces than tiles need
     blocks = defaultdict(list)
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:

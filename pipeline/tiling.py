@@ -8,7 +8,6 @@ What was measured of a model on a machine is kept for the next run.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -30,7 +29,7 @@ import psutil
 from pipeline import __version__, ensemble
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas
-from pipeline.cluster import threads
+from pipeline.cluster import release_memory, threads
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
 from pipeline.files import write_text
@@ -320,10 +319,7 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
 
 def _start_measuring() -> int:
     """Give freed memory back to the kernel and forget the peak; returns the bytes that this process holds."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+    release_memory()
     _forget_peak()
     return int(psutil.Process().memory_info().rss)
 
