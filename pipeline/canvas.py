@@ -152,12 +152,15 @@ class Canvas:
         A coarse label is the most frequent of its four (the lowest, where two are equal), not counting the unexamined;
         a coarse probability is the mean over the examined ones. What an earlier, interrupted call left is replaced.
         """
-        for level in range(len(self.levels)):
-            self.label_shards(level).remove_partial_files()
-            self.probability_shards(level).remove_partial_files()
         for level in range(1, len(self.levels)):
             for place in sorted({(row // 2, column // 2) for row, column in self.label_shards(level - 1).places()}):
                 self._build_shard(level, place)
+
+    def remove_partial_files(self) -> None:
+        """Remove what killed writers left behind; to be called when nobody writes."""
+        for level in range(len(self.levels)):
+            self.label_shards(level).remove_partial_files()
+            self.probability_shards(level).remove_partial_files()
 
     def _build_shard(self, level: int, place: Place) -> None:
         likelihoods, labels = self.probability_shards(level), self.label_shards(level)

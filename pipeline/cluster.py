@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,6 +112,11 @@ def threads() -> int:
     """Number of threads that this process's work may use: what OMP_NUM_THREADS grants, as for torch, else every core."""
     granted = os.environ.get("OMP_NUM_THREADS", "")
     return int(granted) if granted.isdecimal() and int(granted) else cores()
+
+
+def has_gpu() -> bool:
+    """Whether torch may find a GPU here; asking torch would take a second of every command."""
+    return sys.platform == "darwin" or Path("/proc/driver/nvidia/gpus").exists()
 
 
 def keep_memory() -> None:

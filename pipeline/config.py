@@ -202,7 +202,7 @@ class EvaluationSettings(Section):
 
 
 class ClusterSettings(Section):
-    """Where the work is done. `workers` 0: in this process; null: as many as suit the machine.
+    """Where the work is done. `workers` 0: in this process; null: one, with all processors.
 
     `worker_memory_gib` bounds the tiles whose size is chosen; null: up to 2 of what is free, or 3 where the halo is dear.
     """

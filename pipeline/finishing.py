@@ -1,15 +1,15 @@
 """Everything that follows from a slide's canvas: its pyramid, regions, measurements, and what people look at.
 
-Two chains go side by side, since neither can use more than a processor for most of its time:
+Two parts, which two workers can do at once, since neither can use more than a processor for most of its time:
 
     canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png
              `--> regions.geojson --> measurements.csv; tissue.png
+
+Each file appears when it is complete.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.canvas import Canvas
@@ -20,38 +20,21 @@ from pipeline.slide import Slide
 from pipeline.tissue import Tissue, outlined
 
 
-@dataclass(frozen=True)
-class Finish:
-    """What is finished, and where to. Regions of less than `min_region_um2`, and of the class `rest`, are left out.
+def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, ensemble: bool) -> None:
+    """Build the canvas's pyramid, and write what follows from it; what an `ensemble` made has a map of its entropy."""
+    canvas.build_pyramid()
+    write_ome_tiff(canvas, folder / "segmentation.ome.tif")
+    if ensemble:
+        write_entropy(canvas, folder / "entropy.ome.tif")
+    write_png(folder / "overlay.png", overlay(slide, canvas))
 
-    What an `ensemble` made has a map of its entropy.
-    """
 
-    folder: Path
-    slide: Slide
-    canvas: Canvas
-    tissue: Tissue
-    rest: int | None
-    min_region_um2: float
-    ensemble: bool
-
-    def make(self) -> None:
-        """Write all files; each appears when it is complete."""
-        with ThreadPoolExecutor(1, "pyramid") as pool:
-            pyramid = pool.submit(self._pyramid)
-            self._regions()
-            pyramid.result()
-
-    def _pyramid(self) -> None:
-        self.canvas.build_pyramid()
-        write_ome_tiff(self.canvas, self.folder / "segmentation.ome.tif")
-        if self.ensemble:
-            write_entropy(self.canvas, self.folder / "entropy.ome.tif")
-        write_png(self.folder / "overlay.png", overlay(self.slide, self.canvas))
-
-    def _regions(self) -> None:
-        skip = () if self.rest is None else (self.rest,)
-        regions = find_regions(self.canvas, self.slide.base, self.min_region_um2, skip)
-        counts = write_geojson(self.folder / "regions.geojson", regions, self.canvas.classes)
-        write_measurements(self.folder / "measurements.csv", measure(self.canvas, self.tissue), counts)
-        write_png(self.folder / "tissue.png", outlined(self.slide, self.tissue))
+def write_regions(
+    folder: Path, slide: Slide, canvas: Canvas, tissue: Tissue, rest: int | None, min_region_um2: float
+) -> None:
+    """Write outlines and measurements. Regions below `min_region_um2`, and of the class `rest`, are left out."""
+    skip = () if rest is None else (rest,)
+    regions = find_regions(canvas, slide.base, min_region_um2, skip)
+    counts = write_geojson(folder / "regions.geojson", regions, canvas.classes)
+    write_measurements(folder / "measurements.csv", measure(canvas, tissue), counts)
+    write_png(folder / "tissue.png", outlined(slide, tissue))

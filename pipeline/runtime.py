@@ -11,7 +11,6 @@ DIGEST is the beginning of the model's own, so that nothing made for one model i
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import cycle
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import __version__, checkpoint, ensemble, openvino_engine
+from pipeline.cluster import has_gpu
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
 from pipeline.network import ModelSpec
@@ -117,7 +117,7 @@ def settled(settings: EngineSettings, architecture: str) -> EngineSettings:
     if settings.backend != "auto":
         return settings
     openvino = settings.precision == "fastest" or (
-        openvino_engine.installed() and not _has_gpu() and (architecture, settings.precision) not in _TORCH_IS_FASTER
+        openvino_engine.installed() and not has_gpu() and (architecture, settings.precision) not in _TORCH_IS_FASTER
     )
     return settings.model_copy(update={"backend": "openvino" if openvino else "torch"})
 
@@ -178,8 +178,3 @@ def cache_folder() -> Path:
     """The folder for what can be made again."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
-
-
-def _has_gpu() -> bool:
-    """Whether torch may find a GPU here; asking torch would take a second of every command."""
-    return sys.platform == "darwin" or Path("/proc/driver/nvidia/gpus").exists()

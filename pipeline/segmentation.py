@@ -1,9 +1,9 @@
 """Segments slides: what one slide takes, as tasks that return numbers, and how many slides go through a cluster.
 
-A slide is planned (tissue found, canvas made), then its tiles are run in blocks of neighbours, then it is finished (pyramid,
-regions, measurements, pictures). A tile is done when its shard is on disk, a slide when its provenance is; so a run that was
-killed at any moment is finished by running it again. A worker that outlives its command may still write; so blocks share a
-lock on their slide's folder, and what plans or finishes the slide has it alone.
+A slide is planned (tissue found, canvas made), then its tiles are run in blocks of neighbours, then it is finished in two
+parts (pyramid and pictures; regions and measurements) and sealed. A tile is done when its shard is on disk, a slide when its
+provenance is; so a run that was killed at any moment is finished by running it again. A worker that outlives its command may
+still write; so what plans or seals a slide has its folder alone, and all others share a lock on it.
 
 What only tasks use is imported in them, so that a command has its workers sooner.
 """
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 
@@ -32,16 +33,24 @@ from pipeline.runtime import load_engine
 from pipeline.slide_job import CANVAS, PROVENANCE, OpenedJob, SlideJob, is_finished, job_engine, job_tile_size
 from pipeline.tiling import tile_size_for
 
-_BLOCK_TILES = 4  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
+_BLOCK_TILES = 2  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
 _SLIDES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to do: blocks of tile indices, (row, column). `finished` says that nothing is."""
+    """What is left to do of a slide with so much tissue: blocks of tile indices, (row, column). `finished`: nothing is."""
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
-    finished: bool
+    tissue_mm2: float
+    finished: bool = False
+
+
+class Part(Enum):
+    """The parts of what is made of a finished canvas."""
+
+    REGIONS = "regions"
+    PYRAMID = "pyramid"
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,10 @@ class _Active:
     def __init__(self, job: SlideJob, cluster: Cluster) -> None:
         self.job, self.cluster = job, cluster
         self.started, self.blocks, self.megapixels = time.monotonic(), 0, 0.0
-        self.over = False
+        self.tissue_mm2, self.parts, self.over = 0.0, 0, False
         cluster.submit(job.slide_id, plan_slide, job)
 
-    def advanced(self, value: Plan | float | None) -> Step:
+    def advanced(self, value: Plan | float | Part | None) -> Step:
         """Count a task that ended well, and submit what follows from it."""
         if self.over:
             return Step(self.job)
@@ -127,10 +136,15 @@ class _Active:
             return self._planned(value)
         if value is None:
             return self._ended("done", "")
+        if isinstance(value, Part):
+            self.parts -= 1
+            if not self.parts:
+                self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2)
+            return Step(self.job)
         self.blocks -= 1
         self.megapixels += value
         if not self.blocks:
-            self.cluster.submit(self.job.slide_id, finish_slide, self.job)
+            self._finish()
         return Step(self.job, blocks_done=1, megapixels=value)
 
     def failed(self, error: BaseException) -> Step:
@@ -144,12 +158,17 @@ class _Active:
     def _planned(self, plan: Plan) -> Step:
         if plan.finished:
             return self._ended("done", "")
-        self.blocks = len(plan.blocks)
+        self.blocks, self.tissue_mm2 = len(plan.blocks), plan.tissue_mm2
         for block in plan.blocks:
             self.cluster.submit(self.job.slide_id, segment_block, self.job, block)
         if not plan.blocks:
-            self.cluster.submit(self.job.slide_id, finish_slide, self.job)
+            self._finish()
         return Step(self.job, blocks=len(plan.blocks))
+
+    def _finish(self) -> None:
+        self.parts = len(Part)
+        for part in Part:
+            self.cluster.submit(self.job.slide_id, finish_slide, self.job, part)
 
     def _ended(self, status: str, reason: str) -> Step:
         self.over = True
@@ -170,7 +189,7 @@ def plan_slide(job: SlideJob) -> Plan:
         if path.exists():
             canvas = open_canvas(path, identity)
             if is_finished(job):
-                return Plan((), finished=True)
+                return Plan((), 0.0, finished=True)
             tissue = opened.tissue()
         else:
             job.folder.mkdir(exist_ok=True)
@@ -184,7 +203,7 @@ def plan_slide(job: SlideJob) -> Plan:
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
             blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
-    return Plan(tuple(tuple(block) for block in blocks.values()), finished=False)
+    return Plan(tuple(tuple(block) for block in blocks.values()), tissue.area_um2 / 1e6)
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
@@ -203,14 +222,25 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
         return sum(pixels for _, pixels in ahead(write, predicted)) / 1e6
 
 
-def finish_slide(job: SlideJob) -> None:
-    """Make everything that follows from the canvas; the provenance comes last, and says that the slide is done."""
-    from pipeline.finishing import Finish
+def finish_slide(job: SlideJob, part: Part) -> Part:
+    """Make a part of what follows from the canvas; the two parts may go side by side, the same of two commands may not."""
+    from pipeline.finishing import write_pyramid, write_regions
 
+    opened, own = OpenedJob(job), job.folder.with_name(f"{job.folder.name}.{part.value}")
+    with locked(job.folder, shared=True), locked(own):
+        canvas = open_canvas(job.folder / CANVAS, opened.identity())
+        if part is Part.PYRAMID:
+            write_pyramid(job.folder, opened.slide, canvas, len(ensemble.members(job.model)) > 1)
+        else:
+            rest, smallest = opened.spec.rest, job.settings.min_region_um2
+            write_regions(job.folder, opened.slide, canvas, opened.tissue(), rest, smallest)
+    return part
+
+
+def seal_slide(job: SlideJob, tissue_mm2: float) -> None:
+    """Clear away what killed workers left, and write the provenance, which comes last and says that the slide is done."""
     opened = OpenedJob(job)
-    tissue = opened.tissue()
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
-        rest, several = opened.spec.rest, len(ensemble.members(job.model)) > 1
-        Finish(job.folder, opened.slide, canvas, tissue, rest, job.settings.min_region_um2, several).make()
-        write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue), indent=2) + "\n")
+        canvas.remove_partial_files()
+        write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue_mm2), indent=2) + "\n")

@@ -131,7 +131,7 @@ class OpenedJob:
             **({} if self.stitching.exact else {"blend": str(self.stitching)}),
         }
 
-    def provenance(self, canvas: Canvas, tissue: Tissue) -> dict[str, object]:
+    def provenance(self, canvas: Canvas, tissue_mm2: float) -> dict[str, object]:
         """Where this output comes from."""
         return {
             "slide_path": str(self.job.slide.resolve()),
@@ -147,6 +147,6 @@ class OpenedJob:
             "mpp": asdict(canvas.lattice.mpp),
             "width": canvas.lattice.width,
             "height": canvas.lattice.height,
-            "tissue_mm2": tissue.area_um2 / 1e6,
+            "tissue_mm2": tissue_mm2,
             "tiles": len(canvas.done()),
         }

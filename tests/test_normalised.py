@@ -23,7 +23,7 @@ from pipeline.histology import GLASS, draw, plan
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.runtime import load_engine
-from pipeline.segmentation import finish_slide, plan_slide, segment_block
+from pipeline.segmentation import plan_slide, seal_slide, segment_block
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.staining import METHODS
@@ -195,7 +195,7 @@ def test_a_slide_without_stain_is_left_as_it_is_and_its_provenance_says_so(proje
     write_slide(np.full((400, 500, 3), 243, np.uint8), tmp_path / "glass.tiff", 1.0)
     job = replace(project.job(tmp_path / "out"), slide=tmp_path / "glass.tiff")
     assert not plan_slide(job).blocks
-    finish_slide(job)
+    seal_slide(job, 0.0)
     found = json.loads((tmp_path / "out" / "provenance.json").read_text())["staining"]
     assert found["dyes"] == [] and "stained pixels" in found["problem"]
 

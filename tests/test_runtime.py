@@ -101,7 +101,7 @@ def test_auto_becomes_one_of_the_two(architecture: str, monkeypatch: pytest.Monk
 
 
 def test_auto_takes_torch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_has_gpu", lambda: True)
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
     assert settled(EngineSettings(), "fcn").backend == "torch"
     assert settled(EngineSettings(precision="fast"), "fcn").backend == "torch"
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from pipeline import tiling
 from pipeline.architectures import build_network
 from pipeline.canvas import create_canvas
 from pipeline.checkpoint import save
@@ -33,6 +34,7 @@ from pipeline.slide_job import SlideJob, is_finished
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Probe, choose, estimate, probe, tile_size_for
 from pipeline.tissue import Tissue
+from workflows import segment
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
 MODEST = Probe(0.5 * GIB, 400.0, 5e6, 0.5)
@@ -137,11 +139,40 @@ def test_a_slide_is_hundreds_of_files_also_without_a_halo() -> None:
 
 def test_more_memory_is_taken_where_the_halo_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     vast = lattice(100_003, 80_001)
+    monkeypatch.setattr(tiling, "threads", tiling.cores)
     usual, dear = choose(spec(32), [full(vast)], MODEST, None), choose(spec(96), [full(vast)], MODEST, None)
     assert MODEST.peak_bytes((usual + 64) ** 2) <= 2 * GIB
     assert 2 * GIB < MODEST.peak_bytes((dear + 192) ** 2) <= 3 * GIB
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": GIB})())
     assert MODEST.peak_bytes((choose(spec(96), [full(vast)], MODEST, None) + 192) ** 2) <= GIB
+
+
+def test_workers_share_the_memory_as_they_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "free_gib", lambda: 2.0)
+    monkeypatch.setattr(tiling, "cores", lambda: 4)
+    vast, sizes = lattice(100_003, 80_001), []
+    for threads in (2, 4):
+        monkeypatch.setattr(tiling, "threads", lambda own=threads: own)
+        sizes.append(choose(spec(32), [full(vast)], MODEST, None))
+        assert MODEST.peak_bytes((sizes[-1] + 64) ** 2) <= 2 * GIB * threads / 4
+    assert sizes[0] < sizes[1]
+
+
+def test_two_workers_segment_where_there_is_work_and_memory_for_two(
+    model: Path, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = SlideJob("scan", scan, None, model, tmp_path, SegmentationSettings(), TissueSettings())
+    damaged = replace(job, slide=tmp_path / "none.tiff")
+    monkeypatch.setattr(segment, "cores", lambda: 8)
+    monkeypatch.setattr(segment, "has_gpu", lambda: False)
+    monkeypatch.setattr(segment, "free_gib", lambda: 8.0)
+    few = int(30e6 // open_slide(scan).base.roi.area)
+    assert segment._workers([job] * few, spec(8)) == 1
+    assert segment._workers([damaged] + [job] * (few + 1), spec(8)) == 2
+    for name, value in (("free_gib", 3.0), ("has_gpu", True), ("cores", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(segment, name, lambda own=value: own)
+            assert segment._workers([job] * (few + 1), spec(8)) == 1
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_it_takes() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import checkpoint, ensemble
-from pipeline.cluster import Cluster, connect
+from pipeline.cluster import Cluster, connect, cores, has_gpu
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
-from pipeline.errors import CohortError
+from pipeline.errors import CohortError, SlideError
 from pipeline.files import locked, write_csv
+from pipeline.geometry import Mpp
 from pipeline.lineage import models_facts, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
@@ -30,12 +32,14 @@ from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.slide_job import SlideJob
 from pipeline.stitching import stitching
+from pipeline.tiling import USUAL_GIB, free_gib
 from pipeline.tracking import Run
 
 if TYPE_CHECKING:
     from pipeline.precision import Deviation
     from pipeline.workspace import Workspace
 
+_WORK_FOR_TWO = 30_000_000  # pixels; below, starting a second worker costs more than it saves
 _MIN_REGION_UM2 = SegmentationSettings().min_region_um2
 
 
@@ -78,11 +82,25 @@ def segment(
         SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, results / slide.stem, settings, tissue, engine)
         for slide in map(Path.absolute, slides)
     ]
+    if where.workers is None and where.scheduler is None:
+        where = where.model_copy(update={"workers": _workers(jobs, spec)})
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
     write_lineage(output, {"segmented_with": models_facts(found)})
     return report(rows, output)
+
+
+def _workers(jobs: Sequence[SlideJob], spec: ModelSpec) -> int:
+    """How many local workers segment slides soonest: two, each with half the threads, where there is work for both.
+
+    One then reads, writes or outlines while the other computes. A GPU, or scarce memory, is not shared.
+    """
+    pixels = 0
+    for job in jobs:
+        with suppress(SlideError):
+            pixels += open_slide(job.slide, job.mpp).base.at(Mpp.square(spec.mpp)).roi.area
+    return 2 if cores() > 1 and not has_gpu() and pixels > _WORK_FOR_TWO and free_gib() > 2 * USUAL_GIB else 1
 
 
 def _checkpoints(folder: Path) -> list[Path]:
