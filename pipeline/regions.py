@@ -290,7 +290,7 @@ class _Finish:
 
     def _outline(self, batch: list[_Component]) -> Iterator[Region]:
         large = self.large(np.array([component.pixels for component in batch]))
-        batch = [component for component, whole in zip(batch, large, strict=True) if whole or component.cut]
+        batch = [component for component, enough in zip(batch, large, strict=True) if enough or component.cut]
         if not batch:
             return
         sizes = [component.length for component in batch]

@@ -96,11 +96,15 @@ def _workers(jobs: Sequence[SlideJob], spec: ModelSpec) -> int:
 
     One then reads, writes or outlines while the other computes. A GPU, or scarce memory, is not shared.
     """
+    if cores() == 1 or has_gpu() or free_gib() < 2 * USUAL_GIB:
+        return 1
     pixels = 0
     for job in jobs:
-        with suppress(SlideError):
+        with suppress(SlideError):  # which becomes the slide's row
             pixels += open_slide(job.slide, job.mpp).base.at(Mpp.square(spec.mpp)).roi.area
-    return 2 if cores() > 1 and not has_gpu() and pixels > _WORK_FOR_TWO and free_gib() > 2 * USUAL_GIB else 1
+        if pixels > _WORK_FOR_TWO:
+            return 2
+    return 1
 
 
 def _checkpoints(folder: Path) -> list[Path]:
