@@ -8,6 +8,7 @@ There are far fewer runs than pixels, so that scipy's graph of them takes a thir
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.classes import IGNORED
+
+_BAND_PIXELS = 1 << 20  # looked at together: of each, its run is held
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +56,25 @@ def find_runs(labels: np.ndarray) -> Runs:
 
 def _joined(new: np.ndarray, of_run: np.ndarray) -> np.ndarray:
     """A component for each run, counted by their first runs; `new` (rows, columns) says where runs begin."""
-    runs = np.cumsum(new.ravel(), dtype=np.int32) - 1
-    upper = np.flatnonzero(new[1:] | new[:-1])  # two runs lie on each other from where the later of them begins
-    above, below = runs[upper], runs[upper + new.shape[1]]
-    alike = of_run[above] == of_run[below]
-    ends = np.cumsum(np.bincount(above[alike], minlength=len(of_run)))
-    graph = csr_array((np.ones(ends[-1], np.int8), below[alike], np.append(0, ends)), shape=(len(of_run),) * 2)
+    pairs = [pair[:, of_run[pair[0]] == of_run[pair[1]]] for pair in _touching(new)]
+    above, below = np.concatenate(pairs, axis=1)
+    ends = np.cumsum(np.bincount(above, minlength=len(of_run)))
+    graph = csr_array((np.ones(ends[-1], np.int8), below, np.append(0, ends)), shape=(len(of_run),) * 2)
     components: np.ndarray = connected_components(graph, directed=False)[1]
     return components
+
+
+def _touching(new: np.ndarray) -> Iterator[np.ndarray]:
+    """Every two runs that lie on each other, (2, n) int32, upper and lower one, by the upper; band by band of rows."""
+    rows, columns = new.shape
+    height, before = max(_BAND_PIXELS // columns, 1), 0
+    for top in range(0, max(rows - 1, 1), height):
+        band = new[top : top + height + 1]
+        runs = np.cumsum(band.ravel(), dtype=np.int32)
+        runs += before - 1
+        upper = np.flatnonzero(band[1:] | band[:-1])  # two runs lie on each other from where the later of them begins
+        yield np.stack([runs[upper], runs[upper + columns]])
+        before += np.count_nonzero(band[:height])
 
 
 def _counted(components: np.ndarray, known: np.ndarray) -> np.ndarray:

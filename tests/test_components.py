@@ -1,11 +1,14 @@
 """Components by runs are those of scikit-image's labelling of pixels, number by number."""
 
+from unittest.mock import patch
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from skimage import measure
 
+from pipeline import components
 from pipeline.classes import IGNORED
 from pipeline.components import find_runs
 from pipeline.phantom import render
@@ -15,6 +18,13 @@ SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
 def check(labels: np.ndarray) -> None:
+    """At once, and as a large image is looked at: in bands of a few rows."""
+    _check(labels)
+    with patch.object(components, "_BAND_PIXELS", 2 * labels.shape[1]):
+        _check(labels)
+
+
+def _check(labels: np.ndarray) -> None:
     runs = find_runs(labels)
     truth, count = measure.label(labels, background=IGNORED, connectivity=1, return_num=True)
     assert runs.count == count
