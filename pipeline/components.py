@@ -74,7 +74,7 @@ def _touching(new: np.ndarray) -> Iterator[np.ndarray]:
         runs += before - 1
         upper = np.flatnonzero(band[1:] | band[:-1])  # two runs lie on each other from where the later of them begins
         yield np.stack([runs[upper], runs[upper + columns]])
-        before += np.count_nonzero(band[:height])
+        before += int(np.count_nonzero(band[:height]))
 
 
 def _counted(components: np.ndarray, known: np.ndarray) -> np.ndarray:

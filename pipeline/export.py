@@ -23,8 +23,9 @@ _TILE = 512  # pixels; where the canvas's own chunks do not suit TIFF, whose til
 _CLASSIC_TIFF_BYTES = 2**31  # of pixels before compression: a margin of two below what a classic TIFF can hold
 _PICTURE, _PANEL, _NARROWEST = 2048, 1024, 640  # pixels: longer side of a picture, of a panel; least width
 _LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
-_TINT, _DIM, _HATCH = 0.38, 0.5, 0.45  # how much colour, white and grey lines cover the slide
+_TINT, _DIM, _LINES, _BETWEEN = 97, 128, 115, 13  # of 255: how much colour, white, and grey lines and gaps cover the slide
 _PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
+_HATCHING = 12  # pixels from one line to the next
 _WHITE, _INK, _GREY = (255, 255, 255), (40, 40, 40), (150, 150, 150)
 
 
@@ -142,7 +143,7 @@ def _encoded_tiles(canvas: Canvas, number: int, tile: int, read: Callable[..., n
 
 def _compressed(pixels: np.ndarray) -> bytes:
     """Deflate as TIFF has it; this library is twice as fast as Python's own and no worse."""
-    return bytes(imagecodecs.deflate_encode(pixels.tobytes(), level=6))
+    return bytes(imagecodecs.deflate_encode(pixels.tobytes(), level=5))
 
 
 def _ome(canvas: Canvas, name: str) -> dict[str, object]:
@@ -184,7 +185,7 @@ def _painted(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndar
     known = labels != IGNORED
     width = 5 if max(labels.shape) > _PANEL else 3
     line = known & (ndimage.minimum_filter(labels, width) < labels)
-    return _blended(image, colors[labels], np.where(line, 1, known * _TINT))
+    return _blended(image, colors.take(labels, axis=0), np.where(line, np.uint8(255), known * np.uint8(_TINT)))
 
 
 def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -195,19 +196,22 @@ def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _dimmed(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return _blended(picture, np.array(_WHITE), where * _DIM)
+    return _blended(picture, np.array(_WHITE), where * np.uint8(_DIM))
 
 
 def _hatched(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Thin diagonal lines over part of a picture."""
-    rows, columns = np.ogrid[: picture.shape[0], : picture.shape[1]]
-    return _blended(picture, np.array(_GREY), where * np.where((rows + columns) % 12 == 0, _HATCH, _HATCH / 9))
+    height, width = where.shape
+    line = np.arange(height + width) % _HATCHING == 0
+    lines = np.lib.stride_tricks.sliding_window_view(line, width)[:height]
+    return _blended(picture, np.array(_GREY), where * np.where(lines, np.uint8(_LINES), np.uint8(_BETWEEN)))
 
 
 def _blended(picture: np.ndarray, color: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """A picture under a colour, (3,) or (rows, columns, 3), that covers each pixel by `cover`, 0 to 1; in 16 bits."""
-    over = np.rint(cover * 256).astype(np.uint16)[..., None]
-    return np.asarray((picture * (256 - over) + color.astype(np.uint16) * over) >> 8).astype(np.uint8)
+    """A picture under a colour, (3,) or (rows, columns, 3) uint8, that covers each pixel by `cover`, uint8, of 255."""
+    below, over = Image.fromarray(picture), Image.fromarray(cover)
+    above = Image.fromarray(color) if color.ndim == 3 else Image.new("RGB", below.size, tuple(color.tolist()))
+    return np.asarray(Image.composite(above, below, over))
 
 
 def _legend(width: int, classes: Classes, hatched: bool, mpp: float | None) -> Image.Image:
@@ -239,7 +243,7 @@ def _swatch(strip: Image.Image, box: tuple[int, int, int, int], color: tuple[int
     if color is None:
         area = _hatched(area, np.ones(area.shape[:2], bool))
     else:
-        area = _blended(area, np.array(color), np.full(area.shape[:2], _TINT))
+        area = _blended(area, np.array(color), np.full(area.shape[:2], _TINT, np.uint8))
     strip.paste(Image.fromarray(area), (left, top))
     ImageDraw.Draw(strip).rectangle(box, outline=color or _GREY, width=max((bottom - top) // 10, 1))
 

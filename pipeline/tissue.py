@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-from skimage import filters, morphology, segmentation, transform
+from skimage import filters, morphology
 
 from pipeline.ahead import ahead
 from pipeline.cluster import threads
@@ -28,6 +28,7 @@ _SPECK, _GROWN = 15, 2  # pixels: no ink that is smaller, and a margin round wha
 _SURVEYED = 1024  # pixels along the longer side of the view that tells a slide's glass and its threshold
 _BAND_PIXELS = 1 << 19  # looked at together: a few arrays of them stay small
 _LINE = (0, 160, 60)
+_DIMMED = (np.arange(256) // 4 * 3 + 32).astype(np.uint8)  # grey levels
 
 PICTURE_PIXELS = 2048
 """Longer side of pictures of whole slides."""
@@ -68,7 +69,7 @@ def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:
     A large slide's threshold is that of a coarser view, and its view is looked at in bands, to save memory.
     """
     lattice = slide.base.at(Mpp.square(max(settings.mpp, slide.base.mpp.x)))
-    levels = _Levels.of(*_glance(slide, lattice, _SURVEYED))
+    levels = _Levels.of(*_glance(slide, lattice.mpp))
     rows, margin = max(_BAND_PIXELS // lattice.width, 1), _margin(lattice.mpp)
 
     def band(top: int) -> np.ndarray:
@@ -164,30 +165,37 @@ def _range(planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
 
 
-def _glance(slide: Slide, lattice: Lattice, longest: int) -> tuple[np.ndarray, Mpp]:
-    """A view of a slide, (rows, columns, 3) uint8 RGB, and its scale: that of a lattice, or as much coarser as it takes to
-    have `longest` pixels along its longer side.
-    """
-    shrink = max(max(lattice.shape) / longest, 1)
-    seen = slide.base.at(Mpp(lattice.mpp.x * shrink, lattice.mpp.y * shrink))
+def _seen(slide: Slide, mpp: Mpp, longest: int) -> Lattice:
+    """A slide at a scale, or at one as much coarser as it takes to have `longest` pixels along its longer side."""
+    shrink = max(max(slide.base.at(mpp).shape) / longest, 1)
+    return slide.base.at(Mpp(mpp.x * shrink, mpp.y * shrink))
+
+
+def _glance(slide: Slide, mpp: Mpp) -> tuple[np.ndarray, Mpp]:
+    """The view that tells a slide's glass and its threshold, (rows, columns, 3) uint8 RGB, and its scale."""
+    seen = _seen(slide, mpp, _SURVEYED)
     return slide.read(seen.roi, seen), seen.mpp
 
 
 def light_of(slide: Slide, tissue: Tissue) -> np.ndarray:
     """The colour of empty glass of a slide whose tissue was looked for: (3,) grey levels, 0 to 255."""
-    return _glass(_glance(slide, tissue.lattice, _SURVEYED)[0])
+    return _glass(_glance(slide, tissue.lattice.mpp)[0])
 
 
 def thumbnail(slide: Slide) -> np.ndarray:
     """A slide at a glance: (rows, columns, 3) uint8 RGB, 2048 px on its longer side, or all of a smaller slide."""
-    return _glance(slide, slide.base, PICTURE_PIXELS)[0]
+    seen = _seen(slide, slide.base.mpp, PICTURE_PIXELS)
+    return slide.read(seen.roi, seen)
 
 
 def outlined(slide: Slide, tissue: Tissue) -> np.ndarray:
     """The thumbnail with a line round the tissue and the glass dimmed: (rows, columns, 3) uint8 RGB."""
-    picture = thumbnail(slide)
-    mask = transform.resize(tissue.mask, picture.shape[:2], order=0)
-    line = segmentation.find_boundaries(mask, mode="thick")
-    picture = np.where(mask[..., None], picture, picture // 4 * 3 + 32).astype(np.uint8)
+    seen = _seen(slide, slide.base.mpp, PICTURE_PIXELS)
+    mask, line = tissue.sampled(seen.roi, seen), np.zeros(seen.shape, bool)
+    across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
+    for part, change in ((line[:, 1:], across), (line[:, :-1], across), (line[1:], down), (line[:-1], down)):
+        part |= change
+    picture = slide.read(seen.roi, seen)
+    picture = np.where(mask[..., None], picture, _DIMMED.take(picture))
     picture[line] = _LINE
     return picture
