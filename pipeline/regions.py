@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby, islice, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,7 @@ from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 
 _LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
-_BATCH = 250_000  # corners that are made into outlines at once
-_WRITTEN = 256  # regions that are taken apart at once
+_BATCH = 60_000  # corners that are made into outlines, or outlines taken apart, at once
 _DECIMALS = 3  # of a coordinate in base pixels: a nanometre
 
 
@@ -97,8 +96,7 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
 
 def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]]]:
     """Each region with its rings, the outer one first, (n, 2) float64; many are taken apart at once."""
-    remaining = iter(regions)
-    while batch := list(islice(remaining, _WRITTEN)):
+    for batch in _batches(regions):
         _, points, (starts, first_rings) = shapely.to_ragged_array([region.polygon for region in batch])
         points = np.round(points, _DECIMALS)
         whole = points.astype(np.int64)  # fewer bytes, where an output pixel is a whole number of base pixels wide
@@ -106,6 +104,20 @@ def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]
         rings = [shown[start:stop] for start, stop in pairwise(starts.tolist())]
         for region, (first, beyond) in zip(batch, pairwise(first_rings.tolist()), strict=True):
             yield region, rings[first:beyond]
+
+
+def _batches(regions: Iterable[Region]) -> Iterator[list[Region]]:
+    """As many regions at once as have some `_BATCH` corners."""
+    batch: list[Region] = []
+    size = 0
+    for region in regions:
+        batch.append(region)
+        size += int(shapely.get_num_coordinates(region.polygon))
+        if size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _feature(region: Region, item: Class, rings: list[np.ndarray]) -> dict[str, object]:
