@@ -7,11 +7,12 @@ to hold in memory, such as that of stroma with all its holes throughout a slide,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import orjson
@@ -29,6 +30,8 @@ from pipeline.geometry import Lattice, Roi
 _LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
 _BATCH = 60_000  # corners that are made into outlines, or outlines taken apart, at once
 _DECIMALS = 3  # of a coordinate in base pixels: a nanometre
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
 
 def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]]]:
     """Each region with its rings, the outer one first, (n, 2) float64; many are taken apart at once."""
-    for batch in _batches(regions):
+    for batch in _batches(regions, lambda region: int(shapely.get_num_coordinates(region.polygon))):
         _, points, (starts, first_rings) = shapely.to_ragged_array([region.polygon for region in batch])
         points = np.round(points, _DECIMALS)
         whole = points.astype(np.int64)  # fewer bytes, where an output pixel is a whole number of base pixels wide
@@ -106,13 +109,13 @@ def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]
             yield region, rings[first:beyond]
 
 
-def _batches(regions: Iterable[Region]) -> Iterator[list[Region]]:
-    """As many regions at once as have some `_BATCH` corners."""
-    batch: list[Region] = []
+def _batches(items: Iterable[Item], corners: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """As many items at once as have some `_BATCH` corners together."""
+    batch: list[Item] = []
     size = 0
-    for region in regions:
-        batch.append(region)
-        size += int(shapely.get_num_coordinates(region.polygon))
+    for item in items:
+        batch.append(item)
+        size += corners(item)
         if size > _BATCH:
             yield batch
             batch, size = [], 0
@@ -290,15 +293,8 @@ class _Finish:
         return np.asarray(pixels * self.pixel_um2 >= self.min_area_um2)
 
     def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
-        batch: list[_Component] = []
-        size = 0
-        for component in components:
-            batch.append(component)
-            size += component.length
-            if size > _BATCH:
-                yield from self._outline(batch)
-                batch, size = [], 0
-        yield from self._outline(batch)
+        for batch in _batches(components, lambda component: component.length):
+            yield from self._outline(batch)
 
     def _outline(self, batch: list[_Component]) -> Iterator[Region]:
         large = self.large(np.array([component.pixels for component in batch]))
