@@ -23,7 +23,7 @@ _TILE = 512  # pixels; where the canvas's own chunks do not suit TIFF, whose til
 _CLASSIC_TIFF_BYTES = 2**31  # of pixels before compression: a margin of two below what a classic TIFF can hold
 _PICTURE, _PANEL, _NARROWEST = 2048, 1024, 640  # pixels: longer side of a picture, of a panel; least width
 _LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
-_TINT, _DIM, _LINES, _BETWEEN = 97, 128, 115, 13  # of 255: how much colour, white, and grey lines and gaps cover the slide
+_TINT, _DIM, _LINES, _BETWEEN = np.array([97, 128, 115, 13], np.uint8)  # of 255: cover by colour, white, grey lines, gaps
 _PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
 _HATCHING = 12  # pixels from one line to the next
 _WHITE, _INK, _GREY = (255, 255, 255), (40, 40, 40), (150, 150, 150)
@@ -185,7 +185,7 @@ def _painted(image: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndar
     known = labels != IGNORED
     width = 5 if max(labels.shape) > _PANEL else 3
     line = known & (ndimage.minimum_filter(labels, width) < labels)
-    return _blended(image, colors.take(labels, axis=0), np.where(line, np.uint8(255), known * np.uint8(_TINT)))
+    return _blended(image, colors.take(labels, axis=0), np.where(line, 255, known * _TINT))
 
 
 def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -196,15 +196,14 @@ def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _dimmed(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return _blended(picture, np.array(_WHITE), where * np.uint8(_DIM))
+    return _blended(picture, np.array(_WHITE), where * _DIM)
 
 
 def _hatched(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Thin diagonal lines over part of a picture."""
-    height, width = where.shape
-    line = np.arange(height + width) % _HATCHING == 0
-    lines = np.lib.stride_tricks.sliding_window_view(line, width)[:height]
-    return _blended(picture, np.array(_GREY), where * np.where(lines, np.uint8(_LINES), np.uint8(_BETWEEN)))
+    rows, columns = np.ogrid[: where.shape[0], : where.shape[1]]
+    lines = (rows + columns) % _HATCHING == 0
+    return _blended(picture, np.array(_GREY), where * np.where(lines, _LINES, _BETWEEN))
 
 
 def _blended(picture: np.ndarray, color: np.ndarray, cover: np.ndarray) -> np.ndarray:
@@ -243,7 +242,7 @@ def _swatch(strip: Image.Image, box: tuple[int, int, int, int], color: tuple[int
     if color is None:
         area = _hatched(area, np.ones(area.shape[:2], bool))
     else:
-        area = _blended(area, np.array(color), np.full(area.shape[:2], _TINT, np.uint8))
+        area = _blended(area, np.array(color), np.full(area.shape[:2], _TINT))
     strip.paste(Image.fromarray(area), (left, top))
     ImageDraw.Draw(strip).rectangle(box, outline=color or _GREY, width=max((bottom - top) // 10, 1))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-from skimage import filters, morphology
+from skimage import filters, morphology, segmentation
 
 from pipeline.ahead import ahead
 from pipeline.cluster import threads
@@ -191,11 +191,7 @@ def thumbnail(slide: Slide) -> np.ndarray:
 def outlined(slide: Slide, tissue: Tissue) -> np.ndarray:
     """The thumbnail with a line round the tissue and the glass dimmed: (rows, columns, 3) uint8 RGB."""
     seen = _seen(slide, slide.base.mpp, PICTURE_PIXELS)
-    mask, line = tissue.sampled(seen.roi, seen), np.zeros(seen.shape, bool)
-    across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
-    for part, change in ((line[:, 1:], across), (line[:, :-1], across), (line[1:], down), (line[:-1], down)):
-        part |= change
-    picture = slide.read(seen.roi, seen)
+    picture, mask = slide.read(seen.roi, seen), tissue.sampled(seen.roi, seen)
     picture = np.where(mask[..., None], picture, _DIMMED.take(picture))
-    picture[line] = _LINE
+    picture[segmentation.find_boundaries(mask, mode="thick")] = _LINE
     return picture

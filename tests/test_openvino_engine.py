@@ -172,7 +172,7 @@ def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     assert left == [".blob", "graph"]
 
 
-def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, windows = NETWORKS["fcn"][0], IMAGE[None, :64, :96]
     answer = OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows)
     (blob,) = tmp_path.iterdir()
@@ -180,7 +180,9 @@ def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path) ->
     for damaged in (b"", whole[: len(whole) // 2]):
         blob.write_bytes(damaged)
         assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
-        assert len(blob.read_bytes()) > len(damaged)  # two compilations differ in a few bytes of text
+        with monkeypatch.context() as patch:  # what is there now needs no compiling: it is whole
+            patch.delattr(OpenVinoEngine, "_compile")
+            assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
 
 
 def test_a_damaged_graph_says_so(graphs: dict[str, Path], tmp_path: Path) -> None:
