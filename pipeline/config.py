@@ -130,6 +130,8 @@ class TrainingSettings(Section):
 
     `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1.
 
+    `precision` is that of the forward pass: `fast`, bf16 where the device multiplies it, or `exact`, fp32 everywhere.
+
     Each batch is dealt out to `devices` processes on each of `nodes` machines, one GPU each, else processors; it needs the
     extra `distributed` where they are several. `strategy` is Lightning Fabric's: with `ddp` each has the whole network.
     """
@@ -143,6 +145,7 @@ class TrainingSettings(Section):
     weight_average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     class_weights: dict[str, Positive] = {}
     max_minutes: Positive | None = None
+    precision: Literal["fast", "exact"] = "fast"
     devices: PositiveInt = 1
     nodes: PositiveInt = 1
     strategy: Literal["ddp"] = "ddp"

@@ -34,10 +34,17 @@ EXACT = EngineSettings()
 _TORCH_IS_FASTER: frozenset[tuple[str, Precision]] = frozenset({("unet", "fast")})
 """Networks and precisions that torch computes faster than OpenVINO on a CPU.
 
-One thread, windows of 1024 px, allocator as workers have it, torch fused; Mpx per second of processor, torch and OpenVINO.
-In fp32 with AVX2: fcn 1.82 and 1.99, unet 0.70 and 0.75, heatmap 3.17 and 3.32, basic_unet 0.47 and 0.50, flexible_unet
-0.45 and 0.49, classifier 1.84 and 1.98. In bf16, which needs AVX-512, torch is taken to be faster for
-the unet alone: that was seen once and not measured since.
+One thread, windows of 1024 px, allocator as workers have it, torch fused; Mpx per second of processor, torch and OpenVINO:
+
+                    fp32, AVX2    fp32, AVX-512   bf16, AMX
+    fcn             1.82  1.99    2.85  3.09       6.95  12.19
+    unet            0.70  0.75    1.37  1.40       5.79   3.05
+    heatmap         3.17  3.32    4.08  4.90      11.44  22.42
+    basic_unet      0.47  0.50    2.42  2.92       6.11   7.26
+    flexible_unet   0.45  0.49    1.32  1.41       5.31   7.23
+    classifier      1.84  1.98    1.65  1.75       5.35   8.98
+
+Some networks had other widths on the other processor, so that only the two engines side by side are to be compared.
 """
 
 _DIGITS = 16  # of a digest, in the name of a folder

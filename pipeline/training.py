@@ -4,7 +4,7 @@ An epoch's learning rate follows how much of the training is over: a warm-up, th
 (`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
 
 Several processes may train one network, each on its share of every batch, to the same weights but for rounding (team.py).
-On a GPU that has it, the forward pass is computed in bf16.
+Where the device multiplies bf16, the forward pass is computed in it, unless `precision` is exact; weights stay fp32.
 
 Between two epochs a Trainer's `state` is all that it takes to go on in another process, to the same bits on a CPU with as
 many threads.
@@ -67,7 +67,7 @@ class Trainer:
         self.network = self.team.prepared(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_average(settings.weight_average), use_buffers=True)
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self._learner = self.team.learner(self.network)
         self.dice = DiceLoss(batch=True)
@@ -196,8 +196,8 @@ class Trainer:
         return loss.item()
 
     def _precision(self) -> torch.autocast:
-        """bf16 where a GPU computes in it; fp32 everywhere else."""
-        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        """bf16 where that is wanted and the device multiplies it; else fp32."""
+        fast = self.settings.precision == "fast" and _multiplies_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
 
     def _loss(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -227,6 +227,13 @@ class _Awaited:
             return next(self.batches)
         finally:
             self.seconds += time.monotonic() - started
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16; to imitate them takes longer than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _part(state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

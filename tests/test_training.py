@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pipeline import training
 from pipeline.architectures import build_network
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import TrainingSettings
@@ -61,6 +62,16 @@ def test_one_seed_gives_one_result() -> None:
     assert losses[0] == losses[1] != losses[2]
     for a, b in zip(first.averaged().parameters(), second.averaged().parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_half_precision_learns_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any processor can imitate bf16; the weights stay fp32, so that small steps are not rounded away."""
+    monkeypatch.setattr(training, "_multiplies_bf16", lambda device: True)
+    exact, fast = trainer(epochs=12, precision="exact"), trainer(epochs=12)
+    expected, found = ([epoch.loss for epoch in model.fit(batches)] for model in (exact, fast))
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.2, abs=0.05)
+    assert {weight.dtype for weight in fast.averaged().parameters()} == {torch.float32}
 
 
 def test_a_heavier_class_is_found_where_the_patch_leaves_it_open() -> None:
