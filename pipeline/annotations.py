@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from pipeline.label_image import LabelImage, file_stamp, is_label_image, open_la
 from pipeline.outlines import Outlines, read_outlines
 from pipeline.polygons import Area
 from pipeline.stencil import Stencil
+
+if TYPE_CHECKING:
+    from pipeline.tissue import Tissue
 
 _NO_NAME = "(no name)"
 
@@ -97,20 +100,21 @@ def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float 
 class OutlineTruth:
     """The truth drawn as outlines: later classes lie over earlier ones, `ignored` outlines over all.
 
-    Pickles as its path: the file is read when first needed, once a process.
-    Its methods raise AnnotationError for names that the class map does not know.
+    Where `tissue` is given, glass outside the known outlines is `rest`. Pickles as its path: the file is read when first
+    needed, once a process. Its methods raise AnnotationError for names that the class map does not know.
     """
 
     path: Path
     base: Lattice
     class_map: ClassMap
+    tissue: Tissue | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def _layers(self) -> _Layers:
         return _load_layers(self.path, file_stamp(self.path), self.class_map)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OutlineTruth, (self.path, self.base, self.class_map)
+        return OutlineTruth, (self.path, self.base, self.class_map, self.tissue)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -137,11 +141,21 @@ class OutlineTruth:
         for value, stencil in self._layers.painted:
             truth[stencil.fill(roi, lattice, self.base)] = value
         if self._layers.known is not None:
-            truth[~self._layers.known.fill(roi, lattice, self.base)] = IGNORED
+            unknown = ~self._layers.known.fill(roi, lattice, self.base)
+            if self.tissue is not None:
+                glass = unknown & (truth != IGNORED) & ~self.tissue.sampled(roi, lattice)
+                truth[glass] = rest
+                unknown &= ~glass
+            truth[unknown] = IGNORED
         rows, columns = _centres(roi, lattice, self.base)
         truth[(rows < 0) | (rows >= self.base.height), :] = IGNORED
         truth[:, (columns < 0) | (columns >= self.base.width)] = IGNORED
         return truth
+
+
+def with_glass(truth: Truth, tissue: Tissue) -> Truth:
+    """A truth that knows glass for `rest` outside the known outlines as well; a label image says itself what is known."""
+    return replace(truth, tissue=tissue) if isinstance(truth, OutlineTruth) else truth
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from pipeline import __version__, checkpoint
 from pipeline.ahead import ahead
-from pipeline.annotations import ClassMap, Truth, open_truth
+from pipeline.annotations import ClassMap, Truth, open_truth, with_glass
 from pipeline.cluster import Cluster, connect, threads
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import SHARING, Config
@@ -149,10 +149,10 @@ def open_source(case: Case, config: Config, normalisation: Normalisation | None 
 def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Source], Normalisation | None]:
     """Annotated cases as a model that is to be trained on them will see them, and that model's normalisation.
 
-    It leads to the mean of the training slides; each slide is estimated once. Raises TrainingError where the stain of no
-    training slide can be told.
+    It leads to the mean of the training slides; each slide is estimated once. Training slides also teach what glass is, see
+    `with_glass`. Raises TrainingError where the stain of no training slide can be told.
     """
-    sources, method = {case.slide_id: open_source(case, config) for case in cases}, config.normalisation.method
+    sources, method = {case.slide_id: _taught(case, config) for case in cases}, config.normalisation.method
     if method == "none":
         return sources, None
     slides = {case.slide_id: open_slide(case.slide, case.mpp) for case in cases}
@@ -169,6 +169,14 @@ def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Sourc
         raise TrainingError(f"normalisation.method {method}", problems, "a training slide whose stain can be told", remedy)
     alike = {name: NormalisedSlide(slides[name], found[name], normalisation) for name in sources}
     return {name: replace(source, slide=alike[name]) for name, source in sources.items()}, normalisation
+
+
+def _taught(case: Case, config: Config) -> Source:
+    """A case as training sees it; on what a network is validated, only what was outlined counts."""
+    source = open_source(case, config)
+    if case.split != "train":
+        return source
+    return replace(source, truth=with_glass(source.truth, find_tissue(open_slide(case.slide, case.mpp), config.tissue)))
 
 
 def slide_job(case: Case, config: Config) -> SlideJob:

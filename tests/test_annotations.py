@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from rasterio.features import shapes as mask_shapes
 
-from pipeline.annotations import ClassMap, LabelImageTruth, OutlineTruth, Truth, open_truth
+from pipeline.annotations import ClassMap, LabelImageTruth, OutlineTruth, Truth, open_truth, with_glass
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import AnnotationError
 from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.tissue import Tissue
 
 CLASSES = Classes((Class("Other", (200, 200, 200)), Class("Gland", (0, 120, 0)), Class("Tumour", (200, 0, 0))))
 BASE = Lattice(37, 23, Mpp.square(0.5))
@@ -61,6 +62,22 @@ def test_painting_order(tmp_path: Path) -> None:
     )
     assert truth.read(Roi(0, 0, 9, 1), BASE).tolist() == [[X, 1, 2, 2, X, X, 0, X, X]]
     assert truth.known_roi() == Roi(1, 0, 6, 1)
+
+
+def test_glass_outside_the_known_is_rest_to_training(tmp_path: Path) -> None:
+    """Not where tissue is, nor under what is ignored; inside, outlines alone count; outside the slide is nothing."""
+    outlines = [feature(*drawn) for drawn in (("Region*", shapely.box(4, 0, 8, 23)), ("Gland", shapely.box(0, 0, 6, 23)))]
+    ignored = feature("Ignore*", shapely.box(12, 0, 14, 23))
+    mask = np.zeros((23, 37), bool)
+    mask[:, 7:11] = True
+    plain = drawn(tmp_path, naming(known=("Region*",), ignored=("Ignore*",)), *outlines, ignored)
+    truth = with_glass(plain, Tissue(mask, BASE))
+    expected = [X, 0, 0, 0, 0, 1, 1, 0, 0, X, X, X, 0, X, X, 0]
+    for seen in (truth, pickle.loads(pickle.dumps(truth))):
+        assert seen.read(Roi(-1, 5, 16, 1), BASE).tolist() == [expected]
+    assert plain.read(Roi(-1, 5, 16, 1), BASE).tolist() == [[X] * 5 + [1, 1, 0, 0] + [X] * 7]
+    nameless = drawn(tmp_path, naming(known=("Region*",), ignored=("Ignore*",), rest=None), *outlines, ignored)
+    assert (with_glass(nameless, Tissue(mask, BASE)).read(BASE.roi, BASE) == nameless.read(BASE.roi, BASE)).all()
 
 
 def test_without_rest_only_outlines_are_known(tmp_path: Path) -> None:
