@@ -240,7 +240,7 @@ def batches(epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_a_patch_is_learnt_by_the_class_at_its_centre() -> None:
-    model = trainer()
+    model = trainer(precision="exact")
     images, masks = next(batches(0))
     with torch.no_grad():
         logits = model.network.train()(normalise(images, model.spec))
@@ -269,7 +269,7 @@ def test_an_unknown_centre_counts_for_nothing() -> None:
 
 
 def test_what_is_learnt_shows_in_the_heat_map() -> None:
-    model = trainer()
+    model = trainer(epochs=12)
     list(model.fit(batches))
     network = for_slides(model.averaged())
     images, masks = next(batches(99))
