@@ -70,11 +70,12 @@ class WholeBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, share: torch.Tensor) -> torch.Tensor:
-        """The share, (N / W, C, H, W), normalised by the statistics of the batch."""
+        """The share, (N / W, C, H, W), normalised by the statistics of the batch; of bf16 too in fp32."""
         if not self.training:
             return super().forward(share)
         processes, rank = distributed.get_world_size(), distributed.get_rank()
-        own = torch.stack(torch.var_mean(share, (0, 2, 3), correction=0))
+        wide = share.to(torch.promote_types(share.dtype, torch.float32))
+        own = torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0))
         row = functional.pad(own[..., None], (rank, processes - 1 - rank))  # (2, C, W): zeros but for its own column
         variances, means = _Sum.apply(row).unbind()  # type: ignore[no-untyped-call]
         mean = means.mean(1)
@@ -85,8 +86,8 @@ class WholeBatchNorm(nn.BatchNorm2d):
         shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
-        normalised: torch.Tensor = share * scale[:, None, None] + shift[:, None, None]
-        return normalised
+        normalised: torch.Tensor = wide * scale[:, None, None] + shift[:, None, None]
+        return normalised.to(share.dtype)
 
     def _remember(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
         """Move the running statistics as torch does, by the unbiased variance."""

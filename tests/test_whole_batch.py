@@ -67,3 +67,16 @@ def test_shares_know_what_the_batch_knows() -> None:
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+def half() -> Iterator[tuple[str, float]]:
+    distributed.init_process_group("gloo")
+    norm, share = with_whole_batch_norm(nn.BatchNorm2d(3)), batch(0).float()[distributed.get_rank() :: 2]
+    exact, found = norm(share), norm(share.bfloat16())
+    yield str(found.dtype), float((found - exact).abs().max().detach())
+    distributed.destroy_process_group()
+
+
+def test_half_precision_is_normalised_in_fp32() -> None:
+    ((kind, difference),) = together(half, (), 2, 1)
+    assert kind == "torch.bfloat16" and 0 < difference < 0.05
