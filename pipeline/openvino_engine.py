@@ -31,7 +31,7 @@ from pipeline.network import ModelSpec, activation
 
 if TYPE_CHECKING:
     import torch
-    from openvino import CompiledModel, Model
+    from openvino import CompiledModel, InferRequest, Model
 
 GRAPH = "network.xml"
 _WEIGHTS = "network.bin"
@@ -59,15 +59,17 @@ class OpenVinoEngine:
             "NUM_STREAMS": 1,
         }
         self._core = core
-        self._shape: tuple[int, ...] = ()
+        self._requests: dict[tuple[int, ...], InferRequest] = {}
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
-        """See Engine; another shape than the last call's is compiled for first."""
-        if windows.shape != self._shape:
-            self._request = self._compiled(windows.shape).create_infer_request()
-            self._shape = windows.shape
+        """See Engine; another shape than the last two is compiled for first."""
+        request = self._requests.pop(windows.shape, None)
+        if request is None:
+            self._requests = dict(list(self._requests.items())[-1:])
+            request = self._compiled(windows.shape).create_infer_request()
+        self._requests[windows.shape] = request  # the last one is the latest
         # The answer is a copy: a request's own memory is written again by the next call.
-        answer: np.ndarray = self._request.infer({0: np.ascontiguousarray(windows)}, share_inputs=True)[0]
+        answer: np.ndarray = request.infer({0: np.ascontiguousarray(windows)}, share_inputs=True)[0]
         return answer
 
     def _compiled(self, shape: tuple[int, ...]) -> CompiledModel:

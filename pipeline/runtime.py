@@ -49,6 +49,9 @@ Some networks had other widths on the other processor, so that only the two engi
 
 _DIGITS = 16  # of a digest, in the name of a folder
 
+_OTHER_VIEWS = ((0, -1), (2, 1), (2, -1), (1, 1), (1, -1), (3, 1), (3, -1))
+"""Quarter turns of a window, and the step along its columns, -1 for its mirror image; those of its own shape come first."""
+
 
 def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
     """The engine of a trained model's folder; a process loads each but once.
@@ -72,10 +75,10 @@ def open_engine(model: Path, settings: EngineSettings) -> Engine:
 
 
 class Mirrored:
-    """An engine that answers with the mean over a window and its three mirror images.
+    """An engine that answers with the mean over eight views of a window: itself, its mirror image, and their quarter turns.
 
     Tiles stay exact: the halo is as wide on every side, and windows end on the stride as they begin on it, so that what is
-    mirrored lies on the stride as well.
+    mirrored or turned lies on the stride as well.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -84,10 +87,10 @@ class Mirrored:
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine."""
         total = self._engine(windows)
-        for axes in ((1,), (2,), (1, 2)):
-            mirrored = self._engine(np.flip(windows, axes).copy())
-            total += np.flip(mirrored, tuple(axis + 1 for axis in axes))
-        total /= 4
+        for turns, step in _OTHER_VIEWS:
+            view = np.rot90(windows[:, :, ::step], turns, (1, 2)).copy()
+            total += np.rot90(self._engine(view), -turns, (2, 3))[..., ::step]
+        total /= 1 + len(_OTHER_VIEWS)
         return total
 
 
@@ -141,7 +144,7 @@ def describe(model: Path, settings: EngineSettings) -> str:
     if settings.precision == "fastest":
         parts += [openvino_engine.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
     if settings.flips:
-        parts.append("flips")
+        parts.append("eight views")
     return ", ".join(parts)
 
 

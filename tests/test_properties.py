@@ -36,7 +36,7 @@ def compiled(spec: ModelSpec, model: nn.Module) -> Engine:
 
 
 def mirrored(spec: ModelSpec, model: nn.Module) -> Engine:
-    """The mean over a window and its mirror images."""
+    """The mean over a window, its mirror images and its turns."""
     return Mirrored(TorchEngine(spec, model))
 
 
@@ -217,4 +217,7 @@ def test_a_halo_that_lacks_one_stride_is_seen(slides, name: str) -> None:
 def test_a_row_of_pixels_is_mirrored_too() -> None:
     """Numpy takes a mirrored axis of one pixel for contiguous as it is, and torch takes no such array."""
     row, model, plain = PICTURE[None, :1, :9], engine(mirrored, "plain"), engine(TorchEngine, "plain")
-    assert agree(model(row)[0], ((plain(row) + plain(row[:, :, ::-1].copy())[..., ::-1]) / 2)[0])
+    column = row.swapaxes(1, 2).copy()
+    along = (plain(row) + plain(row[:, :, ::-1].copy())[..., ::-1]) / 2
+    across = (plain(column) + plain(column[:, ::-1].copy())[:, :, ::-1]) / 2
+    assert agree(model(row)[0], ((along + across.swapaxes(2, 3)) / 2)[0])

@@ -1,5 +1,6 @@
 """Which engine a model gets, and that either gives the same answer."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -107,18 +108,21 @@ def test_auto_takes_torch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("settings", [TORCH, OPENVINO])
-def test_flips_are_the_mean_over_mirror_images_and_part_of_what_labels_depend_on(
+def test_flips_are_the_mean_over_mirror_images_and_turns_and_part_of_what_labels_depend_on(
     model: Path, settings: EngineSettings
 ) -> None:
     flips = settings.model_copy(update={"flips": True})
     plain, mirrored = load_engine(model, settings), load_engine(model, flips)
-    down, right = WINDOWS[:, ::-1].copy(), WINDOWS[:, :, ::-1].copy()
-    both = down[:, :, ::-1].copy()
-    answers = [plain(WINDOWS), plain(down)[:, :, ::-1], plain(right)[..., ::-1], plain(both)[:, :, ::-1, ::-1]]
+    down, across = WINDOWS[:, ::-1].copy(), WINDOWS.swapaxes(1, 2).copy()
+    answers = []
+    for rows, columns in itertools.product((1, -1), repeat=2):
+        answers.append(plain(WINDOWS[:, ::rows, ::columns].copy())[:, :, ::rows, ::columns])
+        answers.append(plain(across[:, ::rows, ::columns].copy())[:, :, ::rows, ::columns].swapaxes(2, 3))
     assert np.abs(mirrored(WINDOWS) - np.mean(answers, axis=0)).max() < 1e-6
     assert np.abs(mirrored(WINDOWS) - answers[0]).max() > 1e-4
     assert np.abs(mirrored(down)[:, :, ::-1] - mirrored(WINDOWS)).max() < 1e-6
-    assert describe(model, flips) == f"{describe(model, settings)}, flips"
+    assert np.abs(mirrored(across).swapaxes(2, 3) - mirrored(WINDOWS)).max() < 1e-6
+    assert describe(model, flips) == f"{describe(model, settings)}, eight views"
 
 
 def test_flips_are_those_of_the_models_own_run_unless_told(tmp_path: Path) -> None:

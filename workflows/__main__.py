@@ -48,7 +48,7 @@ TileSize = Annotated[
 PrecisionOption = Annotated[Literal["exact", "fast", "fastest"], typer.Option(help="fp32, half (bf16 or fp16) or int8.")]
 FlipsOption = Annotated[
     bool | None,
-    typer.Option(help="Mean over four mirror images, in four times the time. Without this: as the model's own run."),
+    typer.Option(help="Mean over mirror images and turns, in eight times the time. Without this: as the model's own run."),
 ]
 BlendOption = Annotated[
     bool,
