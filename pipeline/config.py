@@ -130,6 +130,8 @@ class TrainingSettings(Section):
 
     `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1.
 
+    `optimiser` muon learns the filters with Muon, all else with AdamW; adamw learns everything with AdamW. See muon.py.
+
     `precision` is that of the forward pass: `fast`, bf16 where the device multiplies it, or `exact`, fp32 everywhere.
 
     Each batch is dealt out to `devices` processes on each of `nodes` machines, one GPU each, else processors; it needs the
@@ -139,6 +141,7 @@ class TrainingSettings(Section):
     epochs: PositiveInt = 60
     patches_per_epoch: PositiveInt = 400
     batch_size: PositiveInt = 8
+    optimiser: Literal["muon", "adamw"] = "muon"
     learning_rate: Positive = 2e-3
     weight_decay: NotNegative = 1e-4
     warmup_epochs: NotNegative = 1.0

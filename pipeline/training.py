@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from pipeline.classes import IGNORED
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
+from pipeline.muon import Muon, learns
 from pipeline.network import ModelSpec, normalise
 from pipeline.team import Alone, Team
 
@@ -53,7 +54,7 @@ class Epoch:
 
 
 class Trainer:
-    """A network, its optimiser and its running average, which is the network that is validated and kept.
+    """A network, its optimisers and its running average, which is the network that is validated and kept.
 
     The processes of a team each have one, and call the same methods in the same order.
     """
@@ -66,9 +67,7 @@ class Trainer:
         self.device = self.team.device
         self.network = self.team.prepared(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_average(settings.weight_average), use_buffers=True)
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimisers = _optimisers(self.network, settings, len(spec.classes))
         self._learner = self.team.learner(self.network)
         self.dice = DiceLoss(batch=True)
         weights = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
@@ -112,8 +111,8 @@ class Trainer:
         }
         if self.device.type == "cuda":
             parts["random"] = {**parts["random"], "cuda": torch.cuda.get_rng_state()}
-        for index, values in self.optimiser.state_dict()["state"].items():
-            parts[f"optimiser.{index}"] = values
+        for index, weight in enumerate(self.network.parameters()):
+            parts[f"optimiser.{index}"] = self._moments(weight)
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def restore(self, state: Mapping[str, torch.Tensor], done: int, seconds: float) -> None:
@@ -124,14 +123,10 @@ class Trainer:
         self.network.load_state_dict(_part(state, "network"))
         self.average.load_state_dict(_part(state, "average"))
         # Laid out in memory as the optimiser would have done it: other strides take other loops, which may round otherwise.
-        moments = {
-            index: {
-                name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-                for name, value in _part(state, f"optimiser.{index}").items()
-            }
-            for index, parameter in enumerate(self.network.parameters())
-        }
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        for index, weight in enumerate(self.network.parameters()):
+            for name, value in _part(state, f"optimiser.{index}").items():
+                laid_out = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value.to(self.device)
+                self._moments(weight)[name] = laid_out
         recent = _part(state, "recent")
         shares = (recent[str(index)].numpy()[self.team.rank :: self.team.size] for index in range(len(recent)))
         self.recent.extend(np.ascontiguousarray(share) for share in shares)
@@ -175,25 +170,32 @@ class Trainer:
             share = (progress + 0.02) / (warm + 0.02)
         else:
             share = 0.5 * (1 + math.cos(math.pi * min((progress - warm) / max(planned - warm, 1e-9), 1)))
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * share
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = settings.learning_rate * share
         return settings.learning_rate * share
 
     def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
         inputs = normalise(torch.from_numpy(images).to(self.device), self.spec)
         with self._precision():
-            logits = self._learner(inputs).float()
+            logits = self._learner(inputs).contiguous().float()  # channels_last, so few channels are slow to go through
         if logits.ndim == 2:  # a classifier's, whose answer is one pixel for the whole patch
             logits = logits[:, :, None, None]
         truth = _at_output(masks, masks.shape[1] // logits.shape[2])
         known = torch.from_numpy(truth).to(self.device, torch.long)
         loss = self._loss(self.team.whole(logits), self.team.whole(known))
-        self.optimiser.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.average.update_parameters(self.network)
         return loss.item()
+
+    def _moments(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the optimiser that learns a weight keeps of it."""
+        (learner,) = (one for one in self.optimisers if any(weight is own for own in one.param_groups[0]["params"]))
+        moments: dict[str, torch.Tensor] = learner.state[weight]
+        return moments
 
     def _precision(self) -> torch.autocast:
         """bf16 where that is wanted and the device multiplies it; else fp32."""
@@ -227,6 +229,15 @@ class _Awaited:
             return next(self.batches)
         finally:
             self.seconds += time.monotonic() - started
+
+
+def _optimisers(network: torch.nn.Module, settings: TrainingSettings, classes: int) -> list[torch.optim.Optimizer]:
+    """What learns the filters, and what learns all other weights: each weight has one of them."""
+    filters = [weight for weight in network.parameters() if settings.optimiser == "muon" and learns(weight, classes)]
+    others = [weight for weight in network.parameters() if all(weight is not other for other in filters)]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    adamw = torch.optim.AdamW(others, rate, weight_decay=decay, fused=True)
+    return [adamw, Muon(filters, rate, decay)] if filters else [adamw]
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
