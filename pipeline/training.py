@@ -3,8 +3,9 @@
 An epoch's learning rate follows how much of the training is over: a warm-up, then half a cosine. Where time runs out first
 (`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
 
-Several processes may train one network, each on its share of every batch, to the same weights but for rounding (team.py).
-Where the device multiplies bf16, the forward pass is computed in it, unless `precision` is exact; weights stay fp32.
+Muon learns the filters, AdamW all other weights (muon.py). Several processes may train one network, each on its share of every
+batch, to the same weights but for rounding (team.py). Where the device multiplies bf16, the forward pass is computed in it,
+unless `precision` is exact; weights stay fp32.
 
 Between two epochs a Trainer's `state` is all that it takes to go on in another process, to the same bits on a CPU with as
 many threads.
@@ -177,7 +178,7 @@ class Trainer:
     def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
         inputs = normalise(torch.from_numpy(images).to(self.device), self.spec)
         with self._precision():
-            logits = self._learner(inputs).contiguous().float()  # channels_last, so few channels are slow to go through
+            logits = self._learner(inputs).contiguous().float()  # in channels_last few channels are slow to go through
         if logits.ndim == 2:  # a classifier's, whose answer is one pixel for the whole patch
             logits = logits[:, :, None, None]
         truth = _at_output(masks, masks.shape[1] // logits.shape[2])

@@ -92,7 +92,7 @@ def test_threads_wander_and_fp32_is_fp32(graphs: dict[str, Path], monkeypatch: p
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
     engine(IMAGE[None, :64, :96])
-    compiled = engine._request.get_compiled_model()
+    compiled = next(iter(engine._requests.values())).get_compiled_model()
     found = {name: compiled.get_property(name) for name in ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "NUM_STREAMS")}
     assert found == {"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": 1}
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
