@@ -3,9 +3,9 @@
 An epoch's learning rate follows how much of the training is over: a warm-up, then half a cosine. Where time runs out first
 (`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
 
-Muon learns the filters, AdamW all other weights (muon.py). Several processes may train one network, each on its share of every
-batch, to the same weights but for rounding (team.py). Where the device multiplies bf16, the forward pass is computed in it,
-unless `precision` is exact; weights stay fp32.
+Muon learns the filters, AdamW all other weights (muon.py). Several processes may train one network, each on its share of
+every batch, to the same weights but for rounding (team.py). Where the device multiplies bf16, the forward pass is computed
+in it, unless `precision` is exact; weights stay fp32.
 
 Between two epochs a Trainer's `state` is all that it takes to go on in another process, to the same bits on a CPU with as
 many threads.
