@@ -2,8 +2,8 @@
 
 Two parts, which two workers can do at once, since neither can use more than a processor for most of its time:
 
-    canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png
-             `--> regions.geojson --> measurements.csv; tissue.png
+    canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png; tissue.png
+             `--> regions.geojson --> measurements.csv
 
 Each file appears when it is complete.
 """
@@ -20,13 +20,14 @@ from pipeline.slide import Slide
 from pipeline.tissue import Tissue, outlined
 
 
-def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, ensemble: bool) -> None:
-    """Build the canvas's pyramid, and write what follows from it; what an `ensemble` made has a map of its entropy."""
+def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, tissue: Tissue, ensemble: bool) -> None:
+    """Build the canvas's pyramid, and write what follows from it, and pictures; of an `ensemble` its entropy as well."""
     canvas.build_pyramid()
     write_ome_tiff(canvas, folder / "segmentation.ome.tif")
     if ensemble:
         write_entropy(canvas, folder / "entropy.ome.tif")
     write_png(folder / "overlay.png", overlay(slide, canvas))
+    write_png(folder / "tissue.png", outlined(slide, tissue))
 
 
 def write_regions(
@@ -37,4 +38,3 @@ def write_regions(
     regions = find_regions(canvas, slide.base, min_region_um2, skip)
     counts = write_geojson(folder / "regions.geojson", regions, canvas.classes)
     write_measurements(folder / "measurements.csv", measure(canvas, tissue), counts)
-    write_png(folder / "tissue.png", outlined(slide, tissue))

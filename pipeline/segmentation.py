@@ -230,7 +230,7 @@ def finish_slide(job: SlideJob, part: Part) -> Part:
     with locked(job.folder, shared=True), locked(own):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
         if part is Part.PYRAMID:
-            write_pyramid(job.folder, opened.slide, canvas, len(ensemble.members(job.model)) > 1)
+            write_pyramid(job.folder, opened.slide, canvas, opened.tissue(), len(ensemble.members(job.model)) > 1)
         else:
             rest, smallest = opened.spec.rest, job.settings.min_region_um2
             write_regions(job.folder, opened.slide, canvas, opened.tissue(), rest, smallest)

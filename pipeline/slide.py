@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,19 +17,21 @@ from typing import Any, Protocol
 import numpy as np
 import openslide
 from PIL import Image
-from scipy import sparse
 
 from pipeline.errors import ScaleError, SlideError
 from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
+from pipeline.jpeg_tiles import JpegLevel, jpeg_levels
+from pipeline.sampling import resample_rows, sampling
 
 _READABLE = "a scan of a format that OpenSlide reads"
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
 _FRACTIONAL_COST = 8  # times the cost of a pixel at a whole downsample, roughly
 _MOST_PIXELS = 1 << 25  # level pixels in memory at once: a scan without a pyramid is no trap
-_SNAP = 0.05  # pixels of drift over a whole slide below which a scale counts as a whole number
 _BLOCK = 64  # level pixels; a level with a fractional downsample is fetched in such blocks
-_WEIGHT_BITS = 8  # 255 * 2**8 and its rounding still fit in 16 bits
 _DIGEST_SAMPLES, _DIGEST_BYTES = 64, 65536
+_TIFFS = ("aperio", "generic-tiff")  # whose pixels OpenSlide takes from the tiles as they are
+_WHITE = 255
+_COLOURFUL = 16  # grey levels between the channels of a pixel
 
 
 class Pixels(Protocol):
@@ -40,10 +43,16 @@ class Pixels(Protocol):
 
 @dataclass
 class _Handle:
-    """An open scan that is opened when first needed, and again after a failure; it does not travel between processes."""
+    """An open scan that is opened when first needed, and again after a failure; it does not travel between processes.
+
+    `tiles` are the levels that may be decoded without OpenSlide, None before they are looked for. They are `proven` once a
+    read with colours in it was the same both ways; one that differs is dropped.
+    """
 
     path: Path
     scan: openslide.OpenSlide | None = None
+    tiles: dict[int, JpegLevel] | None = None
+    proven: set[int] = field(default_factory=set)
 
     def get(self) -> openslide.OpenSlide:
         if self.scan is None:
@@ -53,8 +62,20 @@ class _Handle:
     def drop(self) -> None:
         self.scan = None
 
+    def tiles_of(self, level: int, levels: Sequence[Lattice], vendor: str) -> JpegLevel | None:
+        if self.tiles is None:
+            self.tiles = jpeg_levels(self.path, levels) if vendor in _TIFFS else {}
+        return self.tiles.get(level)
+
+    def judge(self, level: int, decoded: np.ndarray, drawn: np.ndarray) -> None:
+        """Hold what the tiles of a level gave against what OpenSlide drew."""
+        if not np.array_equal(decoded, drawn):
+            (self.tiles or {}).pop(level, None)
+        elif np.ptp(drawn, axis=2).max(initial=0) > _COLOURFUL:
+            self.proven.add(level)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "scan": None}
+        return {"path": self.path, "scan": None, "tiles": None, "proven": set()}
 
 
 @dataclass(frozen=True)
@@ -88,10 +109,10 @@ class Slide:
 
     def _read_band(self, level: int, roi: Roi, lattice: Lattice) -> np.ndarray:
         scale_x, scale_y = lattice.scale_to(self.levels[level])
-        x = _sampling(roi.x, roi.width, scale_x, lattice.width)
-        y = _sampling(roi.y, roi.height, scale_y, lattice.height)
+        x = sampling(roi.x, roi.width, scale_x, lattice.width)
+        y = sampling(roi.y, roi.height, scale_y, lattice.height)
         pixels = self._read_level(level, Roi(x.start, y.start, x.length, y.length))
-        return _resample_rows(_resample_rows(pixels, y).swapaxes(0, 1), x).swapaxes(0, 1)
+        return resample_rows(resample_rows(pixels, y).swapaxes(0, 1), x).swapaxes(0, 1)
 
     def best_level(self, mpp: Mpp) -> int:
         """The index of the level that gives pixels of `mpp` at the least cost, none that is coarser.
@@ -126,7 +147,33 @@ class Slide:
         return downsample == round(downsample)
 
     def _read_level(self, level: int, roi: Roi) -> np.ndarray:
-        """RGB of `roi`, in pixels of the level."""
+        """RGB of `roi`, in pixels of the level: from the tiles themselves where that is known to be what OpenSlide draws."""
+        decoded = self._decode(level, roi)
+        if decoded is not None and level in self._handle.proven:
+            return decoded
+        drawn = self._draw(level, roi)
+        if decoded is not None:
+            self._handle.judge(level, decoded, drawn)
+        return drawn
+
+    def _decode(self, level: int, roi: Roi) -> np.ndarray | None:
+        """RGB of `roi` without OpenSlide; None where that cannot be, and where it fails: OpenSlide then says why."""
+        tiles = self._handle.tiles_of(level, self.levels, self.vendor) if self._is_whole(level) else None
+        if tiles is None:
+            return None
+        inside = roi.intersect(self.levels[level].roi)
+        try:
+            decoded = tiles.read(inside)
+        except (ValueError, LookupError, OSError):
+            return None
+        if inside == roi:
+            return decoded
+        pixels = np.full((*roi.shape, 3), _WHITE, np.uint8)
+        pixels[inside.within(roi).slices()] = decoded
+        return pixels
+
+    def _draw(self, level: int, roi: Roi) -> np.ndarray:
+        """RGB of `roi` as OpenSlide draws it."""
         try:
             scan = self._handle.get()
             fetch = _fetch if self._is_whole(level) else _fetch_in_blocks
@@ -235,61 +282,3 @@ def _fetch_in_blocks(scan: openslide.OpenSlide, level: int, roi: Roi, downsample
             fetched = _fetch(scan, level, block, downsample)
             pixels[common.within(roi).slices()] = fetched[common.within(block).slices()]
     return pixels
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    """How the pixels of one axis are made: `weights` @ source / 2**8, for source pixels from `start` on.
-
-    `weights` is a sparse (pixels, source pixels) matrix of uint16 whose rows sum to 2**8.
-    """
-
-    start: int
-    weights: sparse.csr_array
-
-    @property
-    def length(self) -> int:
-        """Number of source pixels."""
-        return int(self.weights.shape[1])
-
-
-def _sampling(start: int, count: int, scale: float, lattice_size: int) -> _Sampling:
-    """Sampling of pixels start ... start + count - 1 of an axis, each `scale` source pixels wide."""
-    if abs(scale - round(scale)) * lattice_size < _SNAP and round(scale) >= 1:
-        scale = float(round(scale))
-    index = np.arange(start, start + count)
-    if scale >= 1:
-        low, high = index * scale, (index + 1) * scale
-        taps = math.ceil(scale) + (0 if scale == round(scale) else 1)
-    else:
-        low = (index + 0.5) * scale - 0.5
-        high, taps = low + 1, 2
-    first = np.floor(low + 1e-9).astype(np.int64)
-    edges = first[:, None] + np.arange(taps + 1)
-    overlap = np.diff(np.clip(edges, low[:, None], high[:, None]), axis=1)
-    weights = _whole_weights(overlap / overlap.sum(axis=1, keepdims=True))
-    origin = int(first[0])
-    columns = first[:, None] - origin + np.arange(taps)
-    rows = np.arange(0, count * taps + 1, taps)
-    matrix = sparse.csr_array((weights.ravel(), columns.ravel(), rows), shape=(count, int(first[-1]) + taps - origin))
-    matrix.eliminate_zeros()
-    return _Sampling(origin, matrix)
-
-
-def _whole_weights(weights: np.ndarray) -> np.ndarray:
-    """Weights as whole 256ths whose sum is exactly 256; the largest takes what rounding leaves."""
-    whole = np.rint(weights * (1 << _WEIGHT_BITS)).astype(np.int64)
-    rows = np.arange(len(whole))
-    whole[rows, whole.argmax(axis=1)] += (1 << _WEIGHT_BITS) - whole.sum(axis=1)
-    return np.asarray(whole, np.uint16)
-
-
-def _resample_rows(pixels: np.ndarray, sampling: _Sampling) -> np.ndarray:
-    """Weighted sums of rows, (source rows, columns, 3) to (rows, columns, 3) uint8, in whole numbers: no rounding noise."""
-    rows, sources = sampling.weights.shape
-    if rows == sources == sampling.weights.nnz:
-        return pixels
-    total = sampling.weights @ pixels.reshape(sources, -1).astype(np.uint16)
-    total += 1 << (_WEIGHT_BITS - 1)
-    total >>= _WEIGHT_BITS
-    return np.asarray(total, np.uint8).reshape(rows, *pixels.shape[1:])

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead origin whole_batch",
-    "team classes geometry files progress contours polygons density staining resampling",
-    "config outlines label_image stencil shards stains objects boundaries calibration froc",
+    "team classes geometry files progress contours polygons density staining resampling sampling",
+    "config jpeg_tiles outlines label_image stencil shards stains objects boundaries calibration froc",
     "components slide grid cohort cluster ngff store snapshot config_file",
     "processes tissue canvas augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised annotations",
