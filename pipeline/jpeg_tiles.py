@@ -26,15 +26,18 @@ _TRANSFORM = {tifffile.PHOTOMETRIC.RGB: b"\x00", tifffile.PHOTOMETRIC.YCBCR: b"\
 
 @dataclass(frozen=True, eq=False)
 class JpegLevel:
-    """A level whose tiles are JPEGs: where each is in the file, row by row, and what is to be put before its own bytes."""
+    """A level whose tiles are JPEGs: where each is in the file, row by row, and what is to be put before its own bytes.
+
+    `offsets` and `lengths` are (tiles,) int64, in bytes: arrays, since a large scan has hundreds of thousands.
+    """
 
     path: Path
     width: int
     height: int
     tile_width: int
     tile_height: int
-    offsets: Sequence[int]
-    lengths: Sequence[int]
+    offsets: np.ndarray
+    lengths: np.ndarray
     head: bytes
 
     def read(self, roi: Roi) -> np.ndarray:
@@ -43,16 +46,16 @@ class JpegLevel:
         Raises ValueError where a tile is missing or damaged, and OSError where the file cannot be read.
         """
         pixels = np.empty((*roi.shape, 3), np.uint8)
-        one = np.empty((self.tile_height, self.tile_width, 3), np.uint8)
         if not roi.area:
             return pixels
+        one = np.empty((self.tile_height, self.tile_width, 3), np.uint8)
         across = -(-self.width // self.tile_width)
         with self.path.open("rb") as file:
             for row in range(roi.y // self.tile_height, -(-roi.bottom // self.tile_height)):
                 for column in range(roi.x // self.tile_width, -(-roi.right // self.tile_width)):
                     number = row * across + column
-                    file.seek(self.offsets[number])
-                    payload = file.read(self.lengths[number])
+                    file.seek(int(self.offsets[number]))
+                    payload = file.read(int(self.lengths[number]))
                     decoded = simplejpeg.decode_jpeg(self.head + payload[2:], "RGB", buffer=one, strict=True)
                     tile = Roi(column * self.tile_width, row * self.tile_height, self.tile_width, self.tile_height)
                     common = tile.intersect(roi)
@@ -66,7 +69,7 @@ def jpeg_levels(path: Path, levels: Sequence[Lattice]) -> dict[int, JpegLevel]:
     A page is known by its size; of two of one size none is taken.
     """
     pages: dict[tuple[int, ...], list[Any]] = {}
-    with suppress(tifffile.TiffFileError, OSError, ValueError, LookupError), tifffile.TiffFile(path) as file:
+    with suppress(Exception), tifffile.TiffFile(path) as file:  # which raises whatever it likes: OpenSlide knows better
         for page in islice(file.pages, _MOST_PAGES):
             pages.setdefault(page.shape[:2], []).append(page)
         alone = {index: pages.get(level.shape, []) for index, level in enumerate(levels)}
@@ -84,4 +87,4 @@ def _level(path: Path, page: Any) -> JpegLevel:
     tables = page.jpegtables or b"\xff\xd8\xff\xd9"
     head = tables[:2] + _ADOBE + _TRANSFORM[page.photometric] + tables[2:-2]
     size = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
-    return JpegLevel(path, *size, page.dataoffsets, page.databytecounts, head)
+    return JpegLevel(path, *size, np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64), head)

@@ -1,7 +1,7 @@
 """A whole-slide scan: what it says of itself, and its pixels at any scale. The only importer of openslide.
 
 A read is *tile-invariant*: a region read at once or in pieces gives the same bytes. Every pixel is therefore sampled at a
-place that depends on its own index alone, in integer arithmetic, from level pixels that are always fetched the same way.
+place that depends on its own index alone, in integer arithmetic, from level pixels that are the same however fetched.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Slide:
         inside = roi.intersect(self.levels[level].roi)
         try:
             decoded = tiles.read(inside)
-        except (ValueError, LookupError, OSError):
+        except (ValueError, LookupError, OSError, MemoryError):  # the last where a file states absurd sizes
             return None
         if inside == roi:
             return decoded
