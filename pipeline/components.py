@@ -49,14 +49,14 @@ def find_runs(labels: np.ndarray) -> Runs:
     new = np.ones(labels.shape, bool)
     np.not_equal(labels[:, 1:], labels[:, :-1], out=new[:, 1:])
     starts = np.flatnonzero(new)
-    of_run = labels.ravel()[starts]
-    components = _counted(_joined(new, of_run), of_run != IGNORED)
-    return Runs(starts, np.diff(starts, append=labels.size), of_run, components)
+    lengths, of_run = np.diff(starts, append=labels.size), labels.ravel()[starts]
+    components = _counted(_joined(new, starts, lengths, of_run), of_run != IGNORED)
+    return Runs(starts, lengths, of_run, components)
 
 
-def _joined(new: np.ndarray, of_run: np.ndarray) -> np.ndarray:
+def _joined(new: np.ndarray, starts: np.ndarray, lengths: np.ndarray, of_run: np.ndarray) -> np.ndarray:
     """A component for each run, counted by their first runs; `new` (rows, columns) says where runs begin."""
-    pairs = [pair[:, of_run[pair[0]] == of_run[pair[1]]] for pair in _touching(new)]
+    pairs = [pair[:, of_run[pair[0]] == of_run[pair[1]]] for pair in _touching(new, starts, lengths)]
     above, below = np.concatenate(pairs, axis=1)
     ends = np.cumsum(np.bincount(above, minlength=len(of_run)))
     graph = csr_array((np.ones(ends[-1], np.int8), below, np.append(0, ends)), shape=(len(of_run),) * 2)
@@ -64,17 +64,16 @@ def _joined(new: np.ndarray, of_run: np.ndarray) -> np.ndarray:
     return components
 
 
-def _touching(new: np.ndarray) -> Iterator[np.ndarray]:
+def _touching(new: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
     """Every two runs that lie on each other, (2, n) int32, upper and lower one, by the upper; band by band of rows."""
     rows, columns = new.shape
-    height, before = max(_BAND_PIXELS // columns, 1), 0
+    height = max(_BAND_PIXELS // columns, 1)
     for top in range(0, max(rows - 1, 1), height):
         band = new[top : top + height + 1]
-        runs = np.cumsum(band.ravel(), dtype=np.int32)
-        runs += before - 1
+        first, beyond = np.searchsorted(starts, (top * columns, top * columns + band.size))
+        run = np.repeat(np.arange(first, beyond, dtype=np.int32), lengths[first:beyond])  # of each pixel
         upper = np.flatnonzero(band[1:] | band[:-1])  # two runs lie on each other from where the later of them begins
-        yield np.stack([runs[upper], runs[upper + columns]])
-        before += int(np.count_nonzero(band[:height]))
+        yield np.stack([run[upper], run[upper + columns]])
 
 
 def _counted(components: np.ndarray, known: np.ndarray) -> np.ndarray:

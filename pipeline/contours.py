@@ -14,6 +14,8 @@ grid, outlines run from the first turn to the second, from the third to the four
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import shapely
 from scipy.sparse import csr_array
@@ -21,35 +23,51 @@ from scipy.sparse.csgraph import connected_components, depth_first_order
 
 _TURNS = np.array([0, 1, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 0, 1, 1, 0])  # by mask: NW 1, NE 2, SW 4, SE 8
 _NW_AND_SE = 9
+_PAIRS = tuple(combinations(range(4), 2))  # of the four pixels around a vertex
 
 
-def find_corners(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _masks() -> np.ndarray:
+    """(4, 64) uint8: the mask of the component of each of the four pixels, by which of _PAIRS are of one (six bits)."""
+    alike = np.arange(1 << len(_PAIRS))
+    masks = np.repeat(1 << np.arange(4)[:, None], len(alike), axis=1)
+    for bit, (one, other) in enumerate(_PAIRS):
+        masks[one] |= (alike >> bit & 1) << other
+        masks[other] |= (alike >> bit & 1) << one
+    return masks.astype(np.uint8)
+
+
+_MASKS = _masks()
+_FIRST = (_MASKS & (1 << np.arange(4)[:, None]) - 1) == 0  # no earlier pixel is of the same component
+_BENDS = _FIRST & (_TURNS[_MASKS] > 0)
+
+
+def find_corners(labels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The corners of all components of a block of pixels, and every vertex of theirs on the block's edge.
 
-    `ids` is (rows, columns) int, the component of each pixel, -1 where there is none. Returns the component of each
-    corner, (n,), ascending, and its (row, column, mask), (n, 3) int32, counted from the block's own corner.
+    `labels` is (rows, columns) uint8, and `ids` (rows, columns) int the component of each pixel, connected by the sides of
+    pixels of one label, -1 where the label is IGNORED. Returns the component of each corner, (n,), ascending, and its (row,
+    column, mask), (n, 3) int32, counted from the block's own corner.
     """
+    may_turn = _may_turn(labels)
+    vertices = np.flatnonzero(may_turn)  # many times faster than np.nonzero in two dimensions
+    rows, columns = np.divmod(vertices.astype(np.int32), np.int32(may_turn.shape[1]))
+    edge = (rows == 0) | (rows == ids.shape[0]) | (columns == 0) | (columns == ids.shape[1])
     around = np.pad(ids, 1, constant_values=-1)
-    beside, below = around[:, :-1] == around[:, 1:], around[:-1] == around[1:]
-    straight = (beside[:-1] & beside[1:]) | (below[:, :-1] & below[:, 1:])
-    straight[[0, -1]], straight[:, [0, -1]] = False, False
-    corners_at = np.flatnonzero(~straight)  # many times faster than np.nonzero in two dimensions
-    rows, columns = np.divmod(corners_at.astype(np.int32), np.int32(straight.shape[1]))
-    northwest_at = corners_at + rows  # `around` is a pixel wider
-    width = around.shape[1]
-    members = np.stack([around.ravel()[northwest_at + step] for step in (0, 1, width, width + 1)])
-    edge = (rows % ids.shape[0] == 0) | (columns % ids.shape[1] == 0)
-    owners, corners = [], []
-    for index, owner in enumerate(members):
-        mask = sum((other == owner).astype(np.int32) << bit for bit, other in enumerate(members))
-        first = (owner >= 0) & np.all(members[:index] != owner, axis=0)
-        kept = np.flatnonzero(first & (edge | (_TURNS[mask] > 0)))
-        owners.append(owner[kept])
-        corners.append(np.stack([rows[kept], columns[kept], np.asarray(mask)[kept]], axis=1).astype(np.int32))
-    all_owners = np.concatenate(owners)
+    northwest, width = vertices + rows, around.shape[1]  # `around` is a pixel wider
+    members = np.stack([around.ravel()[northwest + step] for step in (0, 1, width, width + 1)])
+    alike = np.zeros(len(vertices), np.uint8)
+    for bit, (one, other) in enumerate(_PAIRS):
+        alike |= (members[one] == members[other]).view(np.uint8) << np.uint8(bit)
+    kept = [
+        np.flatnonzero((owner >= 0) & (bends[alike] | (edge & first[alike])))
+        for owner, bends, first in zip(members, _BENDS, _FIRST, strict=True)
+    ]
+    owners = np.concatenate([owner[own] for owner, own in zip(members, kept, strict=True)])
+    masks = np.concatenate([mask[alike[own]] for mask, own in zip(_MASKS, kept, strict=True)])
     # Numpy sorts 16 bits five times as fast, and few blocks have components that take more.
-    order = np.argsort(all_owners.astype(np.min_scalar_type(ids.max())), kind="stable")
-    return all_owners[order], np.concatenate(corners)[order]
+    order = np.argsort(owners.astype(np.min_scalar_type(ids.max())), kind="stable")
+    at = np.concatenate(kept)[order]
+    return owners[order], np.stack([rows[at], columns[at], masks[order].astype(np.int32)], axis=1)
 
 
 def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -58,6 +76,8 @@ def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, 
     `owners` (n,) and `corners` (n, 3) are as `find_corners` gives them, from one block or from many; `scale` multiplies
     x and y. Returns an array of shapely polygons, all valid, without needless vertices.
     """
+    if not len(owners):
+        return np.zeros(0, object)
     owners, rows, columns, down = _turns(owners, corners)
     vertical = _order(owners, columns, 2 * rows + down)
     partner = np.empty(len(owners), np.int64)
@@ -71,6 +91,17 @@ def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, 
     offsets = (ring_offsets, np.append(polygon_starts, len(starts)))
     polygons: np.ndarray = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, offsets)
     return polygons
+
+
+def _may_turn(labels: np.ndarray) -> np.ndarray:
+    """(rows + 1, columns + 1) bool: the vertices on the edge, and those where no straight line, or nothing, passes.
+
+    Pixels side by side are of one component where their labels are alike, and labels have a quarter of the bytes.
+    """
+    turns = np.ones(tuple(size + 1 for size in labels.shape), bool)
+    beside, below = labels[:, :-1] != labels[:, 1:], labels[:-1] != labels[1:]
+    turns[1:-1, 1:-1] = (beside[:-1] | beside[1:]) & (below[:, :-1] | below[:, 1:])
+    return turns
 
 
 def _turns(owners: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -118,8 +149,6 @@ def _one_way(following: np.ndarray) -> csr_array:
 
 def _order(owners: np.ndarray, major: np.ndarray, minor: np.ndarray) -> np.ndarray:
     """What sorts by owner, then major, then minor: a single key, since most of it is in order already."""
-    if not len(owners):
-        return np.zeros(0, np.int64)
     spans = int(major.max()) + 1, int(minor.max()) + 1
     key = (owners.astype(np.int64) * spans[0] + major) * spans[1] + minor
     return np.argsort(key, kind="stable")

@@ -67,7 +67,7 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
         for roi, uncounted in row:
             block = replace(uncounted, first=first)
             first += len(block.pixels)
-            yield from finish.regions(block.components(~block.touching & finish.large(block.pixels)))
+            yield from finish.inner(block)
             waiting.add(block.components(block.touching))
             waiting.join(above.part(roi.x, roi.right), block.edge(0, slice(None)))
             if roi.x == right:
@@ -209,7 +209,7 @@ class _Block:
             labels[labels == index] = IGNORED
         runs = find_runs(labels)
         confidence = canvas.read_probabilities(roi).max(axis=0).ravel()
-        sums = np.add.reduceat(confidence, runs.starts, dtype=np.int64)
+        sums = np.add.reduceat(confidence, runs.starts, dtype=np.uint32)
         owners, count = runs.components + 1, runs.count + 1  # what is of no component counts for one before the first
         pixels, weights = (np.bincount(owners, values, minlength=count) for values in (runs.lengths, sums))
         classes, touching = np.zeros(count, np.uint8), np.zeros(count, bool)
@@ -217,7 +217,7 @@ class _Block:
         numbers = runs.image(labels.shape)
         for line in (numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]):
             touching[line + 1] = True
-        corner_owners, corners = find_corners(numbers)
+        corner_owners, corners = find_corners(labels, numbers)
         corners += np.array([roi.y, roi.x, 0], np.int32)
         of_components = (pixels[1:], weights[1:], classes[1:], touching[1:])
         return cls(roi, 0, labels, numbers, *of_components, corner_owners, corners)
@@ -292,7 +292,15 @@ class _Finish:
         """Whether components of so many pixels are large enough."""
         return np.asarray(pixels * self.pixel_um2 >= self.min_area_um2)
 
+    def inner(self, block: _Block) -> Iterator[Region]:
+        """The regions of a block that do not reach its edge: all at once, as its corners are in their order already."""
+        chosen = ~block.touching & self.large(block.pixels)
+        own = chosen[block.owners]
+        polygons = trace_polygons(block.owners[own], block.corners[own], self.scale)
+        return self._measured(polygons, block.classes[chosen], block.pixels[chosen], block.weights[chosen])
+
     def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
+        """The regions of components, so many at once that their corners fit into memory."""
         for batch in _batches(components, lambda component: component.length):
             yield from self._outline(batch)
 
@@ -300,10 +308,15 @@ class _Finish:
         large = self.large(np.array([component.pixels for component in batch]))
         batch = [component for component, enough in zip(batch, large, strict=True) if enough or component.cut]
         if not batch:
-            return
-        sizes = [component.length for component in batch]
+            return iter(())
+        owners = np.repeat(np.arange(len(batch)), [component.length for component in batch])
         corners = np.concatenate([piece for component in batch for piece in component.corners])
-        polygons = trace_polygons(np.repeat(np.arange(len(batch)), sizes), corners, self.scale)
-        for component, polygon in zip(batch, polygons, strict=True):
-            area = component.pixels * self.pixel_um2
-            yield Region(component.class_index, polygon, area, component.weight / (255 * component.pixels))
+        polygons = trace_polygons(owners, corners, self.scale)
+        facts = np.array([(component.class_index, component.pixels, component.weight) for component in batch])
+        return self._measured(polygons, *facts.T)
+
+    def _measured(
+        self, polygons: np.ndarray, classes: np.ndarray, pixels: np.ndarray, weights: np.ndarray
+    ) -> Iterator[Region]:
+        means = weights / (255 * pixels)
+        return map(Region, classes.astype(int).tolist(), polygons, (pixels * self.pixel_um2).tolist(), means.tolist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from pipeline.cluster import threads
 from pipeline.components import find_runs
 from pipeline.config import TissueSettings
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.slide import Slide
+from pipeline.slide import Slide, channel_range
 
 _GLASS_BRIGHTNESS = 215  # of 255: glass is not darker than this
 _GLASS_TINT = 20  # of 255: glass is not more coloured than this
@@ -52,8 +51,8 @@ class Tissue:
         columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
         rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
         height, width = self.mask.shape
-        lines = self.mask[np.minimum(rows, height - 1)]
-        return np.asarray(lines.take(np.minimum(columns, width - 1), axis=1))
+        lines, times = np.unique(np.minimum(rows, height - 1), return_counts=True)
+        return np.repeat(self.mask[np.ix_(lines, np.minimum(columns, width - 1))], times, axis=0)
 
     @property
     def area_um2(self) -> float:
@@ -130,14 +129,14 @@ def _smooth(view: np.ndarray, mpp: Mpp) -> np.ndarray:
 
 def _stain(view: np.ndarray, light: np.ndarray) -> np.ndarray:
     """How much light a pixel takes away and how unequally over the colours, relative to glass; 0 is glass."""
-    high, low = _range([np.clip(view[..., channel] / light[channel], 1 / 255, 1) for channel in range(3)])
+    high, low = channel_range([np.clip(view[..., channel] / light[channel], 1 / 255, 1) for channel in range(3)])
     stain: np.ndarray = high - low + np.clip(-np.log10(high) - 0.1, 0, None)
     return stain
 
 
 def _glass(view: np.ndarray) -> np.ndarray:
     """The colour of empty glass in a view: the median of its bright and colourless pixels; white where there are none."""
-    high, low = _range([view[..., channel] for channel in range(3)])
+    high, low = channel_range([view[..., channel] for channel in range(3)])
     bright = view[(low > _GLASS_BRIGHTNESS) & (high - low < _GLASS_TINT)]
     if len(bright) < 0.002 * low.size:
         return np.full(3, 245, np.float32)
@@ -149,7 +148,7 @@ def _glass(view: np.ndarray) -> np.ndarray:
 def _foreign(view: np.ndarray) -> np.ndarray:
     """Pen marks (blue, green, black) and the scanner's border, by colours that stained tissue does not have."""
     red, green, blue = (view[..., channel].astype(np.int16) for channel in range(3))
-    high, low = _range([red, green, blue])
+    high, low = channel_range([red, green, blue])
     black = (high < _BLACK) & (high - low < _BLACK_CHROMA)
     saturated = high - low > _PEN_SATURATION * high
     green_pen = saturated & (green > red * 1.15) & (green > 0.8 * blue)
@@ -157,12 +156,6 @@ def _foreign(view: np.ndarray) -> np.ndarray:
     marks = morphology.remove_small_objects(black | green_pen | blue_pen, max_size=_SPECK)
     grown: np.ndarray = ndimage.binary_dilation(marks, iterations=_GROWN)
     return grown
-
-
-def _range(planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The highest and the lowest of three colours, pixel by pixel: numpy is slow over a short last axis."""
-    red, green, blue = planes
-    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
 
 
 def _seen(slide: Slide, mpp: Mpp, longest: int) -> Lattice:
