@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from pipeline.classes import IGNORED
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
+from pipeline.layout import quicken
 from pipeline.muon import Muon, learns
 from pipeline.network import ModelSpec, normalise
 from pipeline.team import Alone, Team
@@ -68,6 +69,8 @@ class Trainer:
         self.device = self.team.device
         self.network = self.team.prepared(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = AveragedModel(self.network, multi_avg_fn=_average(settings.weight_average), use_buffers=True)
+        if self.device.type == "cpu":
+            quicken(self.network)
         self.optimisers = _optimisers(self.network, settings, len(spec.classes))
         self._learner = self.team.learner(self.network)
         self.dice = DiceLoss(batch=True)
