@@ -1,5 +1,6 @@
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,10 +125,18 @@ def test_the_rate_warms_up_and_anneals() -> None:
     assert rates[-1] < 0.01 * max(rates)
 
 
-def test_time_ends_the_training_with_an_annealed_rate() -> None:
-    epochs = list(trainer(epochs=100_000, max_minutes=0.05).fit(batches))
-    assert 1 <= len(epochs) < 100_000
-    assert epochs[-1].learning_rate < 0.5 * max(epoch.learning_rate for epoch in epochs)
+def test_time_ends_the_training_with_an_annealed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(training, "time", clock)
+
+    def slow(epoch: int):
+        for batch in batches(epoch, 4):
+            clock.now += 2.5
+            yield batch
+
+    epochs = list(trainer(epochs=100_000, max_minutes=1.0).fit(slow))
+    assert len(epochs) == 6
+    assert epochs[-1].learning_rate < 0.1 * max(epoch.learning_rate for epoch in epochs)
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
