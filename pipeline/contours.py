@@ -76,8 +76,6 @@ def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, 
     `owners` (n,) and `corners` (n, 3) are as `find_corners` gives them, from one block or from many; `scale` multiplies
     x and y. Returns an array of shapely polygons, all valid, without needless vertices.
     """
-    if not len(owners):
-        return np.zeros(0, object)
     owners, rows, columns, down = _turns(owners, corners)
     vertical = _order(owners, columns, 2 * rows + down)
     partner = np.empty(len(owners), np.int64)

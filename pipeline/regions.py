@@ -293,11 +293,17 @@ class _Finish:
         return np.asarray(pixels * self.pixel_um2 >= self.min_area_um2)
 
     def inner(self, block: _Block) -> Iterator[Region]:
-        """The regions of a block that do not reach its edge: all at once, as its corners are in their order already."""
+        """The regions of a block that do not reach its edge: their corners are in order already, and need no Component."""
         chosen = ~block.touching & self.large(block.pixels)
-        own = chosen[block.owners]
-        polygons = trace_polygons(block.owners[own], block.corners[own], self.scale)
-        return self._measured(polygons, block.classes[chosen], block.pixels[chosen], block.weights[chosen])
+        numbers = np.flatnonzero(chosen)
+        if not len(numbers):
+            return
+        total = np.cumsum(np.bincount(block.owners, minlength=len(chosen))[numbers])
+        for batch in np.split(numbers, np.flatnonzero(np.diff(total // _BATCH)) + 1):
+            part = slice(*np.searchsorted(block.owners, (batch[0], batch[-1] + 1)))
+            own = chosen[block.owners[part]]
+            polygons = trace_polygons(block.owners[part][own], block.corners[part][own], self.scale)
+            yield from self._measured(polygons, block.classes[batch], block.pixels[batch], block.weights[batch])
 
     def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
         """The regions of components, so many at once that their corners fit into memory."""
@@ -308,12 +314,12 @@ class _Finish:
         large = self.large(np.array([component.pixels for component in batch]))
         batch = [component for component, enough in zip(batch, large, strict=True) if enough or component.cut]
         if not batch:
-            return iter(())
+            return
         owners = np.repeat(np.arange(len(batch)), [component.length for component in batch])
         corners = np.concatenate([piece for component in batch for piece in component.corners])
         polygons = trace_polygons(owners, corners, self.scale)
         facts = np.array([(component.class_index, component.pixels, component.weight) for component in batch])
-        return self._measured(polygons, *facts.T)
+        yield from self._measured(polygons, *facts.T)
 
     def _measured(
         self, polygons: np.ndarray, classes: np.ndarray, pixels: np.ndarray, weights: np.ndarray
