@@ -31,7 +31,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = make_cohort(folder / "cohort", seed=3, slides=3, width=1001, height=803, mpp=1.0)
     content = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
     content["output"], content["cohort"] = str(folder / "out"), {"manifest": str(manifest)}
-    content["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 4, "depth": 2}
+    content["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 8, "depth": 2}
     content["tiles"]["patch_size"] = 64
     weights = {content["classes"][1]["name"]: 2.0}
     content["training"] = {"epochs": 3, "patches_per_epoch": 20, "batch_size": 8, "class_weights": weights}
