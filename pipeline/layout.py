@@ -4,7 +4,8 @@ Channels that lie side by side (channels_last) are quickest, but for two things 
 
 - What it concatenates gets slices of one gradient, whose channels lie scattered; all that follows goes through them in small
   pieces. `_Joined` hands out whole gradients.
-- Layers for the few classes have two or three values side by side, too few for an instruction; there, rows are quicker.
+- Layers of few channels, such as those for the classes, have too few values side by side for an instruction; there, rows are
+  quicker.
 """
 
 from __future__ import annotations

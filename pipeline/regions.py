@@ -293,7 +293,7 @@ class _Finish:
         return np.asarray(pixels * self.pixel_um2 >= self.min_area_um2)
 
     def inner(self, block: _Block) -> Iterator[Region]:
-        """The regions of a block that do not reach its edge: their corners are in order already, and need no Component."""
+        """The regions of a block that do not reach its edge: their corners lie together already, and need no joining."""
         chosen = ~block.touching & self.large(block.pixels)
         numbers = np.flatnonzero(chosen)
         if not len(numbers):

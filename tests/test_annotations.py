@@ -244,7 +244,7 @@ def test_thousands_of_nuclei_are_read_fast_enough(tmp_path: Path) -> None:
     start, found = time.perf_counter(), 0
     for x, y in rng.integers(0, (lattice.width - 256, lattice.height - 256), (100, 2)):
         found += int((truth.read(Roi(int(x), int(y), 256, 256), lattice) == 1).sum())
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 3.0
     assert found > 0
 
 

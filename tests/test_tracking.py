@@ -380,7 +380,7 @@ def test_a_server_that_does_not_answer_is_an_error_within_seconds(tmp_path, monk
     began = time.monotonic()
     with pytest.raises(TrackingError, match="refused") as caught:
         Run.start(tmp_path, "tests", "a run")
-    assert time.monotonic() - began < 60  # MLflow by itself tries for minutes
+    assert time.monotonic() - began < 15
     assert "secret" not in str(caught.value)
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
     with socket.create_server(("127.0.0.1", port)):  # takes the call, and stays silent
@@ -396,7 +396,7 @@ def test_a_store_that_is_no_database_is_an_error_at_once(tmp_path):
         Run.start(tmp_path, "tests", "a run")
     with pytest.raises(TrackingError, match="in its path"):
         Run.start(tmp_path / "100%", "tests", "a run")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 10
 
 
 def test_the_command_that_opens_the_page_names_the_store(start, shared_store):
