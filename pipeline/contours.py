@@ -14,16 +14,19 @@ grid, outlines run from the first turn to the second, from the third to the four
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
-import shapely
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, depth_first_order
 
 _TURNS = np.array([0, 1, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 0, 1, 1, 0])  # by mask: NW 1, NE 2, SW 4, SE 8
 _NW_AND_SE = 9
 _PAIRS = tuple(combinations(range(4), 2))  # of the four pixels around a vertex
+_DECIMALS = 3  # of a coordinate in base pixels: a nanometre
+
+Rings = list[np.ndarray]
+"""The outline of a component: closed rings, the outer one first, each (n, 2) of x and y, int64 or float64."""
 
 
 def _masks() -> np.ndarray:
@@ -70,11 +73,11 @@ def find_corners(labels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.nd
     return owners[order], np.stack([rows[at], columns[at], masks[order].astype(np.int32)], axis=1)
 
 
-def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """One polygon, with its holes, for each component (connected by the sides of its pixels), in ascending order.
+def trace_rings(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, float]) -> list[Rings]:
+    """The rings of each component (connected by the sides of its pixels), in ascending order.
 
     `owners` (n,) and `corners` (n, 3) are as `find_corners` gives them, from one block or from many; `scale` multiplies
-    x and y. Returns an array of shapely polygons, all valid, without needless vertices.
+    x and y. The polygon that rings make is valid and has no needless vertices.
     """
     owners, rows, columns, down = _turns(owners, corners)
     vertical = _order(owners, columns, 2 * rows + down)
@@ -84,11 +87,18 @@ def trace_polygons(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, 
     ring_owners = owners[order[starts]]
     polygon_starts = np.flatnonzero(np.diff(ring_owners, prepend=-1))
     closed = np.insert(order, np.append(starts[1:], len(order)), order[starts])
-    points = np.stack([columns[closed] * scale[0], rows[closed] * scale[1]], axis=1)
+    points = np.stack([_scaled(columns[closed], scale[0]), _scaled(rows[closed], scale[1])], axis=1)
     ring_offsets = np.append(starts, len(order)) + np.arange(len(starts) + 1)
-    offsets = (ring_offsets, np.append(polygon_starts, len(starts)))
-    polygons: np.ndarray = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, offsets)
-    return polygons
+    rings = [points[start:stop] for start, stop in pairwise(ring_offsets.tolist())]
+    return [rings[first:beyond] for first, beyond in pairwise([*polygon_starts.tolist(), len(rings)])]
+
+
+def _scaled(places: np.ndarray, scale: float) -> np.ndarray:
+    """Places in base pixels, rounded; whole numbers where all are, which are written in fewer bytes."""
+    whole = round(scale)
+    if abs(scale - whole) * places.max() < 0.5 * 10**-_DECIMALS:
+        return places * whole
+    return np.asarray(np.round(places * scale, _DECIMALS))
 
 
 def _may_turn(labels: np.ndarray) -> np.ndarray:

@@ -7,42 +7,39 @@ to hold in memory, such as that of stroma with all its holes throughout a slide,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import orjson
-import shapely
 
 from pipeline.ahead import ahead
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.cluster import threads
 from pipeline.components import find_runs
-from pipeline.contours import find_corners, trace_polygons
+from pipeline.contours import Rings, find_corners, trace_rings
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 
 _LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
-_BATCH = 60_000  # corners that are made into outlines, or outlines taken apart, at once
-_DECIMALS = 3  # of a coordinate in base pixels: a nanometre
-
-Item = TypeVar("Item")
+_BATCH = 60_000  # corners that are made into outlines at once
+_DECIMALS = 3  # of an area in um2
 
 
 @dataclass(frozen=True)
 class Region:
     """Connected pixels (by their sides) of one class, or a part of them, where their outline is too long for one polygon.
 
-    `polygon` is in base pixels, with holes; `area_um2` in square micrometres; `mean_probability`, of its class, 0 to 1.
+    `rings` are in base pixels, the outer one and its holes; `area_um2` in square micrometres; `mean_probability`, of its
+    class, 0 to 1.
     """
 
     class_index: int
-    polygon: shapely.Polygon
+    rings: Rings
     area_um2: float
     mean_probability: float
 
@@ -50,7 +47,7 @@ class Region:
 def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()) -> Iterator[Region]:
     """The regions of all classes but those whose index is in `skip`, from top to bottom by where they end.
 
-    Polygons are in pixels of `base`; regions below `min_area_um2` are left out, but not parts of larger ones. Memory grows
+    Outlines are in pixels of `base`; regions below `min_area_um2` are left out, but not parts of larger ones. Memory grows
     with the blocks of a row, not with the slide.
     """
     finish = _Finish(canvas.lattice.scale_to(base), canvas.lattice.mpp.area_um2, min_area_um2)
@@ -88,42 +85,16 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(b'{"type": "FeatureCollection", "features": [')
         separator = b"\n"
-        for region, rings in _rings(regions):
+        for region in regions:
             item = classes[region.class_index]
-            file.write(separator + orjson.dumps(_feature(region, item, rings), option=orjson.OPT_SERIALIZE_NUMPY))
+            file.write(separator + orjson.dumps(_feature(region, item), option=orjson.OPT_SERIALIZE_NUMPY))
             separator = b",\n"
             counts[item.name] += 1
         file.write(b"\n]}\n")
     return counts
 
 
-def _rings(regions: Iterable[Region]) -> Iterator[tuple[Region, list[np.ndarray]]]:
-    """Each region with its rings, the outer one first, (n, 2) float64; many are taken apart at once."""
-    for batch in _batches(regions, lambda region: int(shapely.get_num_coordinates(region.polygon))):
-        _, points, (starts, first_rings) = shapely.to_ragged_array([region.polygon for region in batch])
-        points = np.round(points, _DECIMALS)
-        whole = points.astype(np.int64)  # fewer bytes, where an output pixel is a whole number of base pixels wide
-        shown: np.ndarray = whole if np.array_equal(whole, points) else points
-        rings = [shown[start:stop] for start, stop in pairwise(starts.tolist())]
-        for region, (first, beyond) in zip(batch, pairwise(first_rings.tolist()), strict=True):
-            yield region, rings[first:beyond]
-
-
-def _batches(items: Iterable[Item], corners: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """As many items at once as have some `_BATCH` corners together."""
-    batch: list[Item] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += corners(item)
-        if size > _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _feature(region: Region, item: Class, rings: list[np.ndarray]) -> dict[str, object]:
+def _feature(region: Region, item: Class) -> dict[str, object]:
     """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
     return {
         "type": "Feature",
@@ -136,7 +107,7 @@ def _feature(region: Region, item: Class, rings: list[np.ndarray]) -> dict[str, 
                 "Mean probability": round(region.mean_probability, 4),
             },
         },
-        "geometry": {"type": "Polygon", "coordinates": rings},
+        "geometry": {"type": "Polygon", "coordinates": region.rings},
     }
 
 
@@ -302,13 +273,20 @@ class _Finish:
         for batch in np.split(numbers, np.flatnonzero(np.diff(total // _BATCH)) + 1):
             part = slice(*np.searchsorted(block.owners, (batch[0], batch[-1] + 1)))
             own = chosen[block.owners[part]]
-            polygons = trace_polygons(block.owners[part][own], block.corners[part][own], self.scale)
-            yield from self._measured(polygons, block.classes[batch], block.pixels[batch], block.weights[batch])
+            outlines = trace_rings(block.owners[part][own], block.corners[part][own], self.scale)
+            yield from self._measured(outlines, block.classes[batch], block.pixels[batch], block.weights[batch])
 
     def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
         """The regions of components, so many at once that their corners fit into memory."""
-        for batch in _batches(components, lambda component: component.length):
-            yield from self._outline(batch)
+        batch: list[_Component] = []
+        corners = 0
+        for component in components:
+            batch.append(component)
+            corners += component.length
+            if corners > _BATCH:
+                yield from self._outline(batch)
+                batch, corners = [], 0
+        yield from self._outline(batch)
 
     def _outline(self, batch: list[_Component]) -> Iterator[Region]:
         large = self.large(np.array([component.pixels for component in batch]))
@@ -317,12 +295,12 @@ class _Finish:
             return
         owners = np.repeat(np.arange(len(batch)), [component.length for component in batch])
         corners = np.concatenate([piece for component in batch for piece in component.corners])
-        polygons = trace_polygons(owners, corners, self.scale)
+        outlines = trace_rings(owners, corners, self.scale)
         facts = np.array([(component.class_index, component.pixels, component.weight) for component in batch])
-        yield from self._measured(polygons, *facts.T)
+        yield from self._measured(outlines, *facts.T)
 
     def _measured(
-        self, polygons: np.ndarray, classes: np.ndarray, pixels: np.ndarray, weights: np.ndarray
+        self, outlines: list[Rings], classes: np.ndarray, pixels: np.ndarray, weights: np.ndarray
     ) -> Iterator[Region]:
         means = weights / (255 * pixels)
-        return map(Region, classes.astype(int).tolist(), polygons, (pixels * self.pixel_um2).tolist(), means.tolist())
+        return map(Region, classes.astype(int).tolist(), outlines, (pixels * self.pixel_um2).tolist(), means.tolist())
