@@ -54,6 +54,9 @@ class Cluster(Protocol):
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """Run function(*arguments) somewhere; its Outcome will carry `key`."""
 
+    def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Run function(*arguments) on every worker that is there, beside other work. It has no Outcome."""
+
     def cancel(self, key: Any) -> None:
         """Drop the tasks of `key` that have not begun; none of them has an Outcome any more."""
 
@@ -185,6 +188,9 @@ class _Here:
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         self._waiting.append((key, function, arguments))
 
+    def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """This process does it when it needs it."""
+
     def cancel(self, key: Any) -> None:
         self._waiting = deque(task for task in self._waiting if task[0] != key)
 
@@ -216,11 +222,16 @@ class _Dask:
         self.description = description
         self._client = client
         self._tasks: dict[Any, _Task] = {}  # by their futures
+        self._preparing: list[Any] = []  # futures, which would be dropped if nobody held them
         self._suspects: deque[_Task] = deque()
         self._ended = Queue[Any]()
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         self._start((key, function, arguments))
+
+    def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
 
     def cancel(self, key: Any) -> None:
         futures = [future for future, task in self._tasks.items() if task[0] == key]

@@ -97,6 +97,7 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     if fresh:
         slides = [(job.slide, job.mpp) for job in fresh]
         cluster.submit("tile size", tile_size_for, slides, fresh[0].model, memory_gib, fresh[0].tissue, fresh[0].engine)
+        cluster.prepare(get_ready, fresh[0])  # the other workers, which have nothing else to do meanwhile
         (outcome,) = cluster
         if outcome.error:
             raise outcome.error
@@ -175,6 +176,13 @@ class _Active:
         seconds = round(time.monotonic() - self.started, 2)
         row = Row(self.job.slide_id, str(self.job.slide), status, reason, seconds, round(self.megapixels, 2))
         return Step(self.job, blocks_done=self.blocks if status == "failed" else 0, row=row)
+
+
+def get_ready(job: SlideJob) -> None:
+    """Load what a worker needs for such a job. Its errors are those of the tasks that follow."""
+    import pipeline.finishing  # noqa: F401 - kept by the process
+
+    load_engine(job.model, job_engine(job))
 
 
 def plan_slide(job: SlideJob) -> Plan:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,10 @@ def arena_growth() -> int:
     return psutil.Process().memory_info().rss - before
 
 
+def leave_a_mark(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+
+
 @pytest.fixture(scope="module", params=[0, 2], ids=["here", "workers"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[object]:
     with connect(ClusterSettings(workers=request.param)) as found:
@@ -62,6 +67,20 @@ def test_every_task_has_its_outcome(cluster) -> None:
     assert (outcomes[3].value, outcomes[5].value) == (6, 10)
     assert isinstance(outcomes[-1].error, SlideError)
     assert outcomes[-1].error.remedy == "Take another."
+
+
+def test_every_worker_is_prepared_though_one_of_them_fails_and_another_is_busy(tmp_path: Path) -> None:
+    with connect(ClusterSettings(workers=2)) as cluster:
+        cluster.submit("busy", time.sleep, 0.5)
+        cluster.prepare(leave_a_mark, tmp_path)
+        cluster.prepare(double, -1)
+        assert [outcome.key for outcome in cluster] == ["busy"]
+        cluster.submit("after", double, 2)  # on a worker that had nothing else to do
+        assert [outcome.value for outcome in cluster] == [4]
+        until = time.monotonic() + 20
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_more_may_be_submitted_meanwhile(cluster) -> None:
