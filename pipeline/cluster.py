@@ -230,7 +230,7 @@ class _Dask:
         self._start((key, function, arguments))
 
     def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        workers = self._client.scheduler_info()["workers"]
         self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
 
     def cancel(self, key: Any) -> None:
