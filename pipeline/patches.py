@@ -58,15 +58,13 @@ class PatchIndex:
     """The n cells from which patches are drawn, sorted by slide.
 
     `slides` (n,) int counts in `slide_ids`; `corners` (n, 2) int are x and y of a cell's top-left pixel; `fractions`
-    (n, classes), 0 to 1, is the share of the cell that each class covers; `weights` (n,), not negative, multiply a cell's
-    chance to be drawn.
+    (n, classes), 0 to 1, is the share of the cell that each class covers.
     """
 
     slide_ids: tuple[str, ...]
     slides: np.ndarray
     corners: np.ndarray
     fractions: np.ndarray
-    weights: np.ndarray
 
     def draw(self, size: int, seed: int, epoch: int, position: int) -> Place:
         """The place of one patch of `size` pixels: a class, then a slide that has it, then a cell in proportion to it.
@@ -90,8 +88,8 @@ class PatchIndex:
 
     @cached_property
     def _cumulated(self) -> np.ndarray:
-        """(n + 1, classes): how much of each class the cells before each one hold, weighted."""
-        held = np.cumsum(self.fractions * self.weights[:, None], axis=0, dtype=np.float64)
+        """(n + 1, classes): how much of each class the cells before each one hold."""
+        held = np.cumsum(self.fractions, axis=0, dtype=np.float64)
         return np.vstack([np.zeros(held.shape[1]), held])
 
     @cached_property
@@ -101,7 +99,7 @@ class PatchIndex:
 
     @cached_property
     def _slide_mass(self) -> np.ndarray:
-        """(slides, classes): how much of each class each slide holds, weighted."""
+        """(slides, classes): how much of each class each slide holds."""
         return np.diff(self._cumulated[self._bounds], axis=0)
 
 
@@ -120,7 +118,7 @@ def read_index(path: Path, class_names: Sequence[str], split: str) -> PatchIndex
         raise _index_error(path, f"no known pixel of {list(class_names)} in the split {split!r}", "something to learn from")
     slide_ids, slides = np.unique(np.asarray(table["slide_id"]).astype(str), return_inverse=True)
     corners = np.stack([np.asarray(table["x"]), np.asarray(table["y"])], axis=1)
-    return PatchIndex(tuple(slide_ids.tolist()), slides, corners, fractions, np.ones(len(fractions)))
+    return PatchIndex(tuple(slide_ids.tolist()), slides, corners, fractions)
 
 
 def _index_error(path: Path, found: str, expected: str) -> TrainingError:

@@ -74,7 +74,6 @@ def index_of(rows: list[tuple[str, int, int, tuple[float, ...]]]) -> PatchIndex:
         np.array([ids.index(row[0]) for row in rows]),
         np.array([row[1:3] for row in rows]),
         np.array([row[3] for row in rows]),
-        np.ones(len(rows)),
     )
 
 
@@ -140,15 +139,6 @@ def test_cells_are_drawn_in_proportion_to_their_class() -> None:
     assert stats.chisquare(seen[shares > 0], 2000 * shares[shares > 0]).pvalue > 0.01
 
 
-def test_weights_multiply_the_chance_of_a_cell() -> None:
-    index = index_of([("a", 1000 * k, 0, (0.5,)) for k in range(4)])
-    weighted = replace(index, weights=np.array([1.0, 0.0, 3.0, 0.0]))
-    places = [weighted.draw(SIZE, 0, 0, position).roi.x for position in range(1000)]
-    seen = np.bincount(np.rint(np.array(places) / 1000).astype(int), minlength=4)
-    assert seen[1] == seen[3] == 0
-    assert stats.chisquare(seen[[0, 2]], [250, 750]).pvalue > 0.01
-
-
 def test_shifts_fill_half_a_patch_to_every_side() -> None:
     _, _, shifts = drawn(skewed(), 3000)
     assert shifts.min(axis=0).tolist() == [-SIZE // 2, -SIZE // 2]
@@ -187,7 +177,7 @@ def test_index_is_one_split_whatever_the_order_of_the_rows(tmp_path: Path) -> No
     assert index.slides.tolist() == [0] + [1] * 6
     assert index.corners.tolist() == [[64, 0], [0, 0], [64, 0], [128, 0], [0, 64], [64, 64], [128, 64]]
     np.testing.assert_allclose(index.fractions[:, 2], (index.corners.sum(axis=1) + 2) / 1000)
-    for name in ("slides", "corners", "fractions", "weights"):
+    for name in ("slides", "corners", "fractions"):
         np.testing.assert_array_equal(getattr(index, name), getattr(other, name))
     assert [index.draw(SIZE, 0, 0, k) for k in range(20)] == [other.draw(SIZE, 0, 0, k) for k in range(20)]
 

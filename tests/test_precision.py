@@ -156,7 +156,7 @@ def test_a_damaged_approval_says_so(tmp_path: Path, content: str) -> None:
 
 def test_patches_for_calibration_are_the_slides_own(sources: list[tuple[Source, Tissue]]) -> None:
     corners = np.array([[200, 100], [328, 228], [0, 128]])
-    index = PatchIndex(("a", "b"), np.array([0, 0, 1]), corners, np.full((3, 2), 0.5), np.ones(3))
+    index = PatchIndex(("a", "b"), np.array([0, 0, 1]), corners, np.full((3, 2), 0.5))
     source = {"a": sources[0][0], "b": sources[1][0]}
     patches = calibration_patches(index, source, 50, spec(2, stride=16))
     again = calibration_patches(index, source, 50, spec(2, stride=16))
