@@ -32,7 +32,7 @@ from benchmarks.process import Usage, measure
 from benchmarks.record import RESULTS, Key, Plan, Record, Run
 from benchmarks.report import SECTIONS, write_report
 from benchmarks.slides import make_slide
-from pipeline.cluster import cores, worker_environment
+from pipeline.machine import cores, worker_environment
 
 _OURS = ("fullfield, exact", "fullfield, fast", "fullfield, fastest")
 _LIMITS = ("limit, exact", "limit, fast", "limit, fastest")

@@ -22,8 +22,8 @@ from benchmarks.record import Key, Run
 from benchmarks.slides import CELL, blobs
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.classes import IGNORED
-from pipeline.cluster import cores, worker_environment
 from pipeline.geometry import Roi
+from pipeline.machine import cores, worker_environment
 from pipeline.slide_job import CANVAS
 
 _PATIENCE, _PATIENCE_MPX = 60.0, 2.0  # seconds, and more a megapixel, after which pyFAST hangs, as it sometimes does

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from pipeline.cluster import cores
 from pipeline.files import write_text
+from pipeline.machine import cores
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,29 +7,23 @@ thread for numerical libraries, and an allocator that gives every activation bac
 
 from __future__ import annotations
 
-import ctypes
-import os
 import pickle
-import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, WorkerError
+from pipeline.machine import cores, keep_memory, worker_environment
 
 if TYPE_CHECKING:
     from distributed import KilledWorker
 
-_KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
-_TOP_PAD_BYTES = 1 << 26
 _POLL_SECONDS = 0.5
 _DEATHS = 2  # of local workers, before a task is tried alone, and again before it is given up
 
@@ -106,43 +100,6 @@ def _client(scheduler: str) -> Any:
         raise ClusterError(f"cluster.scheduler {scheduler}", f"no answer ({error})", "a Dask scheduler", remedy) from error
 
 
-def cores() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def threads() -> int:
-    """Number of threads that this process's work may use: what OMP_NUM_THREADS grants, as for torch, else every core."""
-    granted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(granted) if granted.isdecimal() and int(granted) else cores()
-
-
-def has_gpu() -> bool:
-    """Whether torch may find a GPU here; asking torch would take a second of every command."""
-    return sys.platform == "darwin" or Path("/proc/driver/nvidia/gpus").exists()
-
-
-def keep_memory() -> None:
-    """Let this process's allocator keep freed memory for the next activation. Without effect where there is no glibc."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for parameter, value in (
-            (_M_ARENA_MAX, 1),
-            (_M_MMAP_MAX, 0),
-            (_M_TRIM_THRESHOLD, 2**31 - 1),
-            (_M_TOP_PAD, _TOP_PAD_BYTES),
-        ):
-            libc.mallopt(parameter, value)
-
-
-def release_memory() -> None:
-    """Give the memory that is kept free back to the kernel: for when work of another kind follows."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def _local_cluster(workers: int | None) -> Any:
     import dask
     from distributed import LocalCluster
@@ -162,19 +119,6 @@ def _local_cluster(workers: int | None) -> Any:
             },
             silence_logs="CRITICAL",
         )
-
-
-def worker_environment(threads: int) -> dict[str, str]:
-    """Environment of a worker process, in place before its first allocation."""
-    # Without tcache the few bytes that alignment cuts off an activation join it again when it is freed: its gap is then
-    # large enough for the next one of its size. The heap of a small FCN grows by a tenth less, in no more time.
-    tunables = {"mmap_max": 0, "trim_threshold": _KEEP_BYTES, "top_pad": _TOP_PAD_BYTES, "arena_max": 1, "tcache_count": 0}
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {
-        **{name: str(threads) for name in names},
-        "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
-        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items()),
-    }
 
 
 class _Here:
@@ -230,8 +174,9 @@ class _Dask:
         self._start((key, function, arguments))
 
     def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
-        workers = self._client.scheduler_info()["workers"]
-        self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
+        with suppress(OSError):  # where the scheduler is lost, what asks for an outcome says so
+            workers = self._client.scheduler_info()["workers"]
+            self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
 
     def cancel(self, key: Any) -> None:
         futures = [future for future, task in self._tasks.items() if task[0] == key]

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cluster import threads
 from pipeline.config import Precision
 from pipeline.errors import EngineError
+from pipeline.machine import threads
 from pipeline.network import ModelSpec, activation
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 from urllib.parse import urlparse
 
-from pipeline.cluster import threads, worker_environment
 from pipeline.errors import ClusterError, FullfieldError, WorkerError
+from pipeline.machine import threads, worker_environment
 
 _Task = tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]
 

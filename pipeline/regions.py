@@ -19,11 +19,11 @@ import orjson
 from pipeline.ahead import ahead
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.cluster import threads
 from pipeline.components import find_runs
 from pipeline.contours import Rings, find_corners, trace_rings
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
+from pipeline.machine import threads
 
 _LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
 _BATCH = 60_000  # corners that are made into outlines at once

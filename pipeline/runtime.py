@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import __version__, checkpoint, ensemble, openvino_engine
-from pipeline.cluster import has_gpu
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
+from pipeline.machine import has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import GRAPH
 

@@ -25,10 +25,11 @@ from pipeline import ensemble
 from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas, open_canvas
-from pipeline.cluster import Cluster, release_memory
+from pipeline.cluster import Cluster
 from pipeline.errors import CanvasError, FullfieldError
 from pipeline.files import locked, write_text
 from pipeline.grid import Tile
+from pipeline.machine import release_memory
 from pipeline.runtime import load_engine
 from pipeline.slide_job import CANVAS, PROVENANCE, OpenedJob, SlideJob, is_finished, job_engine, job_tile_size
 from pipeline.tiling import tile_size_for

@@ -29,12 +29,12 @@ import psutil
 from pipeline import __version__, ensemble
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas
-from pipeline.cluster import cores, release_memory, threads
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
 from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import round_up
+from pipeline.machine import cores, release_memory, threads
 from pipeline.network import ModelSpec
 from pipeline.runtime import EXACT, cache_folder, describe, load_engine, settled
 from pipeline.slide import Pixels, Slide, open_slide

@@ -10,10 +10,10 @@ from scipy import ndimage
 from skimage import filters
 
 from pipeline.ahead import ahead
-from pipeline.cluster import threads
 from pipeline.components import find_runs
 from pipeline.config import TissueSettings
 from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.machine import threads
 from pipeline.slide import Slide, channel_range
 
 _GLASS_BRIGHTNESS = 215  # of 255: glass is not darker than this

@@ -16,12 +16,13 @@ from pyarrow import parquet
 from pipeline import __version__, checkpoint
 from pipeline.ahead import ahead
 from pipeline.annotations import ClassMap, Truth, open_truth, with_glass
-from pipeline.cluster import Cluster, connect, threads
+from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import SHARING, Config
 from pipeline.errors import CheckpointError, TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
+from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.patches import Source

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import connect, cores
+from pipeline.cluster import connect
 from pipeline.config import ClusterSettings
 from pipeline.errors import SlideError, WorkerError
+from pipeline.machine import cores
 
 
 def double(value: int) -> int:
@@ -162,7 +163,7 @@ def test_a_stream_ends_with_its_client() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_this_process_keeps_its_memory_when_it_does_the_work() -> None:
-    imports = "from pipeline.cluster import keep_memory; from tests.test_cluster import arena_growth"
+    imports = "from pipeline.machine import keep_memory; from tests.test_cluster import arena_growth"
     code = f"{imports}; keep_memory(); print(arena_growth())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 90_000_000

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "errors ahead origin whole_batch",
+    "errors ahead origin whole_batch machine",
     "team classes geometry files progress contours polygons density staining resampling sampling",
     "config jpeg_tiles outlines label_image stencil shards stains objects boundaries calibration froc",
     "components slide grid cohort cluster ngff store snapshot config_file",

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import checkpoint, ensemble
-from pipeline.cluster import Cluster, connect, cores, has_gpu
+from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CohortError, SlideError
 from pipeline.files import locked, write_csv
 from pipeline.geometry import Mpp
 from pipeline.lineage import models_facts, write_lineage
+from pipeline.machine import cores, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from rich.table import Table
 
 from pipeline import ensemble
-from pipeline.cluster import keep_memory
 from pipeline.config import EngineSettings, TissueSettings
 from pipeline.exactness import TOLERANCE, Comparison, comparisons
 from pipeline.geometry import Mpp
+from pipeline.machine import keep_memory
 from pipeline.normalised import normalised
 from pipeline.phantom import make_phantom
 from pipeline.progress import console
