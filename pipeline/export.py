@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -284,5 +283,6 @@ def _font_size(width: int) -> int:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along: unlike Pillow's own font it writes most languages, and the sign µ."""
-    matplotlib = Path(str(find_spec("matplotlib").origin)).parent  # type: ignore[union-attr]  # not imported: it takes long
-    return ImageFont.truetype(matplotlib / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
