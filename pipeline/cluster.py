@@ -174,9 +174,8 @@ class _Dask:
         self._start((key, function, arguments))
 
     def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
-        with suppress(OSError):  # where the scheduler is lost, what asks for an outcome says so
-            workers = self._client.scheduler_info()["workers"]
-            self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
+        workers = self._client.scheduler_info()["workers"]
+        self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
 
     def cancel(self, key: Any) -> None:
         futures = [future for future, task in self._tasks.items() if task[0] == key]
