@@ -20,17 +20,21 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 # torch comes first and by itself: with an open range pip may take a build for GPUs that is gigabytes larger.
-.venv/.demo: pyproject.toml requirements.lock
+.venv/.torch: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch==2.13.0
+	touch $@
+
+# Each by itself, so that what tests need is resolved and installed in one go.
+.venv/.demo: .venv/.torch
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
 	touch $@
 
-.venv/.test: .venv/.demo
+.venv/.test: .venv/.torch
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[test]"
 	touch $@
 
-.venv/.bench: .venv/.demo
+.venv/.bench: .venv/.torch
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
 	touch $@
 

@@ -17,7 +17,7 @@ GLASS = 255
 """Value of what lies outside a slide: white."""
 
 
-class Segmenter(PythonModel):
+class Segmenter(PythonModel):  # type: ignore[misc]
     """Class probabilities for patches at the model's own mpp."""
 
     def load_context(self, context: Any) -> None:
