@@ -6,7 +6,7 @@ What was found is written beside the model, so that each later call knows, witho
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,18 +17,18 @@ from pipeline.classes import IGNORED
 from pipeline.config import EngineSettings
 from pipeline.errors import EngineError
 from pipeline.files import write_text
-from pipeline.grid import Grid, Tile, round_up
+from pipeline.grid import round_up
 from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, inside
 from pipeline.runtime import describe, engines_folder
 from pipeline.stitching import usual
 from pipeline.tissue import Tissue
+from pipeline.validation import KNOWN_TILE, known_tiles
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
     from pipeline.network import ModelSpec
 
-_TILE = 512  # pixels: known areas are often small fields
 _PATCHES = 100  # for calibration: figures no longer change with more
 
 
@@ -58,9 +58,10 @@ def hold(exact: Engine, other: Engine, sources: Iterable[tuple[Source, Tissue]])
     counts = np.zeros((2, classes, classes + 1), np.int64)
     pixels, changed, largest = 0, 0, 0.0
     for source, tissue in sources:
-        grid = way.grid(source.lattice, _TILE)
+        grid = way.grid(source.lattice, KNOWN_TILE)
         lattice = source.lattice.shrink(exact.spec.output_stride)
-        for tile, probabilities in way.predict(source.slide, grid, _known_tiles(source, tissue, grid), both):
+        tiles = (tile for tile in known_tiles(source, grid) if tissue.fraction(tile.write_roi, source.lattice) > 0)
+        for tile, probabilities in way.predict(source.slide, grid, tiles, both):
             target = tile.target(exact.spec.output_stride)
             truth = np.where(tissue.sampled(target, lattice), source.truth.read(target, lattice), IGNORED)
             known, answers = truth != IGNORED, probabilities.reshape(2, classes, *truth.shape)
@@ -138,15 +139,6 @@ class _Both:
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine."""
         return np.concatenate([engine(windows) for engine in self._engines], axis=1)
-
-
-def _known_tiles(source: Source, tissue: Tissue, grid: Grid) -> Iterator[Tile]:
-    """The tiles with tissue in which something is known."""
-    known = source.truth.base.cover(source.truth.known_roi(), source.lattice)
-    for tile in grid:
-        overlap = tile.write_roi.intersect(known)
-        if overlap.area and tissue.fraction(overlap, source.lattice) > 0:
-            yield tile
 
 
 def _dice_change(counts: np.ndarray, spec: ModelSpec) -> float:

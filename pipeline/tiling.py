@@ -52,7 +52,7 @@ USUAL_GIB = 2.0
 _STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second
 _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its memory
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
-_MOST_GIB = 3.0  # where the halo is dear
+_MOST_GIB = 3.0  # where the halo would cost more than `_DEAR`
 _DEAR = 1.2
 _SHARE = 0.8  # of the free memory of the machine, or of all that its container may take
 _PROBE_SIZES = (256, 768)  # pixels
@@ -84,8 +84,8 @@ class Estimate:
     """What segmenting a slide will take. `pixels` counts those of tiles with tissue, at the model's scale.
 
     `halo_cost` is the pixels computed for each that is written: (1 + 2 h / t)^2, or what overlapping windows cost. `seconds`
-    leaves out starting up and what is made of a finished canvas. `output_bytes` is the canvas with its pyramid, at the rate
-    at which the probe's tiles were compressed.
+    leaves out starting up and what is made of a finished canvas; `peak_bytes` is of each worker. `output_bytes` is the
+    canvas with its pyramid, at the rate at which the probe's tiles were compressed.
     """
 
     tile_size: int
@@ -93,6 +93,7 @@ class Estimate:
     tiles: int
     tissue_tiles: int
     pixels: int
+    workers: int
     seconds: float
     peak_bytes: int
     output_bytes: int
@@ -143,18 +144,25 @@ def foresee(
     settings: TissueSettings,
     wanted: SegmentationSettings,
     engine_settings: EngineSettings = EXACT,
+    workers: int = 1,
 ) -> Estimate:
-    """What segmenting a slide with the model in a folder will take, from a few tiles where there is most tissue."""
+    """What segmenting a slide with the model in a folder takes `workers` such as this, with the tiles that it would get.
+
+    Time and memory are those of a few tiles where there is most tissue.
+    """
     from pipeline.tissue import find_tissue
 
     engine, slide = load_engine(model, engine_settings), open_slide(path, mpp)
     way = stitching(engine.spec, wanted.blend)
     lattice = slide.base.at(Mpp.square(engine.spec.mpp))
     tissue = find_tissue(slide, settings)
+    if wanted.tile_size is not None:
+        size = wanted.tile_size
+    else:
+        size = TILE_SIZE if wanted.blend else tile_size_for([(path, mpp)], model, None, settings, engine_settings)
     places = (tile.write_roi for tile in way.grid(lattice, _PROBE_SIZES[-1]))
     found = probe(slide, lattice, engine, max(places, key=lambda place: tissue.fraction(place, lattice)), way)
-    usual = TILE_SIZE if wanted.blend else choose(engine.spec, [(lattice, tissue)], found, None)
-    return estimate(way, lattice, tissue, found, wanted.tile_size or usual)
+    return estimate(way, lattice, tissue, found, size, workers)
 
 
 def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching) -> Probe:
@@ -224,8 +232,8 @@ def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Pro
     return min(few, key=lambda size: (sum(_read(way, *slide, size) for slide in slides), size))
 
 
-def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int) -> Estimate:
-    """What segmenting a slide with tiles of a size will take."""
+def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int, workers: int = 1) -> Estimate:
+    """What segmenting a slide with tiles of a size will take `workers` side by side, each as fast as `found` says."""
     grid = way.grid(lattice, tile_size)
     pixels = [tile.write_roi.area for tile in grid if tissue.fraction(tile.write_roi, lattice) > 0]
     computed = way.computed(grid)
@@ -235,7 +243,8 @@ def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, til
         tiles=len(grid),
         tissue_tiles=len(pixels),
         pixels=sum(pixels),
-        seconds=len(pixels) * computed / found.pixels_per_second,
+        workers=workers,
+        seconds=len(pixels) * computed / found.pixels_per_second / workers,
         peak_bytes=round(found.peak_bytes(computed)),
         output_bytes=round(sum(pixels) * found.output_bytes * _PYRAMID),
     )

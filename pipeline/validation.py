@@ -16,7 +16,8 @@ from pipeline.stitching import usual
 if TYPE_CHECKING:
     from pipeline.engine import Engine
 
-_TILE = 512  # pixels: known areas are often small fields
+KNOWN_TILE = 512
+"""Pixels along a side of a tile where what is known decides which tiles are run: it is often but small fields."""
 
 
 def validate(sources: Iterable[Source], engine: Engine) -> np.ndarray:
@@ -27,15 +28,15 @@ def validate(sources: Iterable[Source], engine: Engine) -> np.ndarray:
     spec, way = engine.spec, usual(engine.spec)
     total = np.zeros((len(spec.classes), len(spec.classes) + 1), np.int64)
     for source in sources:
-        grid = way.grid(source.lattice, _TILE)
+        grid = way.grid(source.lattice, KNOWN_TILE)
         lattice = source.lattice.shrink(spec.output_stride)
-        for tile, probabilities in way.predict(source.slide, grid, _known_tiles(source, grid), engine):
+        for tile, probabilities in way.predict(source.slide, grid, known_tiles(source, grid), engine):
             labels = probabilities.argmax(axis=0).astype(np.uint8)
             total += confusion(source.truth.read(tile.target(spec.output_stride), lattice), labels, len(spec.classes))
     return total
 
 
-def _known_tiles(source: Source, grid: Grid) -> Iterator[Tile]:
+def known_tiles(source: Source, grid: Grid) -> Iterator[Tile]:
     """The tiles in which something is known."""
     known = source.truth.base.cover(source.truth.known_roi(), source.lattice)
     for tile in grid:

@@ -20,7 +20,8 @@ FLOORS = [
     "runtime prediction regions measurement export tracking memory versions",
     "blending",
     "stitching",
-    "validation exactness tiling precision",
+    "validation exactness tiling",
+    "precision workers",
     "finishing slide_job",
     "segmentation",
     "workspace",
@@ -49,6 +50,11 @@ def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
         assert package != "workflows"
         if package == "pipeline" and (other := rest.partition(".")[0]) in FLOOR and path.stem != "served":
             assert FLOOR[other] < FLOOR[path.stem], f"{path.stem} imports {other}"
+
+
+def test_the_readme_names_every_module() -> None:
+    house = (ROOT / "README.md").read_text().partition("## The house")[2]
+    assert {path.stem for path in (ROOT / "pipeline").glob("[a-z]*.py")} - set(house.split()) == set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("[a-z]*.py")), ids=lambda path: path.stem)

@@ -34,7 +34,6 @@ from pipeline.slide_job import SlideJob, is_finished
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Probe, choose, estimate, probe, tile_size_for
 from pipeline.tissue import Tissue
-from workflows import segment
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
 MODEST = Probe(0.5 * GIB, 400.0, 5e6, 0.5)
@@ -156,23 +155,6 @@ def test_workers_share_the_memory_as_they_share_the_cores(monkeypatch: pytest.Mo
         sizes.append(choose(spec(32), [full(vast)], MODEST, None))
         assert MODEST.peak_bytes((sizes[-1] + 64) ** 2) <= 2 * GIB * threads / 4
     assert sizes[0] < sizes[1]
-
-
-def test_two_workers_segment_where_there_is_work_and_memory_for_two(
-    model: Path, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = SlideJob("scan", scan, None, model, tmp_path, SegmentationSettings(), TissueSettings())
-    damaged = replace(job, slide=tmp_path / "none.tiff")
-    monkeypatch.setattr(segment, "cores", lambda: 8)
-    monkeypatch.setattr(segment, "has_gpu", lambda: False)
-    monkeypatch.setattr(segment, "free_gib", lambda: 8.0)
-    few = int(30e6 // open_slide(scan).base.roi.area)
-    assert segment._workers([job] * few, spec(8)) == 1
-    assert segment._workers([damaged] + [job] * (few + 1), spec(8)) == 2
-    for name, value in (("free_gib", 3.0), ("has_gpu", True), ("cores", 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(segment, name, lambda own=value: own)
-            assert segment._workers([job] * (few + 1), spec(8)) == 1
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_it_takes() -> None:

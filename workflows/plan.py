@@ -11,12 +11,14 @@ from rich.table import Table
 from pipeline import ensemble
 from pipeline.cluster import connect
 from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.geometry import Mpp
 from pipeline.progress import console
 from pipeline.registry import resolve_model
 from pipeline.runtime import with_flips
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Estimate, foresee
+from pipeline.workers import local_workers
 
 
 def plan(
@@ -29,16 +31,18 @@ def plan(
     flips: bool | None,
     as_json: bool,
 ) -> None:
-    """Estimate in a worker such as `fullfield segment` starts, with the tissue of the model's own run, and print."""
+    """Estimate in a worker such as `fullfield segment` would start, with the tissue of the model's own run, and print."""
     folder, path = resolve_model(model).absolute(), path.absolute()
     tissue = TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
     mpp = fallback_mpp(path, mpp)
     open_slide(path, mpp)  # before workers are started for nothing
-    stitching(ensemble.load_spec(folder), blend)
+    spec = ensemble.load_spec(folder)
+    stitching(spec, blend)
     engine = with_flips(engine, folder, flips)
     wanted = SegmentationSettings(tile_size=tile_size, blend=blend)
-    with connect(ClusterSettings()) as cluster:
-        cluster.submit(path, foresee, path, mpp, folder, tissue, wanted, engine)
+    workers = local_workers([(path, mpp)], Mpp.square(spec.mpp))
+    with connect(ClusterSettings(workers=workers)) as cluster:
+        cluster.submit(path, foresee, path, mpp, folder, tissue, wanted, engine, workers)
         (outcome,) = cluster
     if outcome.error:
         raise outcome.error
@@ -55,8 +59,8 @@ def _table(found: Estimate) -> Table:
         "cost of halo or overlap": f"{found.halo_cost - 1:.1%} more pixels",
         "tiles with tissue": f"{found.tissue_tiles} of {found.tiles}",
         "pixels": f"{found.pixels / 1e6:.1f} Mpx",
-        "time": f"about {found.seconds:.0f} s on one worker, after it has started",
-        "peak memory": f"about {found.peak_bytes / GIB:.2f} GiB",
+        "time": f"about {found.seconds:.0f} s on {found.workers} worker(s), after start-up",
+        "peak memory of a worker": f"about {found.peak_bytes / GIB:.2f} GiB",
         "output": f"about {found.output_bytes / 2**20:.0f} MiB of OME-Zarr",
     }
     for name, value in rows.items():

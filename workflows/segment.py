@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +19,10 @@ from pipeline import checkpoint, ensemble
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
-from pipeline.errors import CohortError, SlideError
+from pipeline.errors import CohortError
 from pipeline.files import locked, write_csv
 from pipeline.geometry import Mpp
 from pipeline.lineage import models_facts, write_lineage
-from pipeline.machine import cores, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
@@ -33,14 +31,13 @@ from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.slide_job import SlideJob
 from pipeline.stitching import stitching
-from pipeline.tiling import USUAL_GIB, free_gib
 from pipeline.tracking import Run
+from pipeline.workers import local_workers
 
 if TYPE_CHECKING:
     from pipeline.precision import Deviation
     from pipeline.workspace import Workspace
 
-_WORK_FOR_TWO = 30_000_000  # pixels; below, starting a second worker costs more than it saves
 _MIN_REGION_UM2 = SegmentationSettings().min_region_um2
 
 
@@ -84,28 +81,13 @@ def segment(
         for slide in map(Path.absolute, slides)
     ]
     if where.workers is None and where.scheduler is None:
-        where = where.model_copy(update={"workers": _workers(jobs, spec)})
+        scale = Mpp.square(spec.mpp)
+        where = where.model_copy(update={"workers": local_workers(((job.slide, job.mpp) for job in jobs), scale)})
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
     write_lineage(output, {"segmented_with": models_facts(found)})
     return report(rows, output)
-
-
-def _workers(jobs: Sequence[SlideJob], spec: ModelSpec) -> int:
-    """How many local workers segment slides soonest: two, each with half the threads, where there is work for both.
-
-    One then reads, writes or outlines while the other computes. A GPU, or scarce memory, is not shared.
-    """
-    if cores() == 1 or has_gpu() or free_gib() < 2 * USUAL_GIB:
-        return 1
-    pixels = 0
-    for job in jobs:
-        with suppress(SlideError):  # which becomes the slide's row
-            pixels += open_slide(job.slide, job.mpp).base.at(Mpp.square(spec.mpp)).roi.area
-        if pixels > _WORK_FOR_TWO:
-            return 2
-    return 1
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -217,13 +199,17 @@ def report(rows: Sequence[Row], output: Path) -> int:
 
 
 def _write_rows(path: Path, rows: dict[str, Row]) -> None:
-    """Write the rows, and keep those of other slides that were there, perhaps from another command at this moment."""
+    """Write the rows, and keep those of other slides that were there, perhaps from another command at this moment.
+
+    A slide that was skipped keeps the row that says what it took, unless that row says that it failed.
+    """
     names = [field.name for field in fields(Row)]
     with locked(path):
         kept = {}
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 kept = {row["slide_id"]: row for row in csv.DictReader(file) if list(row) == names}
-        fresh = {name: asdict(row) for name, row in rows.items() if not (row.skipped and name in kept)}
+        done = {name for name, row in kept.items() if row["status"] == "done"}
+        fresh = {name: asdict(row) for name, row in rows.items() if not (row.skipped and name in done)}
         every = {**kept, **fresh}
         write_csv(path, names, [every[name] for name in sorted(every)])
