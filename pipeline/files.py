@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -15,15 +17,31 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, so that no reader ever sees a part of it.
 
     The file takes its own name as the block ends; where that ends in an error, it is dropped, and an older one stays.
+    Several writers of one file write one after the other, and what a killed one left is written over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+    with _begun(partial):
+        try:
+            yield partial
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(path)
+
+
+def _begun(partial: Path) -> BinaryIO:
+    """The file, empty or as a killed writer left it, as soon as no other writer has it: the file is its own lock."""
+    while True:
+        file = partial.open("ab")
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(
+                os.fstat(file.fileno()), partial.stat()
+            ):  # else its writer has put it in its place meanwhile
+                return file
+        file.close()
 
 
 def write_text(path: Path, text: str) -> None:

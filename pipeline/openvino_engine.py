@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import numpy as np
 
 from pipeline.config import Precision
 from pipeline.errors import EngineError
+from pipeline.files import replacing
 from pipeline.machine import threads
 from pipeline.network import ModelSpec, activation
 
@@ -83,7 +83,8 @@ class OpenVinoEngine:
             except RuntimeError:  # a damaged file is worth no more than none
                 path.unlink(missing_ok=True)
         compiled = self._compile(shape)
-        _write_whole(path, compiled.export_model().getvalue())
+        with replacing(path) as partial:
+            partial.write_bytes(compiled.export_model().getvalue())
         return compiled
 
     def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
@@ -164,7 +165,10 @@ def _openvino() -> Any:
 
 
 def _missing(library: str) -> EngineError:
-    remedy = "Install it with `pip install 'fullfield[openvino]'`, or say engine.backend=torch engine.precision=exact."
+    remedy = (
+        'In Fullfield\'s own folder, `python -m pip install --constraint requirements.lock --editable ".[openvino]"`; '
+        "or say engine.backend=torch engine.precision=exact."
+    )
     return EngineError(f"engine.backend openvino: {library}", "no such library", "it to be installed", remedy)
 
 
@@ -251,12 +255,3 @@ def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
         shutil.rmtree(partial)
         if not (folder / GRAPH).is_file():
             raise
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a name of its own first: another process may be writing the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".partial", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(partial).replace(path)

@@ -35,6 +35,28 @@ def test_nothing_is_lost_where_many_write_at_once(tmp_path: Path) -> None:
     assert sorted(map(int, path.read_text().split())) == list(range(20))
 
 
+def test_a_file_that_many_write_at_once_is_that_of_one_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.with_name("file.txt.partial").write_text("left by one that was killed")
+    contents, failed = [f"{number}\n" * 20_000 for number in range(4)], list[Exception]()
+
+    def write(content: str) -> None:
+        try:
+            for _ in range(50):
+                write_text(path, content)
+                assert path.read_text() in contents
+        except Exception as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not failed
+    assert [found.name for found in tmp_path.iterdir()] == ["file.txt"]
+
+
 def test_shared_locks_wait_only_for_those_that_are_not(tmp_path: Path) -> None:
     path, entered = tmp_path / "slide", threading.Event()
 

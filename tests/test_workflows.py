@@ -276,6 +276,10 @@ def test_what_is_done_is_kept_in_the_list_of_slides(project: Path, tmp_path: Pat
     first = (tmp_path / "slides.csv").read_text()
     fullfield("segment", slides[0], *common)
     assert (tmp_path / "slides.csv").read_text() == first
+    (tmp_path / "slides.csv").write_text(first.replace(",done,", ",failed,"))
+    fullfield("segment", slides[0], *common)
+    first = (tmp_path / "slides.csv").read_text()
+    assert ",done," in first and ",failed," not in first
     fullfield("segment", slides[1], *common)
     assert (tmp_path / "slides.csv").read_text().startswith(first)
 

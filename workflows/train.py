@@ -17,7 +17,9 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
+from pipeline.files import locked
 from pipeline.lineage import ancestry, case_facts, models_facts, write_lineage
+from pipeline.machine import has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.processes import together
 from pipeline.progress import console, progress
@@ -54,7 +56,15 @@ def train_model(workspace: Workspace) -> None:
     A training that was interrupted goes on after its last whole epoch. Raises TrainingError where there is nothing to learn
     from, or the state of the interrupted training is broken.
     """
-    config, model, unfinished = workspace.config, workspace.model, workspace.output / "model.partial"
+    model = workspace.model
+    with locked(model):
+        address = _trained(workspace, workspace.output / "model.partial")
+    console.print(f"train: model at {model}, in MLflow {address}")
+
+
+def _trained(workspace: Workspace, unfinished: Path) -> str:
+    """The model's address in the registry, once it is there; nobody else trains in this output meanwhile."""
+    config, model = workspace.config, workspace.model
     _check_tiles(workspace)
     cases = _cases(workspace)
     done = 0 if model.exists() else _interrupted(unfinished, training_facts(config, cases))
@@ -67,8 +77,7 @@ def train_model(workspace: Workspace) -> None:
         cost = _cost(unfinished)
         snapshot.beside(unfinished).unlink(missing_ok=True)
         workspace.run.log_file(_describe(workspace, cost))
-        address = run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
-    console.print(f"train: model at {model}, in MLflow {address}")
+        return run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
 
 
 def _cost(unfinished: Path) -> dict[str, Any]:
@@ -256,7 +265,9 @@ def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> Patch
 
     augmentation = Augmentation(**config.training.augmentation.model_dump())
     index = read_index(tiles, config.class_list.names, "train")
-    return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed)
+    # One thread keeps up with a step on processors, and would take more from it than it brings.
+    readers = max(threads() // config.training.devices, 1) if has_gpu() else 1
+    return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers)
 
 
 def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: int) -> Iterator[Patch]:
