@@ -103,8 +103,9 @@ def _tasks(bench: Bench, contest: Contest, network: str) -> Iterator[Task]:
     size = contest.scale * bench.size
     model, slide = make_model(bench.folder / "models", network), make_slide(bench.folder, size, contest.share)
     reference = bench.folder / f"{slide.stem}-{network}.npy"
+    contenders = [name for name in contest.contenders if name != "pyFAST" or bench.pyfast is not None]
     for workers in contest.workers:
-        for contender in contest.contenders:
+        for contender in contenders:
             key = Key(size, contest.share, network, contender, workers)
             yield Task(key, slide, model, reference, bench.folder, 0, bench.pyfast)
 

@@ -34,7 +34,7 @@ _TRIES = 2
 class Task:
     """A slide, a model, the labels of one forward pass (.npy), and a folder for what is made and then dropped.
 
-    `tile_size` is for the bare forward pass; `pyfast` is an interpreter that has pyFAST.
+    `tile_size` is for the bare forward pass; `pyfast` is an interpreter that has pyFAST, None where it is left out.
     """
 
     key: Key
@@ -98,8 +98,6 @@ def inside(name: str, tuned: bool, precision: str, task: Task) -> Run:
 
 def pyfast(task: Task) -> Run:
     """pyFAST with the same network as ONNX, patches side by side; on a slide with glass, where it sees tissue."""
-    if task.pyfast is None:
-        return Run(task.key, error="not installed (--pyfast PYTHON, or FULLFIELD_PYFAST)")
     try:
         model = make_onnx(task.model, PATCH)
     except Exception as error:  # noqa: BLE001 - whatever stops a peer is its row
@@ -108,7 +106,7 @@ def pyfast(task: Task) -> Run:
     area = "all" if task.key.share == 1 else "tissue"
     script = Path(__file__).with_name("pyfast_segmentation.py")
     megapixels = task.key.size**2 * task.key.share / 1e6
-    command = [task.pyfast, script, task.slide, model, output, str(PATCH), area]
+    command = [str(task.pyfast), script, task.slide, model, output, str(PATCH), area]
     for _ in range(_TRIES):
         used = measure(command, {"OMP_NUM_THREADS": str(cores())}, _PATIENCE + _PATIENCE_MPX * megapixels)
         if not used.error:

@@ -45,12 +45,12 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], patie
         peak, ended = _Peak(), Event()
         watcher = Thread(target=peak.watch, args=(process.pid, ended))
         watcher.start()
-        patience = Timer(patience, process.kill)
-        patience.start()
+        timer = Timer(patience, process.kill)
+        timer.start()
         _, status, used = os.wait4(process.pid, 0)  # of the process and of its children, for which it waited
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        patience.cancel()
+        timer.cancel()
         ended.set()
         watcher.join()
         output.seek(0)

@@ -21,7 +21,7 @@ from pipeline.fields import Field, KnownMap
 from pipeline.froc import FROC_MPP, Detections, detect, resampled_froc
 from pipeline.geometry import Roi
 from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, number
-from pipeline.objects import OBJECT_SCORES, OBJECT_SUMS, object_scores, object_sums
+from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, OBJECT_SUMS, TRUE_COUNT, object_scores, object_sums
 from pipeline.resampling import Counts, Floats, bounds, draw_patients
 
 BLOCK = 2048
@@ -211,7 +211,8 @@ def _columns(rows: Sequence[SlideAssessment], rest: int | None, samples: int, se
         columns[name] = pooled[name][0]
         columns[f"{name}_low"], columns[f"{name}_high"] = bounds(rounds[name])
     lesions = [np.nan if found is None else len(found.lesions) for found in whole.detections]
-    columns |= dict(zip(_COUNTS, (*whole.objects[:, [1, 5, 0]].T, np.array(lesions)), strict=True))
+    counts = whole.objects[:, [TRUE_COUNT, CALLED_COUNT, MATCHED]].T
+    columns |= dict(zip(_COUNTS, (*counts, np.array(lesions)), strict=True))
     columns["shape_um"] = np.full(len(whole.objects), whole.coarsest_um)
     if rest is not None:
         for name in columns.keys() - {"ece", "ece_low", "ece_high"}:

@@ -89,10 +89,6 @@ class Canvas:
         likelihoods.store(place, likelihood_chunks)
         labels.store(place, label_chunks)
 
-    def is_done(self, place: Place) -> bool:
-        """Whether the tile at (row, column) is written, probabilities and labels."""
-        return self.label_shards(0).path(place).exists()
-
     def done(self) -> list[Place]:
         """(row, column) of every tile that is written, row by row."""
         return self.label_shards(0).places()

@@ -210,7 +210,8 @@ class EvaluationSettings(Section):
 class ClusterSettings(Section):
     """Where the work is done. `workers` 0: in this process; null: one, with all processors.
 
-    `worker_memory_gib` bounds the tiles whose size is chosen; null: up to 2 of what is free, or 3 where the halo is dear.
+    `worker_memory_gib` bounds the tiles whose size is chosen; null: up to 2 of what is free, or 3 where the halo costs more
+    than a fifth.
     """
 
     scheduler: str | None = None

@@ -2,16 +2,16 @@
 
 FullfieldError
 |-- ConfigError          a configuration file or an override
-|-- CohortError          a manifest, its rows, its splits
+|-- CohortError          a manifest, its rows, its splits, or runs and slides that do not go together
 |-- SlideError           a slide that cannot be opened or read
 |   `-- ScaleError       a slide whose micrometres per pixel are missing or absurd
 |-- AnnotationError      an outline file or a label image
 |-- NetworkError         a network that cannot be built, or is not local
-|-- CheckpointError      a trained model that cannot be loaded
+|-- CheckpointError      a trained model that cannot be loaded, or whose folder another one has
 |-- EngineError          a forward pass that cannot be run here, or that strays too far from the exact one
 |-- CanvasError          an output that does not belong to this run
 |-- TrainingError        nothing to learn from, or a loss that is not finite
-|-- ClusterError         a Dask scheduler does not answer
+|-- ClusterError         a Dask scheduler that does not answer, or workers too few or too small
 |   `-- WorkerError      a task that its worker does not survive
 `-- TrackingError        MLflow does not answer as expected
 """
@@ -36,7 +36,7 @@ class ConfigError(FullfieldError):
 
 
 class CohortError(FullfieldError):
-    """A manifest, one of its rows or its splits is wrong."""
+    """A manifest, one of its rows or its splits is wrong, or runs and slides do not go together."""
 
 
 class SlideError(FullfieldError):
@@ -56,7 +56,7 @@ class NetworkError(FullfieldError):
 
 
 class CheckpointError(FullfieldError):
-    """A trained model cannot be loaded."""
+    """A trained model cannot be loaded, or another one has its folder."""
 
 
 class EngineError(FullfieldError):
@@ -72,7 +72,7 @@ class TrainingError(FullfieldError):
 
 
 class ClusterError(FullfieldError):
-    """A Dask scheduler does not answer."""
+    """A Dask scheduler does not answer, or its workers are too few or too small."""
 
 
 class WorkerError(ClusterError):

@@ -80,10 +80,6 @@ class Roi:
         """The same rectangle, counted from the top-left corner of `other`."""
         return Roi(self.x - other.x, self.y - other.y, self.width, self.height)
 
-    def contains(self, other: Roi) -> bool:
-        """Whether all of `other` lies inside."""
-        return self.intersect(other) == other
-
     def slices(self) -> tuple[slice, slice]:
         """(rows, columns) that index this rectangle in an array."""
         return slice(self.y, self.bottom), slice(self.x, self.right)

@@ -119,7 +119,10 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: object) -> ModelSpec:
-        """The spec that `to_dict` wrote. Raises NetworkError on unknown, missing or impossible values."""
+        """The spec that `to_dict` wrote, of a single model: an ensemble's is not read.
+
+        Raises NetworkError on unknown, missing or impossible values.
+        """
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping):
             raise _wrong("", type(values).__name__, "keys and values", "Use a model.yaml as Fullfield wrote it.")

@@ -39,6 +39,9 @@ OBJECT_SCORES = ("object_f1", "object_dice", "object_hausdorff_um")
 OBJECT_SUMS = 9
 """Matched objects, then number, area in um2, area x Dice, area x H of the truth's objects, then of the prediction's."""
 
+TRUE_COUNT, CALLED_COUNT, MATCHED = 1, 5, 0
+"""Where in these sums the numbers of the truth's objects, of the prediction's, and of those matched are."""
+
 _EIGHT = np.ones((3, 3), bool)
 
 

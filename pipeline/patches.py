@@ -146,7 +146,7 @@ class PatchStream:
     augmentation: Augmentation
     size: int
     seed: int
-    threads: int = 1
+    threads: int
 
     def patch(self, epoch: int, position: int) -> Patch:
         """One patch of the stream: depends on nothing but the seed, the epoch and the position."""

@@ -54,7 +54,7 @@ _OTHER_VIEWS = ((0, -1), (2, 1), (2, -1), (1, 1), (1, -1), (3, 1), (3, -1))
 
 
 def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
-    """The engine of a trained model's folder; a process loads each but once.
+    """The engine of a trained model's folder; a process keeps the last two.
 
     Raises CheckpointError where there is no model, and EngineError where it cannot be run in that way here.
     """

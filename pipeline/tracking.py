@@ -28,10 +28,8 @@ from typing import Any
 from pipeline.errors import TrackingError
 from pipeline.files import write_text
 from pipeline.origin import origin
-from pipeline.registry import log_model, resolve_model
+from pipeline.registry import log_model
 from pipeline.store import Store, chosen_address, open_store, own_address, without_password
-
-__all__ = ["Run", "resolve_model"]
 
 _STAGE, _ERROR, _PARENT = "fullfield.stage", "fullfield.error", "mlflow.parentRunId"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
@@ -198,7 +196,7 @@ class Run:
         self.log_text(name, text.getvalue())
 
     def log_dataset(self, name: str, digest: str, source: str | Path, context: str) -> None:
-        """Notes data that the run used: what (`digest`: MLflow keeps 36 letters), whence, and what for ("training")."""
+        """Notes data that the run used: what (`digest`: MLflow keeps 36 letters), from where, and its use ("training")."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         place = source.resolve().as_uri() if isinstance(source, Path) else source

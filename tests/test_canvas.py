@@ -86,8 +86,6 @@ def test_unexamined_pixels_are_ignored_and_rois_may_reach_outside(tmp_path: Path
     assert np.array_equal(labels != IGNORED, examined)
     assert np.all(probabilities[:, ~examined] == 0)
     assert canvas.done() == [(1, 2)]
-    assert canvas.is_done((1, 2))
-    assert not canvas.is_done((2, 1))
 
 
 @pytest.mark.parametrize(("write_size", "chunk", "block"), [(2048, 512, 1024), (1500, 500, 500), (2062, 2062, 2062)])

@@ -16,7 +16,8 @@ import pytest
 
 from pipeline import __version__
 from pipeline.errors import CheckpointError, TrackingError
-from pipeline.tracking import Run, resolve_model
+from pipeline.registry import resolve_model
+from pipeline.tracking import Run
 
 
 @pytest.fixture(autouse=True)

@@ -194,9 +194,9 @@ def crossval(
     """Cross-validate over patients: a run a fold, each patient examined by a network that never saw it.
 
     Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
-    train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv first, then
-    OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last the pooled
-    metrics.json, metrics.csv and confusions.json. Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
+    train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is
+    trained, then OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last
+    the pooled metrics.json, metrics.csv and confusions.json. Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
     """
     from workflows.crossval import crossval as verb
 

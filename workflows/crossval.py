@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,25 +59,29 @@ def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
     held = deal_folds(content, folds, config.seed)
     shares = config.cohort.fractions
     val_share = shares.val / (shares.train + shares.val) if shares.val else 0.0
+    rows = _fold_rows(held, content, config)
+    write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
+    workspace.run.log_file(workspace.output / "folds.csv")
     parts = []
     for number, patients in enumerate(held, 1):
+        console.print(f"fold {number} holds out {', '.join(sorted(patients))}", markup=False)
         output = workspace.output / f"fold-{number}"
         write_manifest(output / "cohort.csv", fold_cases(cases, patients, content, val_share, config.seed))
         cohort = config.cohort.model_copy(update={"manifest": output / "cohort.csv"})
         segmentation = config.segmentation.model_copy(update={"splits": ("test",)})
         parts.append(config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation}))
+    return parts
+
+
+def _fold_rows(held: Sequence[Collection[str]], content: Content, config: Config) -> list[dict[str, object]]:
+    """What folds.csv says: the fold of every patient, and the area of each class that the patient has."""
     fold_of = {patient: number for number, patients in enumerate(held, 1) for patient in patients}
     names, mm2 = config.class_list.names, (config.tiles.patch_size * config.network.mpp) ** 2 / 1e6
-    rows = [
+    return [
         {"patient": patient, "fold": fold_of[patient]}
         | {f"{name}, mm2": area * mm2 for name, area in zip(names, content[patient], strict=True)}
         for patient in sorted(content, key=lambda patient: (fold_of[patient], patient))
     ]
-    write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
-    workspace.run.log_file(workspace.output / "folds.csv")
-    for number, patients in enumerate(held, 1):
-        console.print(f"fold {number} holds out {', '.join(sorted(patients))}", markup=False)
-    return parts
 
 
 def _partakers(workspace: Workspace) -> list[Case]:

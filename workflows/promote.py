@@ -22,6 +22,7 @@ from pipeline.lineage import case_facts, seen_by
 from pipeline.metrics import SlideConfusion
 from pipeline.progress import console
 from pipeline.registry import check_alias
+from pipeline.runtime import EXACT, with_flips
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.store import Store
 from pipeline.tally import FILE, Tally, shared_patients, write_tally
@@ -103,7 +104,7 @@ def _folder(output: Path, version: Version) -> Path:
 def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> list[Case]:
     """The annotated test cases that no version saw as it was trained; where there are no test cases, those for validation.
 
-    By the latter the challenger's epoch was chosen, so this is said, and only those count from which neither has learned.
+    The challenger's epoch was chosen on these, so a message says so; slides that either learned from are left out.
     Raises CohortError where no case remains.
     """
     manifest = config.cohort.manifest
@@ -160,8 +161,9 @@ def _examine(version: Version, cases: Sequence[Case], config: Config, cluster: C
 
 
 def _job(case: Case, config: Config, version: Version, folder: Path) -> SlideJob:
-    settings = config.segmentation.model_copy(update={"tile_size": None})
-    job = replace(slide_job(case, config), model=version.checkpoint.absolute(), settings=settings)
+    """A case to segment at exact, in as many views as the version's own run did: whoever is better is so by its weights."""
+    settings, model = config.segmentation.model_copy(update={"tile_size": None}), version.checkpoint.absolute()
+    job = replace(slide_job(case, config), model=model, settings=settings, engine=with_flips(EXACT, model, None))
     return replace(job, folder=folder / "slides" / case.slide_id)
 
 

@@ -107,7 +107,10 @@ def _finish(whole: Workspace, combination: Combination, part: Config, error: Ful
     except FullfieldError as trouble:
         console.print(f"failed: {combination.name}: {trouble}", markup=False)
         return Entry(combination.name, combination.values, {}, str(trouble)), 1
-    scores = json.loads((part.output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = part.output / "metrics.json"
+    if not metrics.exists():
+        return Entry(combination.name, combination.values, {}, "no validation slide was segmented"), 1
+    scores = json.loads(metrics.read_text(encoding="utf-8"))
     return Entry(combination.name, combination.values, scores[_SPLIT][POOLED]), failure
 
 

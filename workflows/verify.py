@@ -58,7 +58,7 @@ def _verdict(found: Sequence[Comparison], way: Stitching) -> str:
     if all(item.exact for item in found):
         return "exact: tiled equals whole"
     if way.exact:
-        return f"NOT exact: a difference above {TOLERANCE:g}, or a label, differs"
+        return f"NOT exact: a probability differs by more than {TOLERANCE:g}, or a label differs"
     share = sum(item.flips for item in found) / sum(item.pixels for item in found)
     largest = max(item.difference for item in found)
     return f"NOT exact, as asked: blended, {share:.3%} of labels differ, and a probability by up to {largest:.3f}"
