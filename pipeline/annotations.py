@@ -92,7 +92,7 @@ def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float 
     if is_label_image(path):
         return _fit(open_label_image(path), base, class_map, label_mpp)
     truth = OutlineTruth(path, base, class_map)
-    truth.known_roi()  # reads the file, so that its errors come now
+    truth.check()  # reads the file, so that its errors come now
     return truth
 
 
@@ -120,6 +120,18 @@ class OutlineTruth:
     def remarks(self) -> tuple[str, ...]:
         """What was left out and what was repaired."""
         return self._layers.remarks
+
+    def check(self) -> None:
+        """Raise AnnotationError where no outline lies on the slide: they will be those of another."""
+        bounds = [stencil.bounds for _, stencil in self._layers.painted]
+        bounds += [] if self._layers.known is None else [self._layers.known.bounds]
+        if not bounds:
+            return
+        (left, top), (right, bottom) = np.min(bounds, axis=0)[:2], np.max(bounds, axis=0)[2:]
+        if right <= 0 or bottom <= 0 or left >= self.base.width or top >= self.base.height:
+            found = f"outlines from x {left:g}, y {top:g} to x {right:g}, y {bottom:g}"
+            expected = f"some on the slide, which has {self.base.width} x {self.base.height} px"
+            raise AnnotationError(str(self.path), found, expected, "Name the annotation of this slide.")
 
     def known_roi(self) -> Roi:
         """The box of the known outlines; of all outlines where only they are known; else the whole slide."""
@@ -226,6 +238,8 @@ def _unmapped_error(path: Path, outlines: Outlines, class_map: ClassMap, unmappe
 
 
 def _remarks(outlines: Outlines) -> tuple[str, ...]:
+    if not outlines.outlines:
+        return ("no outlines",)
     counts = (
         ("invalid polygons, repaired", outlines.repaired),
         ("points, lines and rulers, left out", outlines.skipped),

@@ -5,7 +5,7 @@
     `-- labels/classes/0, 1, 2, ...  class index (y, x) uint8; IGNORED where not examined
 
 One tile of the slide is one shard, and so one file, of each array. Tiles are written by many processes at once and need
-no lock. A tile is done when its label shard exists: nothing else is state.
+no lock. A tile is done when both its shards exist: nothing else is state.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Canvas:
         labels.store(place, label_chunks)
 
     def done(self) -> list[Place]:
-        """(row, column) of every tile that is written, row by row."""
-        return self.label_shards(0).places()
+        """(row, column) of every tile that is written, probabilities and labels, row by row."""
+        return sorted({*self.probability_shards(0).places()}.intersection(self.label_shards(0).places()))
 
     def written(self, level: int) -> np.ndarray:
         """(rows, columns) bool: of which squares of `write_size` pixels of a level something is written."""

@@ -48,8 +48,11 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     cases: list[Case] = []
     if "slide" in columns:
         reader.fieldnames = columns
-        for row in reader:
-            _add_case(row, path.parent.absolute(), reader.line_num, cases, problems)
+        try:
+            for row in reader:
+                _add_case(row, path.parent.absolute(), reader.line_num, cases, problems)
+        except (csv.Error, ValueError) as error:
+            problems.append(f"line {reader.line_num}: {error}; a quote may lack its other half")
         problems += _cohort_problems(cases)
     if problems:
         found = "\n  - ".join(["these problems:", *problems])
@@ -109,9 +112,9 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
     slide, annotation = folder / values["slide"], values.get("annotation", "")
     slide_id = values.get("slide_id") or slide.stem
     mpp = values.get("mpp", "")
-    if not slide.is_file():
+    if not _is_file(slide):
         problems.append(f"line {line}: no such slide: {slide}")
-    if annotation and not (folder / annotation).is_file():
+    if annotation and not _is_file(folder / annotation):
         problems.append(f"line {line}: no such annotation: {folder / annotation}")
     if slide_id in (".", "..", "pooled") or "/" in slide_id or "\\" in slide_id:
         problems.append(f"line {line}: slide_id {slide_id!r} cannot name a folder")
@@ -130,6 +133,13 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
             mpp=float(mpp) if mpp else None,
         )
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long, or a folder that may not be read
+        return False
 
 
 def _cohort_problems(cases: Sequence[Case]) -> list[str]:

@@ -6,7 +6,7 @@ patient, and patients are drawn as pairs. References: see resampling.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,18 @@ def paired_difference(
     rounds = draw_patients(len(patients), samples, seed) @ differences / len(patients)
     low, high = bounds(rounds)
     return Difference(patients, float(differences.mean()), number(low), number(high))
+
+
+def paired(
+    patients: Collection[str], first: Mapping[str, float], second: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The scores of a class for those of the patients of whom one run has any.
+
+    A patient of whom neither the truth nor a run has the class has no score; where the other run invents it, and so has 0,
+    saying nothing is right, and has 1.
+    """
+    told = [patient for patient in patients if patient in first or patient in second]
+    return {patient: first.get(patient, 1.0) for patient in told}, {patient: second.get(patient, 1.0) for patient in told}
 
 
 def in_words(difference: Difference, first: str, second: str, score: str) -> str:

@@ -230,7 +230,7 @@ class TrackingSettings(Section):
     @field_validator("alias")
     @classmethod
     def _not_reserved(cls, alias: str) -> str:
-        if alias == "latest" or re.fullmatch(r"v\d+", alias):
+        if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
             raise ValueError("should not be `latest` or a version such as `v1`, which MLflow keeps to itself")
         return alias
 

@@ -19,19 +19,21 @@ import yaml
 
 from pipeline import __version__, checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.files import write_text
+from pipeline.files import locked, write_text
 from pipeline.grid import round_up
 from pipeline.network import ModelSpec
 from pipeline.staining import Normalisation
 
 _FILE = "ensemble.yaml"
+_REMEDY = "Put the members back where they were, or segment into another folder."
 _ALIKE = ("classes", "mpp", "output_stride", "rest")
 
 
 def gather(models: Sequence[Path], folder: Path) -> Path:
     """The path of several models as one: `folder`, made if it is not there, or the model itself where it is the only one.
 
-    Raises CheckpointError where a model is missing or does not answer as the first one does, or is given twice.
+    Raises CheckpointError where a model is missing or does not answer as the first one does, or is given twice, and where
+    `folder` is of other models.
     """
     if len(models) == 1:
         return models[0]
@@ -40,9 +42,14 @@ def gather(models: Sequence[Path], folder: Path) -> Path:
     digests = [member["digest"] for member in found]
     if len(set(digests)) < len(digests):
         raise CheckpointError(", ".join(map(str, models)), "a model twice", "models that differ", "Give each one once.")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"fullfield": __version__, "members": found}
-    write_text(folder / _FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    with locked(folder):
+        if not (folder / _FILE).exists():
+            content = {"fullfield": __version__, "members": found}
+            write_text(folder / _FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        elif [digest for _, digest in _listed(folder)] != digests:
+            expected = "the models that this output was begun with"
+            remedy = "Segment into another folder, or delete this output first."
+            raise CheckpointError(str(folder / _FILE), "other models", expected, remedy)
     return folder
 
 
@@ -51,21 +58,25 @@ def members(model: Path) -> tuple[Path, ...]:
 
     Raises CheckpointError where the ensemble's file is damaged, and where a member is gone or is no longer what it was.
     """
-    file = model / _FILE
-    if not file.is_file():
+    if not (model / _FILE).is_file():
         return (model,)
-    remedy = "Put the members back where they were, or segment into another folder."
-    try:
-        listed = [(Path(item["path"]), str(item["digest"])) for item in yaml.safe_load(file.read_text("utf-8"))["members"]]
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            str(file), f"a damaged file ({error})", "members, each with path and digest", remedy
-        ) from error
+    listed = _listed(model)
     for path, expected in listed:
         found = checkpoint.digest(path)
         if found != expected:
-            raise CheckpointError(f"{path}, of {file}", f"digest {found}", f"digest {expected}", remedy)
+            raise CheckpointError(f"{path}, of {model / _FILE}", f"digest {found}", f"digest {expected}", _REMEDY)
     return tuple(path for path, _ in listed)
+
+
+def _listed(folder: Path) -> list[tuple[Path, str]]:
+    """The path and the digest of each member of an ensemble."""
+    file = folder / _FILE
+    try:
+        return [(Path(item["path"]), str(item["digest"])) for item in yaml.safe_load(file.read_text("utf-8"))["members"]]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            str(file), f"a damaged file ({error})", "members, each with path and digest", _REMEDY
+        ) from error
 
 
 def load_spec(model: Path) -> ModelSpec:

@@ -47,7 +47,7 @@ def comparisons(slide: Pixels, tissue: Tissue, lattice: Lattice, engine: Engine,
     """
     spec = engine.spec
     if lattice.roi.area <= _WHOLE:
-        half = round_up(max(lattice.shape) // 2, spec.stride)
+        half = round_up(-(-max(lattice.shape) // 2), spec.stride)
         yield compare(slide, way.grid(lattice, min(half, _TILE)), lattice.roi, engine, way)
         return
     grid = way.grid(lattice, _TILE)

@@ -45,9 +45,9 @@ def _begun(partial: Path) -> BinaryIO:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file as UTF-8, whole or not at all; of a name that is none, the odd bytes are written as `\\udcff`."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -185,6 +187,14 @@ def engines_folder(model: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again."""
+    """The folder for what can be made again; where it may not be written, this user's own among temporary files."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
+    usual = (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
+    with suppress(OSError):
+        usual.mkdir(parents=True, exist_ok=True)
+    if os.access(usual, os.W_OK):
+        return usual
+    temporary = Path(gettempdir()) / f"fullfield-{os.getuid()}"
+    with suppress(OSError):
+        temporary.mkdir(mode=0o700, exist_ok=True)
+    return temporary if temporary.is_dir() and temporary.stat().st_uid == os.getuid() else usual

@@ -31,8 +31,8 @@ class Entry:
 
     @property
     def dice(self) -> float | None:
-        """The mean Dice of the classes that have one; None where none has."""
-        found = [fields["dice"] for fields in self.scores.values() if fields["dice"] is not None]
+        """The mean Dice of the classes that the truth has; None where it has none."""
+        found = [fields["dice"] for fields in self.scores.values() if fields["dice"] is not None and fields["pixels"]]
         return float(np.mean(found)) if found else None
 
 

@@ -31,7 +31,17 @@ from pipeline.files import locked, write_text
 from pipeline.grid import Tile
 from pipeline.machine import release_memory
 from pipeline.runtime import load_engine
-from pipeline.slide_job import CANVAS, PROVENANCE, OpenedJob, SlideJob, is_finished, job_engine, job_tile_size
+from pipeline.slide_job import (
+    CANVAS,
+    MADE,
+    MADE_OF_SOME,
+    PROVENANCE,
+    OpenedJob,
+    SlideJob,
+    is_finished,
+    job_engine,
+    job_tile_size,
+)
 from pipeline.tiling import tile_size_for
 
 _BLOCK_TILES = 2  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
@@ -202,7 +212,8 @@ def plan_slide(job: SlideJob) -> Plan:
             tissue = opened.tissue()
         else:
             job.folder.mkdir(exist_ok=True)
-            (job.folder / PROVENANCE).unlink(missing_ok=True)
+            for name in (PROVENANCE, *MADE, *MADE_OF_SOME):
+                (job.folder / name).unlink(missing_ok=True)
             tissue, lattice = opened.tissue(), opened.grid.lattice.shrink(opened.spec.output_stride)
             write_size = opened.grid.write_size // opened.spec.output_stride
             canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
@@ -216,9 +227,12 @@ def plan_slide(job: SlideJob) -> Plan:
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
-    """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented."""
-    opened, engine = OpenedJob(job), load_engine(job.model, job_engine(job))
-    canvas = open_canvas(job.folder / CANVAS)
+    """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented.
+
+    Raises CanvasError where model or slide are no longer what the canvas was begun with.
+    """
+    engine, opened = load_engine(job.model, job_engine(job)), OpenedJob(job)
+    canvas = open_canvas(job.folder / CANVAS, opened.identity())
 
     def write(done: tuple[Tile, np.ndarray]) -> int:
         tile, probabilities = done

@@ -100,10 +100,14 @@ class ShardedArray:
         path = self.path(place)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        with partial.open("wb") as file:
-            file.writelines(chunks.values())
-            file.write(index.tobytes())
-            file.write(google_crc32c.value(index.tobytes()).to_bytes(_CHECKSUM_BYTES, "little"))
+        try:
+            with partial.open("wb") as file:
+                file.writelines(chunks.values())
+                file.write(index.tobytes())
+                file.write(google_crc32c.value(index.tobytes()).to_bytes(_CHECKSUM_BYTES, "little"))
+        except OSError:  # such as a disk that is full
+            partial.unlink(missing_ok=True)
+            raise
         partial.replace(path)
 
     def read(self, roi: Roi) -> np.ndarray:

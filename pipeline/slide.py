@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -199,9 +200,13 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     `mpp` is taken instead of the micrometres per pixel that the scan states, or does not state. Raises SlideError where the
     file is missing, of no known format or damaged, and ScaleError where the scale is missing or outside 0.05 to 20.
     """
-    if not path.is_file():
-        raise SlideError(str(path), "no such file", _READABLE, "Correct the path.")
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise SlideError(str(path), found, _READABLE, "Correct the path.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise SlideError(str(path), "a folder, or no ordinary file", _READABLE, "Name the slide's own file.")
     return _shared_slide(path, mpp, (status.st_size, status.st_mtime_ns))
 
 
@@ -240,7 +245,10 @@ def _open(handle: _Handle) -> openslide.OpenSlide:
         return handle.get()
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideError(
-            str(handle.path), "a file of no known format", _READABLE, "Convert it to a pyramidal TIFF."
+            str(handle.path),
+            "a file of no known format, or a part of one",
+            _READABLE,
+            "Copy it again if it is incomplete, else convert it to a pyramidal TIFF.",
         ) from error
     except openslide.OpenSlideError as error:
         raise SlideError(

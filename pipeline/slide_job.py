@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from pipeline.tissue import Tissue
 
 CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
+MADE = ("segmentation.ome.tif", "regions.geojson", "measurements.csv", "overlay.png", "tissue.png")
+"""The files that a finished slide has beside these."""
+
+MADE_OF_SOME = ("entropy.ome.tif", "truth.png")
+"""Those that some finished slides have: of ensembles, and evaluated ones."""
+
 _STAINING = "staining"  # of what the canvas says was measured
 
 
@@ -46,14 +52,15 @@ class SlideJob:
 
 
 def is_finished(job: SlideJob) -> bool:
-    """Whether the job's folder holds a finished segmentation that is this job's, not another run's."""
+    """Whether the job's folder holds a finished segmentation, all files of it, that is this job's, not another run's."""
     try:
         provenance = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        identity, smallest = provenance["identity"], provenance["min_region_um2"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # a damaged one vouches for nothing
         return False
-    if not (job.folder / CANVAS).exists():
+    if not all((job.folder / name).exists() for name in (CANVAS, *MADE)):
         return False
-    return bool(provenance["identity"] == OpenedJob(job).identity())
+    return bool(identity == OpenedJob(job).identity() and smallest == job.settings.min_region_um2)
 
 
 def job_tile_size(job: SlideJob) -> int:

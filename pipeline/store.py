@@ -10,7 +10,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +18,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.errors import TrackingError
+from pipeline.files import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+STAGE = "fullfield.stage"
+"""The tag that says which stage a run below another is, or which fold or combination, which is a whole run by itself."""
+
+_STAGES = ("tile", "train", "segment", "evaluate")
 
 _SQLITE = "sqlite:///"
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -75,10 +81,11 @@ class Store:
         with self.conversation(run_id):
             run = self.client.get_run(run_id)
             stages = self.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
-            for found in (run, *stages):
+            own = (stage for stage in stages if stage.data.tags.get(STAGE) in _STAGES)
+            for found in (run, *own):
                 if any(file.path == name for file in self.client.list_artifacts(found.info.run_id)):
                     return Path(self.client.download_artifacts(found.info.run_id, name, str(folder)))
-        remedy = "Finish it first: call `fullfield run` with its configuration again."
+        remedy = "Call `fullfield run` with its configuration again; of a cross-validation or sweep, name one run of it."
         raise TrackingError(run_id, f"no {name}", "a run that was finished", remedy)
 
     def _shared_files(self) -> str | None:
@@ -137,7 +144,8 @@ def open_store(address: str, create: bool) -> Store:
     path = _sqlite_path(address)
     if path is not None:
         _check_sqlite(path, create)
-    with _conversation(address), _impatience():
+    alone = locked(path) if path is not None and create else nullcontext()  # two that make its tables would both fail
+    with _conversation(address), _impatience(), alone:
         from mlflow import MlflowClient
 
         client = MlflowClient(address)

@@ -29,9 +29,9 @@ from pipeline.errors import TrackingError
 from pipeline.files import write_text
 from pipeline.origin import origin
 from pipeline.registry import log_model
-from pipeline.store import Store, chosen_address, open_store, own_address, without_password
+from pipeline.store import STAGE, Store, chosen_address, open_store, own_address, without_password
 
-_STAGE, _ERROR, _PARENT = "fullfield.stage", "fullfield.error", "mlflow.parentRunId"
+_ERROR, _PARENT = "fullfield.error", "mlflow.parentRunId"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 6000, 36  # letters that MLflow takes
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
@@ -78,7 +78,7 @@ class Run:
         Where the stage begins `anew`, an earlier run that holds figures is set aside, as the stage `earlier STAGE`: MLflow
         forgets no figure, and would mix those of two attempts.
         """
-        tags = {_PARENT: self.run_id, _STAGE: stage}
+        tags = {_PARENT: self.run_id, STAGE: stage}
         asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         client = self.store.client
         with self.store.conversation():
@@ -98,7 +98,7 @@ class Run:
             _record(output, content)
 
     def _set_aside(self, run: Any, stage: str) -> None:
-        self.store.client.set_tag(run.info.run_id, _STAGE, f"earlier {stage}")
+        self.store.client.set_tag(run.info.run_id, STAGE, f"earlier {stage}")
         if run.info.status == "RUNNING":  # its process was killed
             self.store.client.set_terminated(run.info.run_id, "KILLED")
 

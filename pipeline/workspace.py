@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pyarrow import parquet
+from pyarrow import ArrowInvalid, parquet
 
 from pipeline import __version__, checkpoint
 from pipeline.ahead import ahead
@@ -19,7 +20,7 @@ from pipeline.annotations import ClassMap, Truth, open_truth, with_glass
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import SHARING, Config
-from pipeline.errors import CheckpointError, TrainingError
+from pipeline.errors import CheckpointError, SlideError, TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
 from pipeline.machine import threads
@@ -241,10 +242,11 @@ def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
 
 
 def read_stamp(tiles: Path) -> tuple[str, bool] | None:
-    """What a table of tiles was made from, and whether from all slides; None where there is no table."""
-    if not tiles.exists():
+    """What a table of tiles was made from, and whether from all slides; None where there is no table, or a damaged one."""
+    try:
+        metadata = parquet.read_schema(tiles).metadata or {}
+    except (FileNotFoundError, ArrowInvalid):
         return None
-    metadata = parquet.read_schema(tiles).metadata or {}
     return metadata.get(TILE_STAMP, b"").decode(), metadata.get(TILE_COMPLETE) == b"True"
 
 
@@ -278,12 +280,26 @@ def _check_model(model: Path, inputs: str) -> None:
 
 
 def _case_stamp(case: Case) -> list[object]:
-    """What tells a case from another: ids, scale, sizes, and a digest of the annotation."""
+    """What tells a case from another: ids, scale, and digests of the slide and of the annotation."""
     annotation = ""
     if case.annotation is not None:
         with case.annotation.open("rb") as file:
             annotation = hashlib.file_digest(file, "sha256").hexdigest()
-    return [case.slide_id, case.patient, case.split, case.mpp, case.slide.stat().st_size, annotation]
+    return [case.slide_id, case.patient, case.split, case.mpp, _slide_stamp(case.slide), annotation]
+
+
+def _slide_stamp(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, size: int, changed: int) -> str:
+    """A slide's digest; of a file that cannot be opened, which is told where it is read, its size."""
+    try:
+        return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one
+    except SlideError:
+        return f"{size} bytes"
 
 
 def _sha256(content: object) -> str:

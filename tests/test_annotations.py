@@ -103,6 +103,11 @@ def test_outside_the_slide_nothing_is_known(tmp_path: Path) -> None:
     assert (truth.read(coarse.roi, coarse) == 1).tolist() == [[True] * 9 + [False]] * 6
 
 
+def test_outlines_of_another_slide_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match="outlines from x 500, y 0 to x 504, y 4; expected some on the slide"):
+        drawn(tmp_path, naming(), feature("Gland", shapely.box(500, 0, 504, 4)))
+
+
 def test_unnamed_objects(tmp_path: Path) -> None:
     truth = drawn(tmp_path, naming(unnamed=2), feature(None, shapely.box(0, 0, 2, 1)))
     assert truth.read(Roi(0, 0, 3, 1), BASE).tolist() == [[2, 2, 0]]

@@ -53,6 +53,8 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,352\n", "'352'"),
         ("slide\na.svs\nb/a.svs\n", "slide_id 'a' is shared"),
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
+        ('slide\n"a.svs\n' + "b/a.svs\n" * 99, "no such slide"),
+        ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "a quote may lack its other half"),
     ],
 )
 def test_a_bad_manifest_is_refused(tmp_path: Path, text: str, part: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.comparison import paired_difference
+from pipeline.comparison import paired, paired_difference
 from pipeline.errors import CohortError, TrackingError
 from pipeline.metrics import SlideConfusion
 from pipeline.tally import Tally, find_tally, read_tally, shared_patients, write_tally
@@ -32,6 +32,13 @@ def test_the_interval_is_that_of_the_rounds_drawn_one_by_one() -> None:
     slow = [np.mean(rng.choice(differences, len(differences))) for _ in range(4000)]
     assert found.low is not None and found.high is not None
     np.testing.assert_allclose([found.low, found.high], np.percentile(slow, [2.5, 97.5]), atol=0.01)
+
+
+def test_saying_nothing_is_right_where_the_other_invents_a_class() -> None:
+    first, second = {"has it": 0.8, "not ours": 0.5}, {"has it": 0.7, "invented": 0.0}
+    ours, theirs = paired(["has it", "invented", "without"], first, second)
+    assert ours == {"has it": 0.8, "invented": 1.0}
+    assert theirs == {"has it": 0.7, "invented": 0.0}
 
 
 def test_one_patient_has_no_interval_and_none_is_an_error() -> None:

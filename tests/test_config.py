@@ -80,6 +80,7 @@ def test_overrides_reach_any_key() -> None:
         ("classes.0.annotations=[Gland]", "annotation 'Gland'"),
         ("classes.1.name=tissue", "columns of the table"),
         ("tracking.alias=latest", "MLflow keeps to itself"),
+        ("tracking.alias=V2", "MLflow keeps to itself"),
         ("segmentation.splits=[]", "`segmentation.splits`"),
         ("network.norm=instance", "segmentation.blend should be true"),
         ("network.norm=group", "`network.norm`"),

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.cohort import read_manifest
+from pipeline.cohort import read_manifest, write_manifest
 from pipeline.config_file import load_config
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort
+from pipeline.store import open_store
 from pipeline.tally import find_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
@@ -88,6 +91,18 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     folds = ["fold-1", "fold-2", "fold-3"]
     assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
     check_resumption(config, output, capsys)
+    check_refusals(config, output)
+
+
+def check_refusals(config: Path, output: Path) -> None:
+    """Other folds leave an output as it is; and the whole is no run that could be made again."""
+    before = (output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()
+    with pytest.raises(CheckpointError, match="patients dealt out otherwise"):
+        crossval(config, [f"output={output}"], 2)
+    assert ((output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()) == before
+    store, run_id = f"sqlite:///{output / 'mlflow.db'}", json.loads((output / "run.json").read_text())["run_id"]
+    with pytest.raises(TrackingError, match="no lineage.json"):
+        open_store(store, create=False).fetch(run_id, "lineage.json", output)
 
 
 def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,3 +185,14 @@ def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path)
         with open_within(whole, other) as part:
             adopt_tiles(part, whole.tiles, whole.config)
             assert not part.tiles.exists()
+
+
+def test_one_scan_is_not_learned_from_and_examined_on(config: Path, tmp_path: Path) -> None:
+    manifest = config.parent / "cohort" / "cohort.csv"
+    cases = list(read_manifest(manifest))
+    twin = replace(cases[0], slide_id="twin", patient="twin", split="test", slide=tmp_path / "twin.tiff")
+    shutil.copy(cases[0].slide, twin.slide)
+    write_manifest(tmp_path / "cohort.csv", [*cases, twin])
+    overrides = [f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}"]
+    with open_workspace(load_config(config, overrides)) as workspace, pytest.raises(CohortError, match="twin"):
+        tile_cohort(workspace)

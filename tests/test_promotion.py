@@ -151,6 +151,10 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     with pytest.raises(CohortError, match="no test slide that both models have never seen"):
         promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out")
     assert capsys.readouterr().out.count("was trained on") == 2
+    content["classes"].reverse()
+    (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match="List the model's classes"):
+        promote(str(good), "seen", 0.01, tmp_path / "reversed.yaml", tmp_path / "out")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store.db")
     run_id = json.loads((good / "run.json").read_text())["run_id"]
     number = find_version(str(good))[1].number

@@ -91,7 +91,8 @@ def test_the_default_store_lies_in_the_output_and_says_nothing(trained, tmp_path
     command = [sys.executable, "-c", SCRIPT, str(output), str(trained)]
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(item.name for item in output.iterdir()) == ["mlartifacts", "mlflow.db", "run.json"]
+    names = sorted(item.name for item in output.iterdir())
+    assert names == [".mlflow.db.lock", "mlartifacts", "mlflow.db", "run.json"]
     assert list(elsewhere.iterdir()) == []
     record = json.loads((output / "run.json").read_text())
     assert record["run_id"] == done.stdout.strip()  # nothing else was printed

@@ -27,6 +27,7 @@ from pipeline.cluster import Cluster
 from pipeline.cohort import read_manifest
 from pipeline.config import SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
+from pipeline.errors import TrainingError
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
@@ -388,12 +389,19 @@ def test_a_killed_training_goes_on_to_the_same_bits(project: Path, killed: Path,
     assert trainings(project, output) == [undisturbed]
 
 
-def test_another_training_begins_anew_and_says_why(
-    project: Path, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_another_training_is_refused_until_the_interrupted_one_is_deleted(
+    project: Path, killed: Path, tmp_path: Path
 ) -> None:
     output = shutil.copytree(killed, tmp_path / "out", ignore=shutil.ignore_patterns("run.json"))
-    train(project / "config.yaml", [*killed_options(project, output), "training.epochs=1"])
-    assert "begins anew, since the interrupted training was another: training.epochs was 4" in capsys.readouterr().out
+    options, state = [*killed_options(project, output), "training.epochs=1"], output / "training.safetensors"
+    before = state.read_bytes()
+    with pytest.raises(TrainingError, match="an interrupted training of another, training.epochs was 4"):
+        train(project / "config.yaml", options)
+    assert state.read_bytes() == before
+    state.unlink()
+    shutil.rmtree(output / "model.partial")
+    (output / "run.json").unlink()
+    train(project / "config.yaml", options)
     (stage,) = trainings(project, output)
     assert [step for step, _ in stage["loss"]] == [1]
     assert yaml.safe_load((output / "model" / "model.yaml").read_text())["lineage"]["epoch"] == 1

@@ -329,11 +329,17 @@ def config_example() -> None:
 
 
 def main() -> None:
-    """Run the command line; an expected error is one message and exit code 1."""
+    """Run the command line; an expected error is one message and exit code 1, and so is what a disk or a folder refuses."""
     try:
         app()
     except FullfieldError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        place, found = error.filename or "a file", error.strerror or str(error)
+        print(f"{place}: found {found!r}; expected a place to read and write. Make room or give access.", file=sys.stderr)
         sys.exit(1)
 
 

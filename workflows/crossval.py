@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -60,11 +61,12 @@ def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
     shares = config.cohort.fractions
     val_share = shares.val / (shares.train + shares.val) if shares.val else 0.0
     rows = _fold_rows(held, content, config)
+    _check_folds(workspace.output, _fold_of(held))
     write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
     workspace.run.log_file(workspace.output / "folds.csv")
     parts = []
     for number, patients in enumerate(held, 1):
-        console.print(f"fold {number} holds out {', '.join(sorted(patients))}", markup=False)
+        console.print(f"fold {number} holds out {', '.join(sorted(patients))}")
         output = workspace.output / f"fold-{number}"
         write_manifest(output / "cohort.csv", fold_cases(cases, patients, content, val_share, config.seed))
         cohort = config.cohort.model_copy(update={"manifest": output / "cohort.csv"})
@@ -73,14 +75,31 @@ def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
     return parts
 
 
+def _fold_of(held: Sequence[Collection[str]]) -> dict[str, int]:
+    """The number of the fold that holds out each patient."""
+    return {patient: number for number, patients in enumerate(held, 1) for patient in patients}
+
+
+def _check_folds(output: Path, folds: Mapping[str, int]) -> None:
+    """Raise CheckpointError where the output is one of other folds."""
+    path = output / "folds.csv"
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        before = {row.get("patient"): row.get("fold") for row in csv.DictReader(file)}
+    if before != {patient: str(number) for patient, number in folds.items()}:
+        remedy = "Choose another `output`, or delete this one to begin anew."
+        raise CheckpointError(str(path), "patients dealt out otherwise", "these folds", remedy)
+
+
 def _fold_rows(held: Sequence[Collection[str]], content: Content, config: Config) -> list[dict[str, object]]:
     """What folds.csv says: the fold of every patient, and the area of each class that the patient has."""
-    fold_of = {patient: number for number, patients in enumerate(held, 1) for patient in patients}
+    folds = _fold_of(held)
     names, mm2 = config.class_list.names, (config.tiles.patch_size * config.network.mpp) ** 2 / 1e6
     return [
-        {"patient": patient, "fold": fold_of[patient]}
+        {"patient": patient, "fold": folds[patient]}
         | {f"{name}, mm2": area * mm2 for name, area in zip(names, content[patient], strict=True)}
-        for patient in sorted(content, key=lambda patient: (fold_of[patient], patient))
+        for patient in sorted(content, key=lambda patient: (folds[patient], patient))
     ]
 
 
@@ -89,7 +108,7 @@ def _partakers(workspace: Workspace) -> list[Case]:
     given = {case.slide_id: case.split for case in read_manifest(workspace.config.cohort.manifest)}
     held_back = sorted({case.patient for case in workspace.cases if given[case.slide_id] == "test"})
     if held_back:
-        console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}", markup=False)
+        console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
     return [case for case in workspace.annotated(("train", "val", "test")) if case.patient not in held_back]
 
 

@@ -15,7 +15,7 @@ from pipeline.canvas import open_canvas
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import CanvasError
+from pipeline.errors import AnnotationError, CanvasError
 from pipeline.export import truth_beside_prediction, write_png
 from pipeline.files import write_csv, write_text
 from pipeline.metrics import POOLED, Report, report, table
@@ -53,8 +53,8 @@ def evaluate_cohort(workspace: Workspace) -> int:
     missing = 0
     with progress("evaluate: slides", len(cases)) as bar:
         for outcome in workspace.cluster:
-            if isinstance(outcome.error, CanvasError):
-                console.print(f"evaluate: left out {outcome.error}", markup=False)
+            if isinstance(outcome.error, CanvasError | AnnotationError):
+                console.print(f"evaluate: left out {outcome.error}")
                 missing += 1
             elif outcome.error is not None:
                 raise outcome.error

@@ -60,7 +60,7 @@ def _table(found: Estimate) -> Table:
         "tiles with tissue": f"{found.tissue_tiles} of {found.tiles}",
         "pixels": f"{found.pixels / 1e6:.1f} Mpx",
         "time": f"about {found.seconds:.0f} s on {found.workers} worker(s), after start-up",
-        "peak memory of a worker": f"about {found.peak_bytes / GIB:.2f} GiB",
+        "peak memory of a worker, while tiles are run": f"about {found.peak_bytes / GIB:.2f} GiB",
         "output": f"about {found.output_bytes / 2**20:.0f} MiB of OME-Zarr",
     }
     for name, value in rows.items():

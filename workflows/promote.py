@@ -43,22 +43,23 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     champion = version_with(store, challenger.name, alias)
     if champion is None:
         decide(store, challenger, alias, True, {"verdict": "taken: nobody had the alias", "when": _now()})
-        console.print(f"{challenger.reference} takes the alias {alias}, which nobody had", markup=False)
+        console.print(f"{challenger.reference} takes the alias {alias}, which nobody had")
         return 0
     if champion.number == challenger.number:
-        console.print(f"{challenger.reference} has the alias {alias} already", markup=False)
+        console.print(f"{challenger.reference} has the alias {alias} already")
         return 0
     _check_classes(champion, challenger)
     config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
+    _check_truth(config, challenger)
     theirs, ours = _contest(champion, challenger, config, output)
     difference = paired_difference(theirs, ours, config.evaluation.bootstrap_samples, config.seed)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
     evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin}
     decide(store, challenger, alias, takes, {**evidence, **_figures(difference, theirs, ours)})
-    console.print(f"{challenger.reference}: {verdict}", markup=False, soft_wrap=True)
+    console.print(f"{challenger.reference}: {verdict}", soft_wrap=True)
     if not takes:
-        console.print(f"The alias {alias} stays with {champion.reference}.", markup=False)
+        console.print(f"The alias {alias} stays with {champion.reference}.")
     return 0 if takes else 1
 
 
@@ -82,6 +83,16 @@ def _check_classes(champion: Version, challenger: Version) -> None:
     if names[0] != names[1]:
         remedy = "Choose another alias (--alias), or train with the same classes."
         raise CheckpointError(challenger.reference, f"the classes {names[1]}", f"{names[0]} of {champion.reference}", remedy)
+
+
+def _check_truth(config: Config, challenger: Version) -> None:
+    """The truth's classes are those of the configuration, and are counted by their indices."""
+    spec = load_spec(challenger.checkpoint)
+    names, rest = [", ".join(classes.names) for classes in (config.class_list, spec.classes)], rest_index(config)
+    if names[0] != names[1] or rest != spec.rest:
+        found = f"the classes {names[0]}, of which annotations.rest is number {rest}"
+        expected = f"{names[1]}, and number {spec.rest}, as {challenger.reference} has them"
+        raise CheckpointError("fullfield promote --config", found, expected, "List the model's classes, in its order.")
 
 
 def _now() -> str:
@@ -112,14 +123,14 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
     annotated = [case for case in cases if case.annotation is not None]
     split = "test" if any(case.split == "test" for case in annotated) else "val"
     if split == "val":
-        console.print(f"{manifest} has no annotated test slides: patients for validation decide", markup=False)
+        console.print(f"{manifest} has no annotated test slides: patients for validation decide")
     for case in annotated:
         if case.split == split:
             cluster.submit(case, case_facts, case)
     counts = ("train", "val") if split == "test" else ("train",)
     seen = {version.reference: seen_by(version.checkpoint, counts) for version in versions}
     for name in (name for name, known in seen.items() if not known):
-        console.print(f"{name} does not tell what it was trained on: it may have been these slides", markup=False)
+        console.print(f"{name} does not tell what it was trained on: it may have been these slides")
     kept = []
     for outcome in cluster:
         if outcome.error is not None:
@@ -127,7 +138,7 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
         facts = {outcome.value["slide_digest"], outcome.value["patient"]}
         by = [name for name, known in seen.items() if facts & known]
         if by:
-            console.print(f"left out {outcome.key.slide_id}: {', '.join(by)} was trained on that patient", markup=False)
+            console.print(f"left out {outcome.key.slide_id}: {', '.join(by)} was trained on that patient")
         else:
             kept.append(outcome.key)
     if not kept:
@@ -141,7 +152,7 @@ def _examine(version: Version, cases: Sequence[Case], config: Config, cluster: C
     folder = _folder(output, version)
     (folder / "slides").mkdir(parents=True, exist_ok=True)
     jobs = [_job(case, config, version, folder) for case in cases]
-    console.print(f"examining {version.reference} on {len(cases)} slide(s)", markup=False)
+    console.print(f"examining {version.reference} on {len(cases)} slide(s)")
     rows = run_jobs(jobs, cluster, folder, config.cluster.worker_memory_gib)
     failed = [f"{row.slide_id}: {row.reason}" for row in rows if row.status == "failed"]
     if failed:

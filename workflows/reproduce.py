@@ -32,11 +32,11 @@ def reproduce(reference: str, output: Path | None) -> int:
     differences = list(changes(lineage, [case_facts(case) for case in cases]))
     began = lineage["origins"][0]
     made = f"{began['made']} with Fullfield {began['version']} on {began['machine']}"
-    console.print(f"{reference} was made {made}", markup=False, soft_wrap=True)
+    console.print(f"{reference} was made {made}", soft_wrap=True)
     if not differences:
         console.print("Nothing has changed since: code, packages, machine, slides and annotations are the same.")
     for line in differences:
-        console.print(f"changed: {line}", markup=False, soft_wrap=True)
+        console.print(f"changed: {line}", soft_wrap=True)
     command = shlex.join(["fullfield", "run", str(output / "config.yaml")])
-    console.print(f"Run it again with\n  {command}", markup=False, soft_wrap=True)
+    console.print(f"Run it again with\n  {command}", soft_wrap=True)
     return 0

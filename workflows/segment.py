@@ -7,6 +7,7 @@ What only runs with a cohort need is imported where it is used, so that the comm
 from __future__ import annotations
 
 import csv
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -19,7 +20,7 @@ from pipeline import checkpoint, ensemble
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
-from pipeline.errors import CohortError
+from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import locked, write_csv
 from pipeline.geometry import Mpp
 from pipeline.lineage import models_facts, write_lineage
@@ -29,7 +30,7 @@ from pipeline.registry import resolve_model
 from pipeline.runtime import fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled, with_flips
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
-from pipeline.slide_job import SlideJob
+from pipeline.slide_job import PROVENANCE, SlideJob
 from pipeline.stitching import stitching
 from pipeline.tracking import Run
 from pipeline.workers import local_workers
@@ -74,8 +75,9 @@ def segment(
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
         shared = f"slides that share the name {', '.join(twice)}"
-        raise CohortError("fullfield segment", shared, "names that differ", "Use two outputs.")
+        raise CohortError("fullfield segment", shared, "names that differ", "Name each slide once, or use two outputs.")
     results = output / "slides"
+    output.mkdir(parents=True, exist_ok=True)  # which may be refused: better before workers are started
     jobs = [
         SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, results / slide.stem, settings, tissue, engine)
         for slide in map(Path.absolute, slides)
@@ -86,13 +88,21 @@ def segment(
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
-    write_lineage(output, {"segmented_with": models_facts(found)})
+    if any(row.status == "done" for row in rows):
+        write_lineage(output, {"segmented_with": models_facts(found)})
     return report(rows, output)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The models at a path: all folds of a cross-validation, the members of an ensemble, or the one that is there."""
-    folds = sorted(folder.glob("fold-*/model"), key=lambda path: int(path.parent.name.removeprefix("fold-")))
+    """The models at a path: all folds of a cross-validation, the members of an ensemble, or the one that is there.
+
+    Raises CheckpointError where a fold has no model yet.
+    """
+    numbers = sorted(int(name[1]) for path in folder.glob("fold-*") if (name := re.fullmatch(r"fold-(\d+)", path.name)))
+    folds = [folder / f"fold-{number}" / "model" for number in numbers]
+    for missing in (model for model in folds if not model.exists()):
+        remedy = "Run the cross-validation to its end, or name the folds' models one by one."
+        raise CheckpointError(str(missing), "no model", "one of every fold", remedy)
     return folds or list(ensemble.members(folder))
 
 
@@ -192,7 +202,7 @@ def report(rows: Sequence[Row], output: Path) -> int:
     """Print a line for each slide that failed and one for all; returns 1 where one failed, else 0."""
     for row in rows:
         if row.status == "failed":
-            console.print(f"failed: {row.slide_id}: {row.reason}", markup=False)
+            console.print(f"failed: {row.slide_id}: {row.reason}")
     failed = count_failed(rows)
     console.print(f"segment: {len(rows) - failed} slides done, {failed} failed; see {output / 'slides.csv'}")
     return 1 if failed else 0
@@ -201,15 +211,32 @@ def report(rows: Sequence[Row], output: Path) -> int:
 def _write_rows(path: Path, rows: dict[str, Row]) -> None:
     """Write the rows, and keep those of other slides that were there, perhaps from another command at this moment.
 
-    A slide that was skipped keeps the row that says what it took, unless that row says that it failed.
+    A row says what lies in the slide's folder: that of a finished slide stays where nothing was done now, be it that the
+    slide was skipped, or that what was asked for is refused.
     """
     names = [field.name for field in fields(Row)]
     with locked(path):
-        kept = {}
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                kept = {row["slide_id"]: row for row in csv.DictReader(file) if list(row) == names}
+        kept = _read_rows(path, names)
         done = {name for name, row in kept.items() if row["status"] == "done"}
-        fresh = {name: asdict(row) for name, row in rows.items() if not (row.skipped and name in done)}
+        sealed = {name for name in done if (path.parent / "slides" / name / PROVENANCE).exists()}
+        stays = {name for name, row in rows.items() if (row.skipped and name in done) or (row.reason and name in sealed)}
+        fresh = {name: asdict(row) for name, row in rows.items() if name not in stays}
         every = {**kept, **fresh}
         write_csv(path, names, [every[name] for name in sorted(every)])
+
+
+def _read_rows(path: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The rows by slide_id; a list that somebody has changed, so that it cannot be gone on with, is put aside."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if list(rows.fieldnames or ()) == names:
+                return {row["slide_id"]: row for row in rows}
+    except UnicodeDecodeError:
+        pass
+    aside = path.with_name(f"{path.name}.old")
+    path.replace(aside)
+    console.print(f"{path} was not as Fullfield writes it: now {aside}")
+    return {}

@@ -44,7 +44,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
         failed = _train(workspace, parts)
         entries = []
         for combination, part in zip(combinations, parts, strict=True):
-            console.print(f"\n{combination.name}", markup=False)
+            console.print(f"\n{combination.name}")
             entry, failure = _finish(workspace, combination, part, failed.get(part.output))
             entries.append(entry)
             failures.append(failure)
@@ -105,7 +105,7 @@ def _finish(whole: Workspace, combination: Combination, part: Config, error: Ful
             failure = run_stages(workspace)
             workspace.run.log_params({"sweep": combination.values})
     except FullfieldError as trouble:
-        console.print(f"failed: {combination.name}: {trouble}", markup=False)
+        console.print(f"failed: {combination.name}: {trouble}")
         return Entry(combination.name, combination.values, {}, str(trouble)), 1
     metrics = part.output / "metrics.json"
     if not metrics.exists():

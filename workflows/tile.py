@@ -15,7 +15,7 @@ from rich.table import Table
 from pipeline.cohort import SPLITS, Case
 from pipeline.config import TILE_COLUMNS, Config
 from pipeline.config_file import load_config
-from pipeline.errors import AnnotationError, SlideError
+from pipeline.errors import AnnotationError, CohortError, SlideError
 from pipeline.files import replacing
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
@@ -67,14 +67,14 @@ def tile_cohort(workspace: Workspace) -> int:
         run.log_metrics({f"mm2 {split} {name}": area for (split, name), area in areas.items()})
         run.log_file(workspace.tiles)
     for message in unreadable:
-        console.print(f"tile: left out {message}", markup=False)
+        console.print(f"tile: left out {message}")
     console.print("tile: done already" if done else _area_table(areas, config))
     return 1 if unreadable else 0
 
 
 def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
     """The rows of all slides, which are logged as the run's data, and what is wrong with slides that have none."""
-    rows, unreadable, unusable = list[Row](), list[str](), list[str]()
+    rows, unreadable, unusable, scans = list[Row](), list[str](), list[str](), dict[str, Case]()
     for case in workspace.cases:
         workspace.cluster.submit(case, tile_case, case, workspace.config)
     with progress("tile: slides", len(workspace.cases)) as bar:
@@ -82,9 +82,10 @@ def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
             if outcome.error is None:
                 case, found = outcome.key, outcome.value
                 rows += found.rows
+                _check_twin(case, scans.setdefault(found.digest, case), workspace.config)
                 run.log_dataset(case.slide_id, found.digest, case.slide, case.split)
                 for remark in found.remarks:
-                    console.print(f"tile: {case.slide_id}: {remark}", markup=False)
+                    console.print(f"tile: {case.slide_id}: {remark}")
             elif isinstance(outcome.error, SlideError):
                 unreadable.append(f"{outcome.key.slide_id}: {outcome.error}")
             elif isinstance(outcome.error, AnnotationError):
@@ -96,6 +97,14 @@ def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
         found = "\n  - ".join(["these problems:", *sorted(unusable)])
         raise AnnotationError(str(workspace.config.cohort.manifest), found, "annotations that can be read", "Correct them.")
     return sorted(rows, key=lambda row: (row["slide_id"], row["y"], row["x"])), unreadable
+
+
+def _check_twin(case: Case, other: Case, config: Config) -> None:
+    """Raise CohortError where two cases are one scan that would be learned from and examined on."""
+    if (case.patient, case.split) != (other.patient, other.split):
+        names = [f"{one.slide_id} (patient {one.patient}, {one.split})" for one in (other, case)]
+        found, remedy = f"one scan as {' and as '.join(names)}", "Delete one of the rows, or give both one patient."
+        raise CohortError(str(config.cohort.manifest), found, "a scan in one split, of one patient", remedy)
 
 
 def tile_case(case: Case, config: Config) -> Found:

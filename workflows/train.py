@@ -129,17 +129,20 @@ def _cases(workspace: Workspace) -> list[Case]:
 
 
 def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
-    """How many epochs an interrupted training has done, if it was this very one; the state of any other is deleted."""
+    """How many epochs an interrupted training has done. Raises TrainingError where it was another than this one."""
     state = snapshot.beside(unfinished)
     standing = snapshot.read_standing(state)
     if standing is None:
         return 0
     checkpoint.recover(unfinished)
-    changed = standing.changes(facts) if unfinished.exists() else f"{unfinished} is gone"
-    if changed:
-        console.print(f"train: begins anew, since the interrupted training was another: {changed}", markup=False)
+    if not unfinished.exists():
+        console.print(f"train: begins anew, since {unfinished} is gone")
         state.unlink()
         return 0
+    if changed := standing.changes(facts):
+        expected = "one of this cohort and configuration"
+        remedy = f"Call with the same again to go on with it; to begin anew, delete {state} and {unfinished}."
+        raise TrainingError(str(state), f"an interrupted training of another, {changed}", expected, remedy)
     console.print(f"train: goes on after epoch {len(standing.records)}")
     return len(standing.records)
 
@@ -277,11 +280,11 @@ def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: i
 
 
 def _dice(counts: np.ndarray, spec: ModelSpec, rest: int | None) -> dict[str, float]:
-    """The pooled Dice of the classes that occur."""
+    """The pooled Dice of the classes that the truth has: what is invented costs those that it is taken from."""
     from pipeline.metrics import ratios
 
-    values = ratios(counts, rest)["dice"]
-    return {name: float(value) for name, value in zip(spec.classes.names, values, strict=True) if not np.isnan(value)}
+    values, known = ratios(counts, rest)["dice"], counts.any(axis=1)
+    return {spec.classes.names[index]: float(values[index]) for index in np.flatnonzero(known)}
 
 
 def _note(record: Record) -> str:

@@ -1,0 +1,182 @@
+"""What may not be mixed is refused, what is not whole is made again, and neither costs what is there."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import checkpoint, ensemble
+from pipeline.architectures import build_network
+from pipeline.canvas import open_canvas
+from pipeline.classes import Class, Classes
+from pipeline.cohort import Case
+from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.config_file import load_config
+from pipeline.errors import CanvasError, CheckpointError, SlideError
+from pipeline.footprint import with_footprint
+from pipeline.network import ModelSpec
+from pipeline.phantom import make_phantom
+from pipeline.segmentation import plan_slide, segment_block
+from pipeline.slide import open_slide
+from pipeline.slide_job import CANVAS, SlideJob, is_finished
+from pipeline.workspace import training_facts
+from workflows.__main__ import main
+from workflows.segment import segment
+from workflows.verify import verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
+TORCH, HERE = EngineSettings(backend="torch"), ClusterSettings(workers=0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three small models with random weights."""
+    folder, found = tmp_path_factory.mktemp("models"), []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=2.0, patch_size=64, width=4, depth=1)
+        network = build_network(spec).eval()
+        checkpoint.save(folder / str(seed), with_footprint(spec, network), network)
+        found.append(folder / str(seed))
+    return found
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scan") / "scan.tiff"
+    make_phantom(path, seed=4, width=901, height=703, mpp=1.0)
+    return path
+
+
+def run(scan: Path, models: list[Path], output: Path, tile_size: int | None = 128) -> int:
+    return segment([scan], [str(model) for model in models], output, None, tile_size, HERE, TORCH)
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "slides.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tiles_of_a_model_that_took_another_s_place_are_not_mixed_in(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models[0], tmp_path / "model"))
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, model, tmp_path / "slides" / "scan", settings, TissueSettings(), TORCH)
+    first, *others = plan_slide(job).blocks
+    segment_block(job, first)
+    shutil.rmtree(model)
+    shutil.copytree(models[1], model)
+    with pytest.raises(CanvasError, match="model"):
+        segment_block(job, others[0])
+    assert set(open_canvas(job.folder / CANVAS).done()) == set(first)
+
+
+def test_an_output_of_other_models_is_refused_and_stays_as_it_was(
+    models: list[Path], scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(scan, models[:2], tmp_path) == 0
+    names = ("slides.csv", "lineage.json", "ensemble/ensemble.yaml", "slides/scan/provenance.json")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    with pytest.raises(CheckpointError, match="other models"):
+        run(scan, models[1:], tmp_path)
+    assert run(scan, models[2:], tmp_path) == 1
+    assert "made by another run" in capsys.readouterr().out
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    shutil.rmtree(tmp_path / "slides" / "scan" / CANVAS)
+    assert run(scan, models[2:], tmp_path) == 0
+    assert not (tmp_path / "slides" / "scan" / "entropy.ome.tif").exists()
+
+
+def test_what_is_missing_of_a_finished_slide_is_made_again(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    assert run(scan, models[:1], tmp_path) == 0
+    folder = tmp_path / "slides" / "scan"
+    outlines, canvas = (folder / "regions.geojson").read_bytes(), open_canvas(folder / CANVAS)
+    probabilities = canvas.read_probabilities(canvas.lattice.roi)
+    (folder / "regions.geojson").unlink()
+    assert run(scan, models[:1], tmp_path) == 0
+    assert (folder / "regions.geojson").read_bytes() == outlines
+    canvas.probability_shards(0).path(canvas.done()[0]).unlink()
+    (folder / "provenance.json").write_text("{")
+    assert run(scan, models[:1], tmp_path) == 0
+    assert np.array_equal(canvas.read_probabilities(canvas.lattice.roi), probabilities)
+
+
+def test_another_smallest_region_is_followed(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    assert run(scan, models[:1], tmp_path) == 0
+    settings = SegmentationSettings(tile_size=128, min_region_um2=1e5)
+    folder = tmp_path / "slides" / "scan"
+    job = SlideJob("scan", scan, None, models[0].absolute(), folder, settings, TissueSettings(), TORCH)
+    assert not is_finished(job)
+    assert is_finished(replace(job, settings=SegmentationSettings(tile_size=128)))
+    plan = plan_slide(job)
+    assert not plan.finished and not plan.blocks
+
+
+def test_a_list_of_slides_that_is_none_is_put_aside(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    tmp_path.joinpath("slides.csv").write_bytes("slide_id;grund\nä;ö\n".encode("latin-1"))
+    assert run(scan, models[:1], tmp_path) == 0
+    assert [row["slide_id"] for row in rows(tmp_path)] == ["scan"]
+    assert (tmp_path / "slides.csv.old").read_bytes().startswith(b"slide_id;grund")
+
+
+def test_folds_of_a_cross_validation_are_all_or_none(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    for number, model in enumerate(models[:2], start=1):
+        shutil.copytree(model, tmp_path / f"fold-{number}" / "model")
+    shutil.copytree(models[2], tmp_path / "fold-1-again" / "model")
+    assert run(scan, [tmp_path], tmp_path / "out") == 0
+    assert len(ensemble.members(tmp_path / "out" / "ensemble")) == 2
+    (tmp_path / "fold-3").mkdir()
+    with pytest.raises(CheckpointError, match=r"fold-3/model: found no model"):
+        run(scan, [tmp_path], tmp_path / "other")
+
+
+def test_one_pixel_is_verified(models: list[Path], tmp_path: Path) -> None:
+    make_phantom(tmp_path / "dot.tiff", seed=4, width=2, height=2, mpp=1.0)
+    assert verify(tmp_path / "dot.tiff", str(models[0]), None, TORCH, blend=False) == 0
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    models: list[Path], scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    command = ["fullfield", "segment", str(scan), "--model", str(models[0]), "--output", str(tmp_path / "file")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line
+
+
+def test_brackets_in_a_path_are_shown(
+    models: list[Path], scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "[x]" / "out [final]"
+    assert run(scan, models[:1], output) == 0
+    assert str(output / "slides.csv") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "found"), [("", "a folder"), ("x" * 300, "too long"), ("none.tiff", "no such file")])
+def test_what_is_no_file_is_an_error_of_that_slide(tmp_path: Path, name: str, found: str) -> None:
+    with pytest.raises(SlideError, match=found):
+        open_slide(tmp_path / name)
+
+
+def test_a_slide_changed_in_place_is_another(scan: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(scan, tmp_path / "scan.tiff"))
+    (tmp_path / "cohort.csv").write_text("slide\nscan.tiff\n")
+    example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+    config, case = load_config(example, [f"cohort.manifest={tmp_path / 'cohort.csv'}"]), Case("scan", "p", copy)
+    before = training_facts(config, [case])
+    assert training_facts(config, [case]) == before
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    after = training_facts(config, [case])
+    assert [name for name in before if before[name] != after[name]] == ["slide scan"]
+    assert json.loads(after["slide scan"])[0] == "scan"
