@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from pipeline.precision import Deviation
     from pipeline.workspace import Workspace
 
-_MIN_REGION_UM2 = SegmentationSettings().min_region_um2
-
 
 def segment(
     slides: Sequence[Path],
@@ -58,6 +56,7 @@ def segment(
     Several models answer as one; of what is looked for in slides, the first one's run decides.
     """
     output = output.absolute()
+    _check_names(slides)
     found = [member for model in models for member in _checkpoints(resolve_model(model).absolute())]
     folder = ensemble.gather(found, output / "ensemble")
     spec, engine = ensemble.load_spec(folder), with_flips(engine, folder, flips)
@@ -67,21 +66,8 @@ def segment(
 
         for member in found:
             require_approval(settled(engine, spec.architecture), member)
-    looked = ensemble.load_lineage(folder)
-    tissue = TissueSettings(**looked.get("tissue", {}))
-    smallest = looked.get("min_region_um2", _MIN_REGION_UM2)
-    settings = SegmentationSettings(tile_size=tile_size, min_region_um2=smallest, blend=blend)
-    ids = [slide.stem for slide in slides]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
-    if twice:
-        shared = f"slides that share the name {', '.join(twice)}"
-        raise CohortError("fullfield segment", shared, "names that differ", "Name each slide once, or use two outputs.")
-    results = output / "slides"
     output.mkdir(parents=True, exist_ok=True)  # which may be refused: better before workers are started
-    jobs = [
-        SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), folder, results / slide.stem, settings, tissue, engine)
-        for slide in map(Path.absolute, slides)
-    ]
+    jobs = _jobs(slides, mpp, folder, output / "slides", SegmentationSettings(tile_size=tile_size, blend=blend), engine)
     if where.workers is None and where.scheduler is None:
         scale = Mpp.square(spec.mpp)
         where = where.model_copy(update={"workers": local_workers(((job.slide, job.mpp) for job in jobs), scale)})
@@ -91,6 +77,33 @@ def segment(
     if any(row.status == "done" for row in rows):
         write_lineage(output, {"segmented_with": models_facts(found)})
     return report(rows, output)
+
+
+def _check_names(slides: Sequence[Path]) -> None:
+    """Raise CohortError where two slides would have one folder."""
+    ids = [slide.stem for slide in slides]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        shared = f"slides that share the name {', '.join(twice)}"
+        raise CohortError("fullfield segment", shared, "names that differ", "Name each slide once, or use two outputs.")
+
+
+def _jobs(
+    slides: Sequence[Path],
+    mpp: float | None,
+    model: Path,
+    results: Path,
+    settings: SegmentationSettings,
+    engine: EngineSettings,
+) -> list[SlideJob]:
+    """A job for each slide, with the tissue and the smallest region of the run that trained the model."""
+    looked = ensemble.load_lineage(model)
+    tissue = TissueSettings(**looked.get("tissue", {}))
+    own = settings.model_copy(update={"min_region_um2": looked.get("min_region_um2", settings.min_region_um2)})
+    return [
+        SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), model, results / slide.stem, own, tissue, engine)
+        for slide in map(Path.absolute, slides)
+    ]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
