@@ -123,12 +123,11 @@ class OutlineTruth:
 
     def check(self) -> None:
         """Raise AnnotationError where no outline lies on the slide: they will be those of another."""
-        bounds = [stencil.bounds for _, stencil in self._layers.painted]
-        bounds += [] if self._layers.known is None else [self._layers.known.bounds]
-        if not bounds:
-            return
-        (left, top), (right, bottom) = np.min(bounds, axis=0)[:2], np.max(bounds, axis=0)[2:]
-        if right <= 0 or bottom <= 0 or left >= self.base.width or top >= self.base.height:
+        stencils = [stencil for _, stencil in self._layers.painted]
+        stencils += [] if self._layers.known is None else [self._layers.known]
+        if stencils and not any(stencil.reaches(self.base) for stencil in stencils):
+            bounds = np.array([stencil.bounds for stencil in stencils])
+            (left, top), (right, bottom) = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
             found = f"outlines from x {left:g}, y {top:g} to x {right:g}, y {bottom:g}"
             expected = f"some on the slide, which has {self.base.width} x {self.base.height} px"
             raise AnnotationError(str(self.path), found, expected, "Name the annotation of this slide.")
@@ -238,14 +237,13 @@ def _unmapped_error(path: Path, outlines: Outlines, class_map: ClassMap, unmappe
 
 
 def _remarks(outlines: Outlines) -> tuple[str, ...]:
-    if not outlines.outlines:
-        return ("no outlines",)
     counts = (
         ("invalid polygons, repaired", outlines.repaired),
         ("points, lines and rulers, left out", outlines.skipped),
         ("outlines without an area, left out", outlines.dropped),
     )
-    return tuple(f"{text}: {count}" for text, count in counts if count)
+    none = () if outlines.outlines else ("no outlines",)
+    return (*none, *(f"{text}: {count}" for text, count in counts if count))
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,12 @@ def gather(models: Sequence[Path], folder: Path) -> Path:
     if len(set(digests)) < len(digests):
         raise CheckpointError(", ".join(map(str, models)), "a model twice", "models that differ", "Give each one once.")
     with locked(folder):
-        if not (folder / _FILE).exists():
-            content = {"fullfield": __version__, "members": found}
-            write_text(folder / _FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        elif [digest for _, digest in _listed(folder)] != digests:
+        if (folder / _FILE).exists() and [digest for _, digest in _listed(folder)] != digests:
             expected = "the models that this output was begun with"
             remedy = "Segment into another folder, or delete this output first."
             raise CheckpointError(str(folder / _FILE), "other models", expected, remedy)
+        content = {"fullfield": __version__, "members": found}  # anew, since models may have been moved
+        write_text(folder / _FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return folder
 
 

@@ -21,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with _begun(partial):
+    with _alone(path.with_name(f".{path.name}.partial.lock")):
         try:
             yield partial
         except BaseException:
@@ -30,16 +30,23 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
-def _begun(partial: Path) -> BinaryIO:
-    """The file, empty or as a killed writer left it, as soon as no other writer has it: the file is its own lock."""
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process or thread is here; the file that tells them of each other is gone afterwards."""
+    with _held(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _held(lock: Path) -> BinaryIO:
     while True:
-        file = partial.open("ab")
+        file = lock.open("ab")
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
-            if os.path.samestat(
-                os.fstat(file.fileno()), partial.stat()
-            ):  # else its writer has put it in its place meanwhile
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # else who had it has unlinked it meanwhile
                 return file
         file.close()
 

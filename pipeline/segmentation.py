@@ -209,6 +209,7 @@ def plan_slide(job: SlideJob) -> Plan:
             canvas = open_canvas(path, identity)
             if is_finished(job):
                 return Plan((), 0.0, finished=True)
+            (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
             tissue = opened.tissue()
         else:
             job.folder.mkdir(exist_ok=True)

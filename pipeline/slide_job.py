@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__, ensemble
 from pipeline.canvas import Canvas, open_canvas
@@ -52,15 +52,25 @@ class SlideJob:
 
 
 def is_finished(job: SlideJob) -> bool:
-    """Whether the job's folder holds a finished segmentation, all files of it, that is this job's, not another run's."""
+    """Whether the job's folder holds all that it is to make: nothing is left to do."""
+    if not all((job.folder / name).exists() for name in MADE):
+        return False
+    return is_segmented(job) and _provenance(job)["min_region_um2"] == job.settings.min_region_um2
+
+
+def is_segmented(job: SlideJob) -> bool:
+    """Whether the job's folder holds a canvas that was finished, and is this job's, not another run's."""
+    found = _provenance(job)
+    return bool(found and (job.folder / CANVAS).exists() and found["identity"] == OpenedJob(job).identity())
+
+
+def _provenance(job: SlideJob) -> dict[str, Any]:
+    """What the provenance says; nothing where there is none, or a damaged one, which vouches for nothing."""
     try:
-        provenance = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
-        identity, smallest = provenance["identity"], provenance["min_region_um2"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError):  # a damaged one vouches for nothing
-        return False
-    if not all((job.folder / name).exists() for name in (CANVAS, *MADE)):
-        return False
-    return bool(identity == OpenedJob(job).identity() and smallest == job.settings.min_region_um2)
+        found = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("identity", "min_region_um2")}
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def job_tile_size(job: SlideJob) -> int:

@@ -59,6 +59,14 @@ class Standing:
         return ", ".join(told) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
+def of_another(path: Path, changed: str) -> TrainingError:
+    """The error for the state of an interrupted training that is not the one that was asked for."""
+    remedy = f"Call with the same again to go on with it; to begin anew, delete {path} and model.partial beside it."
+    return TrainingError(
+        str(path), f"an interrupted training of another, {changed}", "one of this cohort and configuration", remedy
+    )
+
+
 def beside(model: Path) -> Path:
     """Where the state of a training lies, given the folder of its unfinished model."""
     return model.with_name("training.safetensors")

@@ -10,7 +10,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -144,8 +144,10 @@ def open_store(address: str, create: bool) -> Store:
     path = _sqlite_path(address)
     if path is not None:
         _check_sqlite(path, create)
-    alone = locked(path) if path is not None and create else nullcontext()  # two that make its tables would both fail
-    with _conversation(address), _impatience(), alone:
+    with _conversation(address), _impatience(), ExitStack() as alone:
+        if path is not None and create:  # two that make its tables at once would both fail
+            with suppress(PermissionError):  # another user's lock, who has made them
+                alone.enter_context(locked(path))
         from mlflow import MlflowClient
 
         client = MlflowClient(address)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow import ArrowInvalid, parquet
 
-from pipeline import __version__, checkpoint
+from pipeline import __version__, checkpoint, snapshot
 from pipeline.ahead import ahead
 from pipeline.annotations import ClassMap, Truth, open_truth, with_glass
 from pipeline.cluster import Cluster, connect
@@ -39,6 +39,7 @@ from pipeline.tracking import Run
 TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
 """Keys of the metadata of the table of tiles."""
 
+_SLIDE = "slide "  # begins the names of facts that are slides
 _TILED = ("classes", "annotations", "tissue", "tiles")
 """Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
 
@@ -112,7 +113,8 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     cases = deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
-    _check_model(config.output / "model", training_inputs(config, cases))
+    check_model(config, cases)
+    _check_interrupted(config)
     config.output.mkdir(parents=True, exist_ok=True)
     write_manifest(config.output / "cohort.csv", cases)
     write_text(config.output / "config.yaml", config.to_yaml())
@@ -261,7 +263,7 @@ def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
     for name, section in _training_sections(config).items():
         values = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
         facts |= {key: json.dumps(value) for key, value in values.items()}
-    return facts | {f"slide {case.slide_id}": json.dumps(_case_stamp(case)) for case in cases}
+    return facts | {f"{_SLIDE}{case.slide_id}": json.dumps(_case_stamp(case)) for case in cases}
 
 
 def _training_sections(config: Config) -> dict[str, Any]:
@@ -269,14 +271,27 @@ def _training_sections(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", include=sections, exclude={"training": set(SHARING)})
 
 
-def _check_model(model: Path, inputs: str) -> None:
-    if model.exists() and checkpoint.load_lineage(model).get("inputs") != inputs:
+def check_model(config: Config, cases: Sequence[Case]) -> None:
+    """Raise CheckpointError where the output has a model of another cohort or configuration."""
+    model = config.output / "model"
+    if model.exists() and checkpoint.load_lineage(model).get("inputs") != training_inputs(config, cases):
         raise CheckpointError(
             str(model),
             "a model that was trained with another cohort or configuration",
             "none, or one of this configuration",
             "Choose another `output`, or delete the folders `model` and `slides` there to begin anew.",
         )
+
+
+def _check_interrupted(config: Config) -> None:
+    """Raise TrainingError where the output has an interrupted training of another configuration."""
+    unfinished = config.output / "model.partial"
+    standing = snapshot.read_standing(snapshot.beside(unfinished)) if unfinished.exists() else None
+    if standing is None or (config.output / "model").exists():
+        return
+    sections = {name: value for name, value in standing.inputs.items() if not name.startswith(_SLIDE)}
+    if changed := replace(standing, inputs=sections).changes(training_facts(config, ())):
+        raise snapshot.of_another(snapshot.beside(unfinished), changed)
 
 
 def _case_stamp(case: Case) -> list[object]:

@@ -108,6 +108,12 @@ def test_outlines_of_another_slide_are_refused(tmp_path: Path) -> None:
         drawn(tmp_path, naming(), feature("Gland", shapely.box(500, 0, 504, 4)))
 
 
+def test_outlines_on_either_side_of_a_slide_are_not_on_it(tmp_path: Path) -> None:
+    sides = [feature("Gland", shapely.box(x, 0, x + 4, 4)) for x in (-50, 60)]
+    with pytest.raises(AnnotationError, match="some on the slide"):
+        drawn(tmp_path, naming(), *sides)
+
+
 def test_unnamed_objects(tmp_path: Path) -> None:
     truth = drawn(tmp_path, naming(unnamed=2), feature(None, shapely.box(0, 0, 2, 1)))
     assert truth.read(Roi(0, 0, 3, 1), BASE).tolist() == [[2, 2, 0]]

@@ -98,7 +98,7 @@ def check_refusals(config: Path, output: Path) -> None:
     """Other folds leave an output as it is; and the whole is no run that could be made again."""
     before = (output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()
     with pytest.raises(CheckpointError, match="patients dealt out otherwise"):
-        crossval(config, [f"output={output}"], 2)
+        crossval(config, [f"output={output}", "cohort.fractions={train: 1, val: 0, test: 0}"], 2)
     assert ((output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()) == before
     store, run_id = f"sqlite:///{output / 'mlflow.db'}", json.loads((output / "run.json").read_text())["run_id"]
     with pytest.raises(TrackingError, match="no lineage.json"):

@@ -21,9 +21,9 @@ from pipeline.errors import CanvasError, CheckpointError, SlideError
 from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
-from pipeline.segmentation import plan_slide, segment_block
+from pipeline.segmentation import Part, finish_slide, plan_slide, segment_block
 from pipeline.slide import open_slide
-from pipeline.slide_job import CANVAS, SlideJob, is_finished
+from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
 from pipeline.workspace import training_facts
 from workflows.__main__ import main
 from workflows.segment import segment
@@ -108,20 +108,36 @@ def test_what_is_missing_of_a_finished_slide_is_made_again(models: list[Path], s
 
 def test_another_smallest_region_is_followed(models: list[Path], scan: Path, tmp_path: Path) -> None:
     assert run(scan, models[:1], tmp_path) == 0
-    settings = SegmentationSettings(tile_size=128, min_region_um2=1e5)
+    outlines = (tmp_path / "slides" / "scan" / "regions.geojson").read_bytes()
+    settings = SegmentationSettings(tile_size=128, min_region_um2=1e9)
     folder = tmp_path / "slides" / "scan"
     job = SlideJob("scan", scan, None, models[0].absolute(), folder, settings, TissueSettings(), TORCH)
     assert not is_finished(job)
     assert is_finished(replace(job, settings=SegmentationSettings(tile_size=128)))
+    assert is_segmented(job)
     plan = plan_slide(job)
     assert not plan.finished and not plan.blocks
+    finish_slide(job, Part.REGIONS)
+    assert (folder / "regions.geojson").read_bytes() != outlines
+    assert run(scan, models[:1], tmp_path) == 0  # as the first time, after a kill in between
+    assert (folder / "regions.geojson").read_bytes() == outlines
 
 
 def test_a_list_of_slides_that_is_none_is_put_aside(models: list[Path], scan: Path, tmp_path: Path) -> None:
-    tmp_path.joinpath("slides.csv").write_bytes("slide_id;grund\nä;ö\n".encode("latin-1"))
     assert run(scan, models[:1], tmp_path) == 0
-    assert [row["slide_id"] for row in rows(tmp_path)] == ["scan"]
-    assert (tmp_path / "slides.csv.old").read_bytes().startswith(b"slide_id;grund")
+    path = tmp_path / "slides.csv"
+    for wrong in ("slide_id;grund\nä;ö\n".encode("latin-1"), path.read_bytes().rstrip(b"\n") + b",a remark\n"):
+        path.write_bytes(wrong)
+        assert run(scan, models[:1], tmp_path) == 0
+        assert [row["slide_id"] for row in rows(tmp_path)] == ["scan"]
+        assert (tmp_path / "slides.csv.old").read_bytes() == wrong
+
+
+def test_models_that_were_moved_go_on(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    moved = [Path(shutil.copytree(model, tmp_path / "before" / model.name)) for model in models[:2]]
+    assert run(scan, moved, tmp_path / "out") == 0
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert run(scan, [tmp_path / "after" / model.name for model in moved], tmp_path / "out") == 0
 
 
 def test_folds_of_a_cross_validation_are_all_or_none(models: list[Path], scan: Path, tmp_path: Path) -> None:

@@ -394,13 +394,12 @@ def test_another_training_is_refused_until_the_interrupted_one_is_deleted(
 ) -> None:
     output = shutil.copytree(killed, tmp_path / "out", ignore=shutil.ignore_patterns("run.json"))
     options, state = [*killed_options(project, output), "training.epochs=1"], output / "training.safetensors"
-    before = state.read_bytes()
+    before = state.read_bytes(), (output / "config.yaml").read_bytes()
     with pytest.raises(TrainingError, match="an interrupted training of another, training.epochs was 4"):
         train(project / "config.yaml", options)
-    assert state.read_bytes() == before
+    assert (state.read_bytes(), (output / "config.yaml").read_bytes()) == before
     state.unlink()
     shutil.rmtree(output / "model.partial")
-    (output / "run.json").unlink()
     train(project / "config.yaml", options)
     (stage,) = trainings(project, output)
     assert [step for step, _ in stage["loss"]] == [1]

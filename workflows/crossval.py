@@ -60,15 +60,16 @@ def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
     held = deal_folds(content, folds, config.seed)
     shares = config.cohort.fractions
     val_share = shares.val / (shares.train + shares.val) if shares.val else 0.0
+    cohorts = [fold_cases(cases, patients, content, val_share, config.seed) for patients in held]
     rows = _fold_rows(held, content, config)
     _check_folds(workspace.output, _fold_of(held))
     write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
     workspace.run.log_file(workspace.output / "folds.csv")
     parts = []
-    for number, patients in enumerate(held, 1):
+    for number, (patients, cohort_cases) in enumerate(zip(held, cohorts, strict=True), 1):
         console.print(f"fold {number} holds out {', '.join(sorted(patients))}")
         output = workspace.output / f"fold-{number}"
-        write_manifest(output / "cohort.csv", fold_cases(cases, patients, content, val_share, config.seed))
+        write_manifest(output / "cohort.csv", cohort_cases)
         cohort = config.cohort.model_copy(update={"manifest": output / "cohort.csv"})
         segmentation = config.segmentation.model_copy(update={"splits": ("test",)})
         parts.append(config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation}))

@@ -21,7 +21,7 @@ from pipeline.files import write_csv, write_text
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, progress
 from pipeline.slide import open_slide
-from pipeline.slide_job import CANVAS, is_finished
+from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
 from pipeline.tissue import PICTURE_PIXELS
@@ -75,7 +75,7 @@ def compare(case: Case, config: Config) -> Assessment:
     Raises CanvasError where the slide is not segmented.
     """
     job = slide_job(case, config)
-    if not is_finished(job):
+    if not is_segmented(job):
         expected = "the finished segmentation of this slide by this model"
         raise CanvasError(str(job.folder), "none", expected, "Run `fullfield run` with this configuration.")
     canvas, truth = open_canvas(job.folder / CANVAS), case_truth(case, config)

@@ -14,6 +14,7 @@ from pipeline.combinations import Combination, combine
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, FullfieldError
+from pipeline.files import locked
 from pipeline.metrics import POOLED
 from pipeline.progress import console, progress
 from pipeline.scoreboard import Entry, ranked, write_scoreboard
@@ -69,6 +70,8 @@ def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldErr
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(open_within(whole, part)) for part in parts]
+        for part in opened:
+            stack.enter_context(locked(part.model))
         for part in opened:
             adopt_tiles(part, whole.tiles, whole.config)
             tile_cohort(part)

@@ -26,6 +26,7 @@ from pipeline.progress import console, progress
 from pipeline.snapshot import Record, Standing
 from pipeline.workspace import (
     Workspace,
+    check_model,
     model_spec,
     open_sources,
     open_workspace,
@@ -65,6 +66,7 @@ def train_model(workspace: Workspace) -> None:
 def _trained(workspace: Workspace, unfinished: Path) -> str:
     """The model's address in the registry, once it is there; nobody else trains in this output meanwhile."""
     config, model = workspace.config, workspace.model
+    check_model(config, workspace.cases)  # again, since another may have trained it meanwhile
     _check_tiles(workspace)
     cases = _cases(workspace)
     done = 0 if model.exists() else _interrupted(unfinished, training_facts(config, cases))
@@ -140,9 +142,7 @@ def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
         state.unlink()
         return 0
     if changed := standing.changes(facts):
-        expected = "one of this cohort and configuration"
-        remedy = f"Call with the same again to go on with it; to begin anew, delete {state} and {unfinished}."
-        raise TrainingError(str(state), f"an interrupted training of another, {changed}", expected, remedy)
+        raise snapshot.of_another(state, changed)
     console.print(f"train: goes on after epoch {len(standing.records)}")
     return len(standing.records)
 
