@@ -38,7 +38,7 @@ def gather(models: Sequence[Path], folder: Path) -> Path:
     if len(models) == 1:
         return models[0]
     found = [{"path": str(model.resolve()), "digest": checkpoint.digest(model)} for model in models]
-    _together([checkpoint.load_spec(model) for model in models], models)
+    common_spec(models)
     digests = [member["digest"] for member in found]
     if len(set(digests)) < len(digests):
         raise CheckpointError(", ".join(map(str, models)), "a model twice", "models that differ", "Give each one once.")
@@ -80,8 +80,12 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
 
 def load_spec(model: Path) -> ModelSpec:
     """What the model is; of an ensemble, what its members have in common. Raises CheckpointError."""
-    found = members(model)
-    return _together([checkpoint.load_spec(member) for member in found], found)
+    return common_spec(members(model))
+
+
+def common_spec(models: Sequence[Path]) -> ModelSpec:
+    """What models have in common that would answer as one. Raises CheckpointError where they do not go together."""
+    return _together([checkpoint.load_spec(model) for model in models], models)
 
 
 def load_lineage(model: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _held(lock: Path) -> BinaryIO:
+    """The lock's file, open and locked, as soon as nobody else has it."""
     while True:
         file = lock.open("ab")
         with suppress(OSError):
@@ -52,7 +53,7 @@ def _held(lock: Path) -> BinaryIO:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, whole or not at all; of a name that is none, the odd bytes are written as `\\udcff`."""
+    """Write a text file as UTF-8, whole or not at all; what is not Unicode, as in some file names, becomes `\\udcff`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -53,9 +53,8 @@ class SlideJob:
 
 def is_finished(job: SlideJob) -> bool:
     """Whether the job's folder holds all that it is to make: nothing is left to do."""
-    if not all((job.folder / name).exists() for name in MADE):
-        return False
-    return is_segmented(job) and _provenance(job)["min_region_um2"] == job.settings.min_region_um2
+    same = _provenance(job).get("min_region_um2") == job.settings.min_region_um2
+    return same and all((job.folder / name).exists() for name in MADE) and is_segmented(job)
 
 
 def is_segmented(job: SlideJob) -> bool:

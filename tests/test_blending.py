@@ -276,7 +276,7 @@ def test_verify_tells_how_far_off_it_is_and_fails(folder: Path, slides: dict, ca
 
 def test_a_plan_of_blended_windows_counts_their_overlap(folder: Path, slides: dict) -> None:
     wanted = SegmentationSettings(blend=True, tile_size=128)
-    found = foresee(slides[301, 203].path, None, folder, TissueSettings(), wanted)
+    found = foresee(slides[301, 203].path, None, folder, TissueSettings(), wanted, EngineSettings(), workers=1)
     assert found.tiles == 6 and found.tile_size == 128
     assert found.halo_cost == pytest.approx((64 / 48) ** 2 * 1.5)
     assert found.seconds > 0 and found.peak_bytes > 0

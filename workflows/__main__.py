@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -336,8 +337,8 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # such as a connection that is lost: no place is to blame
         place, found = error.filename or "a file", error.strerror or str(error)
         print(f"{place}: found {found!r}; expected a place to read and write. Make room or give access.", file=sys.stderr)
         sys.exit(1)

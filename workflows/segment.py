@@ -58,11 +58,14 @@ def segment(
     output = output.absolute()
     _check_names(slides)
     found = [member for model in models for member in _checkpoints(resolve_model(model).absolute())]
-    engine = with_flips(engine, found[0], flips)
-    for member in found:
-        _check_way(member, engine, blend)
+    spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
+    stitching(spec, blend)  # refuses what is not local before anything is begun
+    if engine.precision != "exact":
+        from pipeline.precision import require_approval
+
+        for member in found:
+            require_approval(settled(engine, spec.architecture), member)
     folder = ensemble.gather(found, output / "ensemble")
-    spec = ensemble.load_spec(folder)
     output.mkdir(parents=True, exist_ok=True)  # which may be refused: better before workers are started
     jobs = _jobs(slides, mpp, folder, output / "slides", SegmentationSettings(tile_size=tile_size, blend=blend), engine)
     if where.workers is None and where.scheduler is None:
@@ -83,16 +86,6 @@ def _check_names(slides: Sequence[Path]) -> None:
     if twice:
         shared = f"slides that share the name {', '.join(twice)}"
         raise CohortError("fullfield segment", shared, "names that differ", "Name each slide once, or use two outputs.")
-
-
-def _check_way(model: Path, engine: EngineSettings, blend: bool) -> None:
-    """Refuse a model that is not local, or a precision that is not approved for it, before anything is begun."""
-    spec = checkpoint.load_spec(model)
-    stitching(spec, blend)
-    if engine.precision != "exact":
-        from pipeline.precision import require_approval
-
-        require_approval(settled(engine, spec.architecture), model)
 
 
 def _jobs(

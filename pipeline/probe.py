@@ -1,0 +1,167 @@
+"""What tiles take, measured: memory, seconds and disk of a few that are run.
+
+Memory is measured in the process that does the work, on its own slide, with everything that a tile takes: reading ahead, the
+forward pass, compressing and writing. What was measured of a model on a machine is kept for the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import psutil
+
+from pipeline import __version__, ensemble
+from pipeline.canvas import create_canvas
+from pipeline.config import EngineSettings
+from pipeline.files import write_text
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.machine import release_memory, threads
+from pipeline.network import ModelSpec
+from pipeline.runtime import cache_folder, describe, settled
+from pipeline.slide import Pixels, Slide
+from pipeline.staining import Staining
+from pipeline.stitching import Stitching
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+PROBE_SIZES = (256, 768)
+"""Pixels along a side of the tiles that are run, smaller and larger ones."""
+
+_PROBE_TILES = 3  # the first warms up; by then a window is read while another is run and a third is written
+_FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations no longer fit the gaps that they left
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few tiles took: bytes held, `base_bytes` and more for each pixel that the network computes for a tile; such
+    pixels a second; and bytes on disk for each pixel of a tile, probabilities and labels together.
+    """
+
+    base_bytes: float
+    bytes_per_pixel: float
+    pixels_per_second: float
+    output_bytes: float
+
+    def peak_bytes(self, pixels: int) -> float:
+        """Memory of the whole process at its peak, for tiles that take so many pixels."""
+        return self.base_bytes + _FRAGMENTED * self.bytes_per_pixel * pixels
+
+
+def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching) -> Probe:
+    """Run a few tiles of two sizes at `place`, a rectangle of `lattice`, and write them to a folder that is then dropped.
+
+    Raises SlideError where the slide cannot be read.
+    """
+    if engine.spec.normalisation is not None:  # to whichever stain: the cost is the same
+        from pipeline.normalised import NormalisedSlide
+
+        white = Staining((255.0, 255.0, 255.0), engine.spec.normalisation.dyes)
+        slide = NormalisedSlide(slide, white, engine.spec.normalisation)
+    held = _start_measuring()
+    small, large = (_run(slide, lattice, engine, place, way, size) for size in PROBE_SIZES)
+    _start_measuring()  # the work begins with a heap that is whole again
+    # The process holds no less than before: where the line would say so, it goes through what was held then.
+    # What comes and goes beside the network, such as a window being read, may meet it in one tile and miss it in another.
+    rise = (large.peak - small.least) / (large.pixels - small.pixels)
+    slope = max(min(rise, (large.peak - held) / large.pixels), 0.0)
+    return Probe(large.peak - slope * large.pixels, slope, large.pixels / large.seconds, large.output_bytes)
+
+
+def known_probe(slide: Slide, engine: Engine, way: Stitching, path: Path) -> Probe:
+    """What `path` keeps of an earlier probe in the middle of such a slide, else a new one, which is then kept there.
+
+    What a process holds already differs from one to the next, and is not kept. Raises SlideError.
+    """
+    held = _start_measuring()
+    with suppress(OSError, ValueError, TypeError):
+        kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(kept, base_bytes=kept.base_bytes + held)
+    lattice = slide.base.at(Mpp.square(engine.spec.mpp))
+    found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
+    with suppress(OSError):
+        write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))
+    return found
+
+
+def kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSettings) -> Path:
+    """Where a probe is kept: a file of its own for everything that may change what it finds."""
+    engine, scale = settled(settings, spec.architecture), Mpp.square(spec.mpp)
+    versions = [__version__, *(version(library) for library in ("numpy", engine.backend))]
+    shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
+    facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), threads(), shrink]
+    return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A few tiles of one size: pixels computed for one; bytes held at the peak of the tile that took least, and of the one
+    that took most; seconds a tile; bytes on disk a pixel.
+    """
+
+    pixels: int
+    least: int
+    peak: int
+    seconds: float
+    output_bytes: float
+
+
+def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching, size: int) -> _Run:
+    spec, grid = engine.spec, way.grid(lattice, size)
+    # A small slide is continued with glass, so that the windows of the two sizes differ.
+    least = _PROBE_TILES * grid.write_size + 2 * grid.halo
+    wide = Lattice(max(lattice.width, least), max(lattice.height, least), lattice.mpp)
+    grid = replace(grid, lattice=wide)
+    row, column = place.y // grid.write_size, min(place.x // grid.write_size, grid.shape[1] - _PROBE_TILES)
+    tiles = [grid[row, column + offset] for offset in range(_PROBE_TILES)]
+    with TemporaryDirectory(prefix="fullfield-") as folder:
+        shape = wide.shrink(spec.output_stride)
+        canvas = create_canvas(Path(folder) / "probe", shape, spec.classes, grid.write_size // spec.output_stride, {})
+        times, peaks = [], []
+        for tile, probabilities in way.predict(slide, grid, tiles, engine):
+            canvas.write(tile.target(spec.output_stride), probabilities)
+            times.append(time.perf_counter())
+            peaks.append(_peak_resident())
+            if len(times) == 1:  # an engine may compile itself for windows of this size, which takes memory but once
+                peaks.clear()
+                _start_measuring()
+            _forget_peak()
+        pixels = sum(tile.write_roi.area for tile in tiles)
+        written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
+    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    return _Run(way.computed(grid), min(peaks), max(peaks), seconds, written / pixels)
+
+
+def _start_measuring() -> int:
+    """Give freed memory back to the kernel and forget the peak; returns the bytes that this process holds."""
+    release_memory()
+    _forget_peak()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _forget_peak() -> None:
+    """Let the peak be what is held now, where the kernel can do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_resident() -> int:
+    """The most bytes that this process has held, since measuring started where the kernel can tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
