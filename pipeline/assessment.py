@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.annotations import Truth
 from pipeline.boundaries import Boundaries, hd95, measure_boundaries, surface_dice
 from pipeline.calibration import BINS, calibration_error, count_reliability
 from pipeline.canvas import Canvas
@@ -23,6 +22,7 @@ from pipeline.geometry import Roi
 from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, number
 from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, OBJECT_SUMS, TRUE_COUNT, object_scores, object_sums
 from pipeline.resampling import Counts, Floats, bounds, draw_patients
+from pipeline.truth import Truth
 
 BLOCK = 2048
 """Side of what is compared at once, in pixels."""

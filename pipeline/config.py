@@ -162,10 +162,8 @@ class TrainingSettings(Section):
     @model_validator(mode="after")
     def _even_shares(self) -> TrainingSettings:
         if self.batch_size % self.processes or self.patches_per_epoch % self.processes:
-            raise ValueError(
-                f"batch_size and patches_per_epoch should be multiples of devices x nodes, {self.processes}, "
-                "so that each has as large a share of every batch"
-            )
+            shares = f"devices x nodes, {self.processes}: each has as large a share of a batch"
+            raise ValueError(f"batch_size and patches_per_epoch should be multiples of {shares}")
         return self
 
 
@@ -257,31 +255,28 @@ class Config(Section):
     @model_validator(mode="after")
     def _known_names(self) -> Config:
         names = [item.name for item in self.classes]
-        taken = sorted(set(names) & set(TILE_COLUMNS))
-        if taken:
+        if taken := sorted(set(names) & set(TILE_COLUMNS)):
             raise ValueError(f"classes should not be called {taken}, which are columns of the table of tiles")
         if len(set(names)) != len(names):
             raise ValueError(f"class names should differ, found {names}")
         claimed = [f"annotation {name!r}" for item in self.classes for name in item.annotations or (item.name,)]
         claimed += [f"label value {value}" for item in self.classes for value in item.values]
-        twice = sorted({item for item in claimed if claimed.count(item) > 1})
-        if twice:
+        if twice := sorted({item for item in claimed if claimed.count(item) > 1}):
             raise ValueError(f"each should belong to one class only: {', '.join(twice)}")
-        unknown = sorted(set(self.training.class_weights) - set(names))
-        if unknown:
-            raise ValueError(f"training.class_weights should name classes of {names}, found {unknown}")
-        strangers = sorted(set(self.evaluation.lesions) - set(names))
-        if strangers:
-            raise ValueError(f"evaluation.lesions should name classes of {names}, found {strangers}")
+        used: dict[str, set[str | None]] = {
+            "annotations.rest": {self.annotations.rest} - {None},
+            "annotations.unnamed": {self.annotations.unnamed} - {None},
+            "training.class_weights": set(self.training.class_weights),
+            "evaluation.lesions": set(self.evaluation.lesions),
+        }
+        for key, found in used.items():
+            if unknown := sorted(str(name) for name in found.difference(names)):
+                raise ValueError(f"{key} should name classes of {names}, found {unknown}")
         if self.network.norm == "instance" and not self.segmentation.blend:
             raise ValueError(
                 "segmentation.blend should be true for network.norm instance: it looks at the whole image at once, so that "
                 "no tiling is exact (or leave network.norm out)"
             )
-        for key in ("rest", "unnamed"):
-            name = getattr(self.annotations, key)
-            if name is not None and name not in names:
-                raise ValueError(f"annotations.{key} should be one of {names}, found {name!r}")
         return self
 
     @property

@@ -20,10 +20,10 @@ import numpy.typing as npt
 from scipy import ndimage
 from skimage.measure import block_reduce
 
-from pipeline.annotations import Truth
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED
 from pipeline.geometry import Mpp, Roi
+from pipeline.truth import Truth
 
 Labels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pipeline.canvas import Canvas
 from pipeline.export import overlay, write_entropy, write_ome_tiff, write_png
+from pipeline.geojson import write_geojson
 from pipeline.measurement import measure, write_measurements
-from pipeline.regions import find_regions, write_geojson
+from pipeline.regions import find_regions
 from pipeline.slide import Slide
 from pipeline.tissue import Tissue, outlined
 

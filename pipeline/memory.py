@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.annotations import Truth
 from pipeline.geometry import Lattice, Roi
 from pipeline.patches import Source
+from pipeline.truth import Truth
 
 _MOST_BYTES = 1 << 30
 _PIXEL_BYTES = 4  # red, green, blue and the class

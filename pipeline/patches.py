@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from pipeline.annotations import Truth
 from pipeline.augment import Augmentation, augment
 from pipeline.errors import TrainingError
 from pipeline.geometry import Lattice, Roi
 from pipeline.slide import Pixels
+from pipeline.truth import Truth
 
 _AHEAD = 2  # batches that are prepared or waiting to be taken
 _AUGMENTING = 1  # tells a patch's second random stream from its first; numpy takes a 0 at the end of a seed for nothing

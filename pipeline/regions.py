@@ -11,23 +11,19 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
-from pathlib import Path
 
 import numpy as np
-import orjson
 
 from pipeline.ahead import ahead
 from pipeline.canvas import Canvas
-from pipeline.classes import IGNORED, Class, Classes
+from pipeline.classes import IGNORED
 from pipeline.components import find_runs
 from pipeline.contours import Rings, find_corners, trace_rings
-from pipeline.files import replacing
 from pipeline.geometry import Lattice, Roi
 from pipeline.machine import threads
 
 _LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
 _BATCH = 60_000  # corners that are made into outlines at once
-_DECIMALS = 3  # of an area in um2
 
 
 @dataclass(frozen=True)
@@ -74,41 +70,6 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
         yield from finish.regions(waiting.release(below))
         above, bottom = below, roi.bottom
     yield from finish.regions(waiting.release(nothing))
-
-
-def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> dict[str, int]:
-    """Write regions as a GeoJSON FeatureCollection that QuPath opens in place.
-
-    Returns how many there are of each class, by name. The file appears when it is complete.
-    """
-    counts = dict.fromkeys(classes.names, 0)
-    with replacing(path) as partial, partial.open("wb") as file:
-        file.write(b'{"type": "FeatureCollection", "features": [')
-        separator = b"\n"
-        for region in regions:
-            item = classes[region.class_index]
-            file.write(separator + orjson.dumps(_feature(region, item), option=orjson.OPT_SERIALIZE_NUMPY))
-            separator = b",\n"
-            counts[item.name] += 1
-        file.write(b"\n]}\n")
-    return counts
-
-
-def _feature(region: Region, item: Class) -> dict[str, object]:
-    """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
-    return {
-        "type": "Feature",
-        "properties": {
-            "objectType": "annotation",
-            "classification": {"name": item.name, "color": item.color},
-            "isLocked": False,
-            "measurements": {
-                "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
-                "Mean probability": round(region.mean_probability, 4),
-            },
-        },
-        "geometry": {"type": "Polygon", "coordinates": region.rings},
-    }
 
 
 @dataclass

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import openslide
-from PIL import Image
 
 from pipeline.errors import ScaleError, SlideError
+from pipeline.fetching import fetch, fetch_in_blocks
 from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
 from pipeline.jpeg_tiles import JpegLevel, jpeg_levels
 from pipeline.sampling import resample_rows, sampling
@@ -28,7 +28,6 @@ _READABLE = "a scan of a format that OpenSlide reads"
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
 _FRACTIONAL_COST = 8  # times the cost of a pixel at a whole downsample, roughly
 _MOST_PIXELS = 1 << 25  # level pixels in memory at once: a scan without a pyramid is no trap
-_BLOCK = 64  # level pixels; a level with a fractional downsample is fetched in such blocks
 _DIGEST_SAMPLES, _DIGEST_BYTES = 64, 65536
 _TIFFS = ("aperio", "generic-tiff")  # whose pixels OpenSlide takes from the tiles as they are
 _WHITE = 255
@@ -184,8 +183,8 @@ class Slide:
         """RGB of `roi` as OpenSlide draws it."""
         try:
             scan = self._handle.get()
-            fetch = _fetch if self._is_whole(level) else _fetch_in_blocks
-            return fetch(scan, level, roi, self.downsamples[level])
+            fetch_level = fetch if self._is_whole(level) else fetch_in_blocks
+            return fetch_level(scan, level, roi, self.downsamples[level])
         except (openslide.OpenSlideError, OSError) as error:
             self._handle.drop()
             place = f"x {roi.x}, y {roi.y}, {roi.width} x {roi.height} px of level {level}"
@@ -287,24 +286,3 @@ def _number(text: str | None) -> float | None:
 def _middle(roi: Roi) -> Roi:
     x, y = (start + (size - _MIDDLE) // 2 for start, size in ((roi.x, roi.width), (roi.y, roi.height)))
     return Roi(x, y, _MIDDLE, _MIDDLE).intersect(roi)
-
-
-def _fetch(scan: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
-    """One rectangle of a level as RGB over white."""
-    location = (round(roi.x * downsample), round(roi.y * downsample))
-    picture = scan.read_region(location, level, (roi.width, roi.height))
-    if picture.getchannel("A").getextrema() != (255, 255):
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert("RGB"))
-
-
-def _fetch_in_blocks(scan: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
-    """The same from blocks at fixed places, since OpenSlide's rounding of a fractional place depends on the place."""
-    pixels = np.empty((*roi.shape, 3), np.uint8)
-    for y in range(roi.y // _BLOCK * _BLOCK, roi.bottom, _BLOCK):
-        for x in range(roi.x // _BLOCK * _BLOCK, roi.right, _BLOCK):
-            block = Roi(x, y, _BLOCK, _BLOCK)
-            common = block.intersect(roi)
-            fetched = _fetch(scan, level, block, downsample)
-            pixels[common.within(roi).slices()] = fetched[common.within(block).slices()]
-    return pixels

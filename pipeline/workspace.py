@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from pyarrow import ArrowInvalid, parquet
+from pyarrow import parquet
 
-from pipeline import __version__, checkpoint, snapshot
 from pipeline.ahead import ahead
-from pipeline.annotations import ClassMap, Truth, open_truth, with_glass
+from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
-from pipeline.config import SHARING, Config
-from pipeline.errors import CheckpointError, SlideError, TrainingError
+from pipeline.config import Config
+from pipeline.errors import TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
+from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_interrupted, check_model, read_stamp, tile_inputs
 from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate, normalised
@@ -35,13 +31,7 @@ from pipeline.stains import reference
 from pipeline.store import chosen_address, own_address
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-
-TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
-"""Keys of the metadata of the table of tiles."""
-
-_SLIDE = "slide "  # begins the names of facts that are slides
-_TILED = ("classes", "annotations", "tissue", "tiles")
-"""Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
+from pipeline.truth import ClassMap, Truth
 
 
 @dataclass(frozen=True)
@@ -114,11 +104,30 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     model_spec(config)
     cases = deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
     check_model(config, cases)
-    _check_interrupted(config)
+    check_interrupted(config)
     config.output.mkdir(parents=True, exist_ok=True)
     write_manifest(config.output / "cohort.csv", cases)
     write_text(config.output / "config.yaml", config.to_yaml())
     return config, cases
+
+
+def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
+    """Write the table of tiles as the tile stage would, from one of the same slides with other splits, where there is one.
+
+    `whole` is the configuration with which `tiles` was made; nothing is written where it divides slides otherwise, or where
+    slides are missing from it, or where the workspace has its own table already.
+    """
+    config, found = workspace.config, read_stamp(tiles)
+    same = all(getattr(config, name) == getattr(whole, name) for name in TILED) and config.network.mpp == whole.network.mpp
+    if workspace.tiles.exists() or not same or found is None or not found[1]:
+        return
+    table, splits = parquet.read_table(tiles), {case.slide_id: case.split for case in workspace.cases}
+    table = table.filter([name in splits for name in table["slide_id"].to_pylist()])
+    column = [splits[name] for name in table["slide_id"].to_pylist()]
+    table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), [column])
+    metadata = {TILE_STAMP: tile_inputs(config, workspace.cases), TILE_COMPLETE: "True"}
+    with replacing(workspace.tiles) as partial:
+        parquet.write_table(table.replace_schema_metadata(metadata), partial)
 
 
 def model_spec(config: Config) -> ModelSpec:
@@ -216,106 +225,3 @@ def rest_index(config: Config) -> int | None:
     """The index of the class of known pixels under no outline, or None."""
     rest = config.annotations.rest
     return None if rest is None else config.class_list.index(rest)
-
-
-def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
-    """A SHA-256 over all that the table of tiles depends on."""
-    sections = config.model_dump(mode="json", include=set(_TILED))
-    return _sha256([sections, config.network.mpp, [_case_stamp(case) for case in cases]])
-
-
-def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
-    """Write the table of tiles as the tile stage would, from one of the same slides with other splits, where there is one.
-
-    `whole` is the configuration with which `tiles` was made; nothing is written where it divides slides otherwise, or where
-    slides are missing from it, or where the workspace has its own table already.
-    """
-    config, found = workspace.config, read_stamp(tiles)
-    same = all(getattr(config, name) == getattr(whole, name) for name in _TILED) and config.network.mpp == whole.network.mpp
-    if workspace.tiles.exists() or not same or found is None or not found[1]:
-        return
-    table, splits = parquet.read_table(tiles), {case.slide_id: case.split for case in workspace.cases}
-    table = table.filter([name in splits for name in table["slide_id"].to_pylist()])
-    column = [splits[name] for name in table["slide_id"].to_pylist()]
-    table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), [column])
-    metadata = {TILE_STAMP: tile_inputs(config, workspace.cases), TILE_COMPLETE: "True"}
-    with replacing(workspace.tiles) as partial:
-        parquet.write_table(table.replace_schema_metadata(metadata), partial)
-
-
-def read_stamp(tiles: Path) -> tuple[str, bool] | None:
-    """What a table of tiles was made from, and whether from all slides; None where there is no table, or a damaged one."""
-    try:
-        metadata = parquet.read_schema(tiles).metadata or {}
-    except (FileNotFoundError, ArrowInvalid):
-        return None
-    return metadata.get(TILE_STAMP, b"").decode(), metadata.get(TILE_COMPLETE) == b"True"
-
-
-def training_inputs(config: Config, cases: Sequence[Case]) -> str:
-    """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
-    return _sha256([_training_sections(config), [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
-
-
-def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
-    """All that a training on these cases depends on, by name, so that what differs between two of them can be told."""
-    facts = {"fullfield": __version__}
-    for name, section in _training_sections(config).items():
-        values = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
-        facts |= {key: json.dumps(value) for key, value in values.items()}
-    return facts | {f"{_SLIDE}{case.slide_id}": json.dumps(_case_stamp(case)) for case in cases}
-
-
-def _training_sections(config: Config) -> dict[str, Any]:
-    sections = {*_TILED, "normalisation", "network", "training", "seed"}
-    return config.model_dump(mode="json", include=sections, exclude={"training": set(SHARING)})
-
-
-def check_model(config: Config, cases: Sequence[Case]) -> None:
-    """Raise CheckpointError where the output has a model of another cohort or configuration."""
-    model = config.output / "model"
-    if model.exists() and checkpoint.load_lineage(model).get("inputs") != training_inputs(config, cases):
-        raise CheckpointError(
-            str(model),
-            "a model that was trained with another cohort or configuration",
-            "none, or one of this configuration",
-            "Choose another `output`, or delete the folders `model` and `slides` there to begin anew.",
-        )
-
-
-def _check_interrupted(config: Config) -> None:
-    """Raise TrainingError where the output has an interrupted training of another configuration."""
-    unfinished = config.output / "model.partial"
-    standing = snapshot.read_standing(snapshot.beside(unfinished)) if unfinished.exists() else None
-    if standing is None or (config.output / "model").exists():
-        return
-    sections = {name: value for name, value in standing.inputs.items() if not name.startswith(_SLIDE)}
-    if changed := replace(standing, inputs=sections).changes(training_facts(config, ())):
-        raise snapshot.of_another(snapshot.beside(unfinished), changed)
-
-
-def _case_stamp(case: Case) -> list[object]:
-    """What tells a case from another: ids, scale, and digests of the slide and of the annotation."""
-    annotation = ""
-    if case.annotation is not None:
-        with case.annotation.open("rb") as file:
-            annotation = hashlib.file_digest(file, "sha256").hexdigest()
-    return [case.slide_id, case.patient, case.split, case.mpp, _slide_stamp(case.slide), annotation]
-
-
-def _slide_stamp(path: Path) -> str:
-    status = path.stat()
-    return _digest_of(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: Path, size: int, changed: int) -> str:
-    """A slide's digest; of a file that cannot be opened, which is told where it is read, its size."""
-    try:
-        return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one
-    except SlideError:
-        return f"{size} bytes"
-
-
-def _sha256(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

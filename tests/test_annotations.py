@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from rasterio.features import shapes as mask_shapes
 
-from pipeline.annotations import ClassMap, LabelImageTruth, OutlineTruth, Truth, open_truth, with_glass
+from pipeline.annotations import OutlineTruth, open_truth, with_glass
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import AnnotationError
 from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.label_truth import LabelImageTruth
 from pipeline.tissue import Tissue
+from pipeline.truth import ClassMap, Truth
 
 CLASSES = Classes((Class("Other", (200, 200, 200)), Class("Gland", (0, 120, 0)), Class("Tumour", (200, 0, 0))))
 BASE = Lattice(37, 23, Mpp.square(0.5))

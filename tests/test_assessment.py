@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline import assessment, fields
-from pipeline.annotations import ClassMap, open_truth
+from pipeline.annotations import open_truth
 from pipeline.assessment import SHAPE_SCORES, Rules, SlideAssessment, assess, extended, overall_error
 from pipeline.boundaries import hd95, measure_boundaries, surface_dice
 from pipeline.canvas import create_canvas
@@ -17,6 +17,7 @@ from pipeline.geometry import Lattice, Mpp
 from pipeline.metrics import report, table
 from pipeline.objects import object_scores, object_sums
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_phantom
+from pipeline.truth import ClassMap
 
 PAIR = Classes((Class("rest", (0, 0, 0)), Class("gland", (255, 0, 0))))
 ONCE = np.ones((1, 1), np.int64)

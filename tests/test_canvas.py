@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.canvas import Canvas, create_canvas, halve_labels, halve_probabilities, open_canvas
+from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import CanvasError
 from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.halving import halve_labels, halve_probabilities
 
 CLASSES = Classes((Class("Stroma", (255, 0, 128)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 IDENTITY = {"model": "a1", "config": "b2", "slide": "c3"}

@@ -15,13 +15,14 @@ from PIL import Image
 from pyarrow import parquet
 from scipy import ndimage, stats
 
-from pipeline.annotations import ClassMap, open_truth
+from pipeline.annotations import open_truth
 from pipeline.augment import Augmentation
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import AnnotationError, TrainingError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.patches import Patch, PatchIndex, PatchStream, Source, inside, read_index
 from pipeline.slide import Slide, open_slide
+from pipeline.truth import ClassMap
 
 SIZE = 64
 STRENGTHS = Augmentation(flips=True, rotation_degrees=180, scale=0.1, elastic_px=2, blur_px=0.5, stain=0.1)

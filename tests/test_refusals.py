@@ -19,12 +19,12 @@ from pipeline.config import ClusterSettings, EngineSettings, SegmentationSetting
 from pipeline.config_file import load_config
 from pipeline.errors import CanvasError, CheckpointError, SlideError
 from pipeline.footprint import with_footprint
+from pipeline.inputs import training_facts
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
 from pipeline.segmentation import Part, finish_slide, plan_slide, segment_block
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
-from pipeline.workspace import training_facts
 from workflows.__main__ import main
 from workflows.segment import segment
 from workflows.verify import verify

@@ -13,8 +13,9 @@ from scipy import ndimage
 
 from pipeline.canvas import Canvas, create_canvas
 from pipeline.classes import IGNORED, Class, Classes
+from pipeline.geojson import write_geojson
 from pipeline.geometry import Lattice, Mpp
-from pipeline.regions import Region, find_regions, write_geojson
+from pipeline.regions import Region, find_regions
 
 CLASSES = Classes((Class("Glass", (255, 255, 255)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 OUTPUT, BASE = Mpp(1.0, 1.5), Mpp(0.5, 0.25)

@@ -13,11 +13,12 @@ import yaml
 
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.inputs import training_facts
 from pipeline.patches import Patch
 from pipeline.phantom import make_cohort
 from pipeline.snapshot import Record, load_tensors
 from pipeline.team import FabricTeam
-from pipeline.workspace import open_workspace, training_facts
+from pipeline.workspace import open_workspace
 from workflows import train
 from workflows.tile import tile_cohort
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from pipeline import __version__
 from pipeline.errors import FullfieldError
+from workflows import options
+from workflows.config_commands import config_app
 
 app = typer.Typer(
     name="fullfield",
@@ -20,42 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Shows what a configuration file may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),
-]
-Model = Annotated[str, typer.Option(help="A model's folder, `runs:/ID/model`, or `models:/name@alias`.", show_default=False)]
-Models = Annotated[
-    list[str],
-    typer.Option(
-        "--model",
-        help="A model's folder, `runs:/ID/model`, or `models:/name@alias`. Given several times, or the output of a "
-        "cross-validation: the mean of their probabilities.",
-        show_default=False,
-    ),
-]
-MppOption = Annotated[
-    float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=0.05, max=20)
-]
-
-TileSize = Annotated[
-    int | None,
-    typer.Option(help="Pixels of a tile, without its halo; chosen by running a few.", min=32, max=16384, show_default=False),
-]
-PrecisionOption = Annotated[Literal["exact", "fast", "fastest"], typer.Option(help="fp32, half (bf16 or fp16) or int8.")]
-FlipsOption = Annotated[
-    bool | None,
-    typer.Option(help="Mean over mirror images and turns, in eight times the time. Without this: as the model's own run."),
-]
-BlendOption = Annotated[
-    bool,
-    typer.Option("--blend", help="Average overlapping windows; for networks that are not local. The result is not exact."),
-]
-BackendOption = Annotated[Literal["auto", "torch", "openvino"], typer.Option(help="What computes; auto: the faster one.")]
 
 
 def _version(wanted: bool) -> None:
@@ -83,7 +50,7 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for everything it mak
 
 
 @app.command()
-def run(config: ConfigArgument, overrides: Overrides = None) -> None:
+def run(config: options.Config, overrides: options.Overrides = None) -> None:
     """Tile, train, segment and evaluate, as one MLflow run; continue where an earlier call stopped.
 
     Reads CONFIG and the cohort that it names; writes all results below its `output`.
@@ -95,7 +62,7 @@ def run(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def tile(config: ConfigArgument, overrides: Overrides = None) -> None:
+def tile(config: options.Config, overrides: options.Overrides = None) -> None:
     """Divide annotated slides into cells and count what there is to learn from.
 
     Reads slides and annotations; writes OUTPUT/cohort.csv (the splits) and OUTPUT/tiles.parquet (a row a cell).
@@ -107,7 +74,7 @@ def tile(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+def train(config: options.Config, overrides: options.Overrides = None) -> None:
     """Train the network on patches of the training slides.
 
     Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors). Killed and called
@@ -122,16 +89,16 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 @app.command()
 def segment(
     slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Whole-slide scans of any OpenSlide format.")],
-    model: Models,
+    model: options.Models,
     output: Annotated[Path, typer.Option(help="Folder for the results.")],
-    mpp: MppOption = None,
-    tile_size: TileSize = None,
+    mpp: options.ScanMpp = None,
+    tile_size: options.TileSize = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; 0 for this process.", min=0)] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, instead of local workers.")] = None,
-    precision: PrecisionOption = "exact",
-    backend: BackendOption = "auto",
-    flips: FlipsOption = None,
-    blend: BlendOption = False,
+    precision: options.Precision = "exact",
+    backend: options.Backend = "auto",
+    flips: options.Flips = None,
+    blend: options.Blend = False,
 ) -> None:
     """Segment slides with a trained model. What is done is skipped; what was interrupted is finished.
 
@@ -151,13 +118,13 @@ def segment(
 @app.command()
 def plan(
     slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
-    model: Model,
-    mpp: MppOption = None,
-    tile_size: TileSize = None,
-    precision: PrecisionOption = "exact",
-    backend: BackendOption = "auto",
-    flips: FlipsOption = None,
-    blend: BlendOption = False,
+    model: options.Model,
+    mpp: options.ScanMpp = None,
+    tile_size: options.TileSize = None,
+    precision: options.Precision = "exact",
+    backend: options.Backend = "auto",
+    flips: options.Flips = None,
+    blend: options.Blend = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what segmenting a slide will take, without doing it: tile size, cost of the halo, seconds, memory, disk.
@@ -174,7 +141,7 @@ def plan(
 
 
 @app.command()
-def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
+def evaluate(config: options.Config, overrides: options.Overrides = None) -> None:
     """Hold the segmented slides of a run against their annotations.
 
     Reads OUTPUT/slides; writes metrics.json, metrics.csv, confusions.json, calibration.csv and reliability.png into OUTPUT,
@@ -188,8 +155,8 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def crossval(
-    config: ConfigArgument,
-    overrides: Overrides = None,
+    config: options.Config,
+    overrides: options.Overrides = None,
     folds: Annotated[int, typer.Option(help="Number of folds.", min=2)] = 5,
 ) -> None:
     """Cross-validate over patients: a run a fold, each patient examined by a network that never saw it.
@@ -206,7 +173,7 @@ def crossval(
 
 @app.command()
 def sweep(
-    config: ConfigArgument,
+    config: options.Config,
     values: Annotated[list[str], typer.Argument(metavar="key=value,value...", help="Values of dotted keys, by commas.")],
 ) -> None:
     """Train every combination of values, side by side on the workers, and score each on the validation slides.
@@ -277,7 +244,7 @@ def inspect(
     slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Write a thumbnail with the tissue outlined (PNG).")] = None,
-    mpp: MppOption = None,
+    mpp: options.ScanMpp = None,
 ) -> None:
     """Say what a slide is: vendor, size, levels, micrometres per pixel, objective, area of tissue.
 
@@ -292,12 +259,12 @@ def inspect(
 def verify(
     slide: Annotated[Path | None, typer.Argument(metavar="[SLIDE]", help="Your slide; without one, a phantom.")] = None,
     *,
-    model: Model,
-    mpp: MppOption = None,
-    precision: PrecisionOption = "exact",
-    backend: BackendOption = "auto",
-    flips: FlipsOption = None,
-    blend: BlendOption = False,
+    model: options.Model,
+    mpp: options.ScanMpp = None,
+    precision: options.Precision = "exact",
+    backend: options.Backend = "auto",
+    flips: options.Flips = None,
+    blend: options.Blend = False,
 ) -> None:
     """Prove on your own slide that tiles, stitched, are what one forward pass over the whole gives.
 
@@ -311,22 +278,6 @@ def verify(
 
     engine = EngineSettings(precision=precision, backend=backend)
     raise typer.Exit(verb(slide, model, mpp, engine, blend, flips))
-
-
-@config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON schema of a configuration file."""
-    import json
-
-    from pipeline.config import Config
-
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
-
-
-@config_app.command("example")
-def config_example() -> None:
-    """Print a complete configuration with comments. Example: `fullfield config example > my.yaml`"""
-    typer.echo((Path(__file__).parent / "configs" / "example.yaml").read_text(encoding="utf-8"), nl=False)
 
 
 def main() -> None:

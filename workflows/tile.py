@@ -19,19 +19,12 @@ from pipeline.errors import AnnotationError, CohortError, SlideError
 from pipeline.files import replacing
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
+from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, read_stamp, tile_inputs
 from pipeline.progress import console, progress
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-from pipeline.workspace import (
-    TILE_COMPLETE,
-    TILE_STAMP,
-    Workspace,
-    case_truth,
-    open_workspace,
-    read_stamp,
-    tile_inputs,
-)
+from pipeline.workspace import Workspace, case_truth, open_workspace
 
 Row = dict[str, Any]
 

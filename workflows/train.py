@@ -18,24 +18,14 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.files import locked
+from pipeline.inputs import check_model, read_stamp, tile_inputs, training_facts, training_inputs
 from pipeline.lineage import ancestry, case_facts, models_facts, write_lineage
 from pipeline.machine import has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.processes import together
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record, Standing
-from pipeline.workspace import (
-    Workspace,
-    check_model,
-    model_spec,
-    open_sources,
-    open_workspace,
-    read_stamp,
-    rest_index,
-    tile_inputs,
-    training_facts,
-    training_inputs,
-)
+from pipeline.workspace import Workspace, model_spec, open_sources, open_workspace, rest_index
 
 if TYPE_CHECKING:
     from pipeline.patches import Patch, PatchStream, Source

@@ -1,0 +1,111 @@
+"""What the table of tiles, a training and a model are made from, told by digests, so that none is taken for another's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowInvalid, parquet
+
+from pipeline import __version__, checkpoint, snapshot
+from pipeline.cohort import Case
+from pipeline.config import SHARING, Config
+from pipeline.errors import CheckpointError, SlideError
+from pipeline.slide import open_slide
+
+TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
+"""Keys of the metadata of the table of tiles."""
+
+TILED = ("classes", "annotations", "tissue", "tiles")
+"""Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
+
+_SLIDE = "slide "  # begins the names of facts that are slides
+
+
+def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
+    """A SHA-256 over all that the table of tiles depends on."""
+    sections = config.model_dump(mode="json", include=set(TILED))
+    return _sha256([sections, config.network.mpp, [_case_stamp(case) for case in cases]])
+
+
+def read_stamp(tiles: Path) -> tuple[str, bool] | None:
+    """What a table of tiles was made from, and whether from all slides; None where there is no table, or a damaged one."""
+    try:
+        metadata = parquet.read_schema(tiles).metadata or {}
+    except (FileNotFoundError, ArrowInvalid):
+        return None
+    return metadata.get(TILE_STAMP, b"").decode(), metadata.get(TILE_COMPLETE) == b"True"
+
+
+def training_inputs(config: Config, cases: Sequence[Case]) -> str:
+    """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
+    return _sha256([_training_sections(config), [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
+
+
+def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
+    """All that a training on these cases depends on, by name, so that what differs between two of them can be told."""
+    facts = {"fullfield": __version__}
+    for name, section in _training_sections(config).items():
+        values = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
+        facts |= {key: json.dumps(value) for key, value in values.items()}
+    return facts | {f"{_SLIDE}{case.slide_id}": json.dumps(_case_stamp(case)) for case in cases}
+
+
+def _training_sections(config: Config) -> dict[str, Any]:
+    sections = {*TILED, "normalisation", "network", "training", "seed"}
+    return config.model_dump(mode="json", include=sections, exclude={"training": set(SHARING)})
+
+
+def check_model(config: Config, cases: Sequence[Case]) -> None:
+    """Raise CheckpointError where the output has a model of another cohort or configuration."""
+    model = config.output / "model"
+    if model.exists() and checkpoint.load_lineage(model).get("inputs") != training_inputs(config, cases):
+        raise CheckpointError(
+            str(model),
+            "a model that was trained with another cohort or configuration",
+            "none, or one of this configuration",
+            "Choose another `output`, or delete the folders `model` and `slides` there to begin anew.",
+        )
+
+
+def check_interrupted(config: Config) -> None:
+    """Raise TrainingError where the output has an interrupted training of another configuration."""
+    unfinished = config.output / "model.partial"
+    standing = snapshot.read_standing(snapshot.beside(unfinished)) if unfinished.exists() else None
+    if standing is None or (config.output / "model").exists():
+        return
+    sections = {name: value for name, value in standing.inputs.items() if not name.startswith(_SLIDE)}
+    if changed := replace(standing, inputs=sections).changes(training_facts(config, ())):
+        raise snapshot.of_another(snapshot.beside(unfinished), changed)
+
+
+def _case_stamp(case: Case) -> list[object]:
+    """What tells a case from another: ids, scale, and digests of the slide and of the annotation."""
+    annotation = ""
+    if case.annotation is not None:
+        with case.annotation.open("rb") as file:
+            annotation = hashlib.file_digest(file, "sha256").hexdigest()
+    return [case.slide_id, case.patient, case.split, case.mpp, _slide_stamp(case.slide), annotation]
+
+
+def _slide_stamp(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, size: int, changed: int) -> str:
+    """A slide's digest; of a file that cannot be opened, which is told where it is read, its size."""
+    try:
+        return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one
+    except SlideError:
+        return f"{size} bytes"
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

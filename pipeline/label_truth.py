@@ -1,0 +1,87 @@
+"""The truth that a label image holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.classes import IGNORED
+from pipeline.errors import AnnotationError
+from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.label_image import LabelImage
+from pipeline.truth import ClassMap, centres
+
+
+@dataclass(frozen=True)
+class LabelImageTruth:
+    """The truth as a picture of class numbers; the label whose pixel holds a centre is taken, none is blended.
+
+    Its `read` raises AnnotationError for values that the class map does not know.
+    """
+
+    image: LabelImage
+    labels: Lattice
+    base: Lattice
+    class_map: ClassMap
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """None: a label image holds nothing but labels."""
+        return ()
+
+    def known_roi(self) -> Roi:
+        """The whole slide."""
+        return self.base.roi
+
+    def read(self, roi: Roi, lattice: Lattice) -> NDArray[np.uint8]:
+        """See `Truth.read`."""
+        truth = np.full(roi.shape, IGNORED, dtype=np.uint8)
+        base_rows, base_columns = centres(roi, lattice, self.base)
+        rows, columns = (np.floor(axis).astype(np.int64) for axis in centres(roi, lattice, self.labels))
+        in_rows = (rows >= 0) & (rows < self.labels.height) & (base_rows < self.base.height)
+        in_columns = (columns >= 0) & (columns < self.labels.width) & (base_columns < self.base.width)
+        if in_rows.any() and in_columns.any():
+            values = self.image.sample(rows[in_rows], columns[in_columns])
+            truth[np.ix_(in_rows, in_columns)] = self._classes_of(values)
+        return truth
+
+    def _classes_of(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        """Class indices of label values."""
+        plain = {index: index for index in range(len(self.class_map.classes))}
+        meaning = {IGNORED: IGNORED, **(self.class_map.values or plain)}
+        past = max(meaning) + 1
+        table = np.full(past + 1, -1, dtype=np.int16)
+        table[list(meaning)] = list(meaning.values())
+        index = values.astype(np.int64)
+        classes = table[np.where((index >= 0) & (index < past), index, past)]
+        if (classes < 0).any():
+            found = ", ".join(str(value) for value in np.unique(values[classes < 0])[:10])
+            raise AnnotationError(
+                str(self.image.path),
+                f"labels of value {found}",
+                f"only {', '.join(str(value) for value in sorted(meaning))}",
+                "Say in `classes[].values` which class each value of the label image stands for (255: unknown).",
+            )
+        return classes.astype(np.uint8)
+
+
+def fit(image: LabelImage, base: Lattice, class_map: ClassMap, label_mpp: float | None) -> LabelImageTruth:
+    """Lays a label image over its slide. Raises AnnotationError where its size and the slide's differ by over 1 px."""
+    mpp = base.mpp if label_mpp is None else Mpp.square(label_mpp)
+    labels = Lattice(image.width, image.height, mpp)
+    scale_x, scale_y = base.scale_to(labels)
+    width, height = base.width * scale_x, base.height * scale_y
+    slack = 1e-6 if label_mpp is None else 1 + 1e-6
+    if abs(image.width - width) > slack or abs(image.height - height) > slack:
+        fitting = base.width * base.mpp.x / image.width
+        raise AnnotationError(
+            str(image.path),
+            f"a label image of {image.width} x {image.height} px",
+            f"{width:.0f} x {height:.0f} px, the slide's size at {mpp.x:g} um/px",
+            f"Set `annotations.label_mpp` to the image's scale (its width would suit {fitting:.6g} um/px), "
+            "or make sure that it belongs to this slide.",
+        )
+    return LabelImageTruth(image, labels, base, class_map)

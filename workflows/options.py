@@ -1,0 +1,39 @@
+"""Arguments and options that several verbs have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),
+]
+Model = Annotated[str, typer.Option(help="A model's folder, `runs:/ID/model`, or `models:/name@alias`.", show_default=False)]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        help="A model's folder, `runs:/ID/model`, or `models:/name@alias`. Given several times, or the output of a "
+        "cross-validation: the mean of their probabilities.",
+        show_default=False,
+    ),
+]
+ScanMpp = Annotated[float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=0.05, max=20)]
+TileSize = Annotated[
+    int | None,
+    typer.Option(help="Pixels of a tile, without its halo; chosen by running a few.", min=32, max=16384, show_default=False),
+]
+Precision = Annotated[Literal["exact", "fast", "fastest"], typer.Option(help="fp32, half (bf16 or fp16) or int8.")]
+Flips = Annotated[
+    bool | None,
+    typer.Option(help="Mean over mirror images and turns, in eight times the time. Without this: as the model's own run."),
+]
+Blend = Annotated[
+    bool,
+    typer.Option("--blend", help="Average overlapping windows; for networks that are not local. The result is not exact."),
+]
+Backend = Annotated[Literal["auto", "torch", "openvino"], typer.Option(help="What computes; auto: the faster one.")]
