@@ -148,8 +148,10 @@ def _refused(task: Task, record: Record, key: Key) -> Run | None:
 
 @lru_cache
 def _approval(task: Task, precision: str) -> Usage:
-    command = [sys.executable, "-m", "benchmarks.approval", task.model, task.slide, task.reference, precision]
-    return measure(command, {**worker_environment(cores()), **task.cache})
+    where = (task.model, task.slide, task.reference)
+    return measure(
+        [sys.executable, "-m", "benchmarks.approval", *where, precision], {**worker_environment(cores()), **task.cache}
+    )
 
 
 def _done(record: Record, key: Key, runs: int) -> bool:

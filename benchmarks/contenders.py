@@ -73,7 +73,7 @@ def inside(name: str, tuned: bool, precision: str, task: Task) -> Run:
     """One of `benchmarks.inside`, with the allocator as Fullfield sets it or as shipped."""
     labels = task.folder / "labels.npy"
     environment = worker_environment(cores()) if tuned else {"OMP_NUM_THREADS": str(cores())}
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         "-m",
         "benchmarks.inside",
@@ -106,7 +106,7 @@ def pyfast(task: Task) -> Run:
     area = "all" if task.key.share == 1 else "tissue"
     script = Path(__file__).with_name("pyfast_segmentation.py")
     megapixels = task.key.size**2 * task.key.share / 1e6
-    command = [str(task.pyfast), script, task.slide, model, output, str(PATCH), area]
+    command: list[str | Path] = [task.pyfast or sys.executable, script, task.slide, model, output, str(PATCH), area]
     for _ in range(_TRIES):
         used = measure(command, {"OMP_NUM_THREADS": str(cores())}, _PATIENCE + _PATIENCE_MPX * megapixels)
         if not used.error:

@@ -56,7 +56,8 @@ class Clock:
 def limit(slide_path: Path, model: Path, labels: Path, precision: Precision, tile_size: int) -> Clock:
     """The bare engine over the windows that Fullfield would read, all in memory; neither reading nor writing counts."""
     slide, engine = open_slide(slide_path), load_engine(model, EngineSettings(precision=precision))
-    grid, tissue = Grid(slide.base, tile_size, engine.spec.halo, engine.spec.stride), find_tissue(slide, TissueSettings())
+    grid = Grid(slide.base, tile_size, engine.spec.halo or 0, engine.spec.stride)
+    tissue = find_tissue(slide, TissueSettings())
     tiles = [tile for tile in grid if tissue.fraction(tile.write_roi, slide.base) > 0]
     windows = [slide.read(tile.read_roi, slide.base)[None] for tile in tiles]
     answer, clock = Labels.create(labels, slide.base.shape), Clock()

@@ -80,7 +80,7 @@ def _train(network: torch.nn.Module, spec: ModelSpec) -> None:
         wanted = torch.from_numpy(np.stack([truth[place] for place in batch])).long()
         loss = torch.nn.functional.cross_entropy(network(images), wanted)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
 

@@ -29,5 +29,6 @@ def segment(slide: str, model: str, output: str, patch: int, tissue_only: bool) 
 
 if __name__ == "__main__":
     started = time.perf_counter()
-    segment(*sys.argv[1:4], int(sys.argv[4]), sys.argv[5] == "tissue")
+    slide_path, model_path, output_path, patch_size, area = sys.argv[1:]
+    segment(slide_path, model_path, output_path, int(patch_size), area == "tissue")
     print("\n" + json.dumps({"seconds": time.perf_counter() - started}), flush=True)

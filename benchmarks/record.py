@@ -94,8 +94,8 @@ class Record:
     def add(self, *items: Run | Plan | str) -> None:
         """Keep runs, plans or remarks."""
         for item in items:
-            chosen: list[Any] = {Run: self.runs, Plan: self.plans, str: self.remarks}[type(item)]
-            chosen.append(item)
+            kept: dict[type, list[Any]] = {Run: self.runs, Plan: self.plans, str: self.remarks}
+            kept[type(item)].append(item)
         parts = {"plans": [asdict(plan) for plan in self.plans], "runs": [asdict(run) for run in self.runs]}
         write_text(self.path, json.dumps({"conditions": self.conditions, **parts, "remarks": self.remarks}, indent=1) + "\n")
 

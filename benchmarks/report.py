@@ -84,8 +84,8 @@ def _contests(record: Record) -> list[str]:
         count = max(len(record.of(run.key)) for run in runs.values())
         lines += [f"### {TITLES[network]}, {size} x {size} px, {share:.0%} tissue, up to {count} runs", ""]
         lines += _table(_COLUMNS, [_row(run, runs.get(OURS)) for run in runs.values()])
-        lines += [_efficiency(runs, precision) for precision in ("exact", "fast", "fastest")]
-        lines = [*(line for line in lines if line is not None), ""]
+        found = [_efficiency(runs, precision) for precision in ("exact", "fast", "fastest")]
+        lines += [*(line for line in found if line is not None), ""]
     return lines
 
 
@@ -93,7 +93,7 @@ def _row(run: Run, ours: Run | None) -> str:
     name = run.key.contender
     if run.error:
         return f"{name} | {_cell(run.error)}" + " |" * 8
-    whole, after = (_times(getattr(run, part), ours and getattr(ours, part)) for part in ("whole", "seconds"))
+    whole, after = (_times(getattr(run, part), getattr(ours, part, None)) for part in ("whole", "seconds"))
     return (
         f"{name} | {run.whole:.1f} | {run.seconds:.1f} | {run.cpu_seconds:.1f} | {run.megapixels / run.seconds:.2f} | "
         f"{run.peak_bytes / _GIB:.2f} | {run.differ:.3%} | {whole} | {after} | {run.tile_size}"
@@ -172,10 +172,10 @@ def _bars(panel: Axes, runs: Sequence[Run], title: str) -> None:
     shown = [run for run in runs if run.key.size == smallest and not run.error]
     names = [run.key.contender for run in shown]
     colors = ["tab:green" if name.startswith("fullfield") else "tab:gray" for name in names]
-    panel.barh(names, [run.whole for run in shown], color=colors, alpha=0.4)
+    whole = panel.barh(names, [run.whole for run in shown], color=colors, alpha=0.4)
     panel.barh(names, [run.seconds for run in shown], color=colors)
     panel.bar_label(
-        panel.containers[0],
+        whole,
         [f"{run.seconds:.1f} s of {run.whole:.1f}, {run.peak_bytes / _GIB:.1f} GiB" for run in shown],
         padding=4,
     )

@@ -109,12 +109,14 @@ class _Level:
         if key not in self.encoded:
             pixels = self.cell[np.ix_((y + np.arange(_TILE)) % side, (x + np.arange(_TILE)) % side)]
             shown = under[np.ix_(rows - rows[0], columns - columns[0])][..., None]
-            self.encoded[key] = imagecodecs.jpeg8_encode(
-                np.where(shown, pixels, np.uint8(_GLASS)),
-                level=_QUALITY,
-                colorspace="RGB",
-                outcolorspace="YCBCR",
-                subsampling="444",
+            self.encoded[key] = bytes(
+                imagecodecs.jpeg8_encode(
+                    np.where(shown, pixels, np.uint8(_GLASS)),
+                    level=_QUALITY,
+                    colorspace="RGB",
+                    outcolorspace="YCBCR",
+                    subsampling="444",
+                )
             )
         return self.encoded[key]
 
@@ -122,4 +124,4 @@ class _Level:
 def _halved(cell: np.ndarray) -> np.ndarray:
     side = len(cell) // 2
     means = cell.reshape(side, 2, side, 2, 3).mean(axis=(1, 3))
-    return np.rint(means).astype(np.uint8)
+    return np.asarray(np.rint(means), np.uint8)
