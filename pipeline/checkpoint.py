@@ -150,7 +150,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mapping[str, object]) -> None:
     """The files of a model; `more` are further keys of `model.yaml`."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from pipeline.tracing import trace
 
@@ -164,7 +164,8 @@ def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mappin
         content["network"] = hashlib.sha256(graph.encode()).hexdigest()
     text = yaml.safe_dump({**content, **more}, sort_keys=False, allow_unicode=True)
     (folder / _SPEC).write_text(text, encoding="utf-8")
-    save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, folder / _WEIGHTS)
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    (folder / _WEIGHTS).write_bytes(save(weights))  # its save_file leaves a file that nobody else may read
 
 
 def _load_graph(folder: Path) -> Graph | None:

@@ -6,7 +6,7 @@ import csv
 import io
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,17 +64,24 @@ def deal_out(cases: Sequence[Case], fractions: Mapping[str, float], seed: int) -
     """Give every patient a split, by seed, where the manifest gives none; a manifest that has splits is kept.
 
     The numbers of patients follow `fractions` (largest remainder), with at least one patient for each split whose fraction
-    is not 0, as far as there are patients: first train, then val, then test.
+    is not 0, as far as there are patients: first train, then val, then test. So it is of those who have an annotation, and
+    of the others by themselves: a split in which nothing is known would be of no use.
     """
     if all(case.split for case in cases):
         return tuple(cases)
-    patients = sorted({case.patient for case in cases})
-    random.Random(seed).shuffle(patients)
-    wanted = [split for split in SPLITS if fractions[split] > 0]
-    counts = _apportion(len(patients), {split: fractions[split] for split in wanted})
-    splits = [split for split in wanted for _ in range(counts[split])]
-    split_of = dict(zip(patients, splits, strict=True))
+    annotated = {case.patient for case in cases if case.annotation is not None}
+    others = {case.patient for case in cases} - annotated
+    split_of = _dealt(annotated, fractions, seed) | _dealt(others, fractions, seed)
     return tuple(replace(case, split=split_of[case.patient]) for case in cases)
+
+
+def _dealt(patients: Collection[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
+    """The split of each patient."""
+    shuffled = sorted(patients)
+    random.Random(seed).shuffle(shuffled)
+    wanted = [split for split in SPLITS if fractions[split] > 0]
+    counts = _apportion(len(shuffled), {split: fractions[split] for split in wanted})
+    return dict(zip(shuffled, [split for split in wanted for _ in range(counts[split])], strict=True))
 
 
 def write_manifest(path: Path, cases: Sequence[Case]) -> None:

@@ -26,7 +26,7 @@ class Combination:
     @property
     def overrides(self) -> list[str]:
         """What it sets, as `load_config` takes it."""
-        return [f"{key}={json.dumps(value)}" for key, value in self.values.items()]
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in self.values.items()]
 
 
 def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
@@ -40,7 +40,7 @@ def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ConfigError(", ".join(twice), "given twice", "each key once", "Part its values by commas.")
-    fixed = [f"{key}={json.dumps(values[0])}" for key, values in parsed if len(values) == 1]
+    fixed = [f"{key}={json.dumps(values[0], default=str)}" for key, values in parsed if len(values) == 1]
     swept = {key: values for key, values in parsed if len(values) > 1}
     if not swept:
         expected = "a key with two values or more, such as network.width=16,32"
@@ -60,6 +60,6 @@ def _name(keys: Collection[str], values: Sequence[Any]) -> str:
     """`learning_rate=0.001,width=16`: the last word of a key where no other has it, else the whole."""
     lasts = [key.rpartition(".")[2] for key in keys]
     words = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
     named = ",".join(f"{word}={text}" for word, text in zip(words, texts, strict=True))
     return re.sub(r"[^\w.,=+-]+", "_", named)

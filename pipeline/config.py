@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.classes import Class, Classes
+from pipeline.yaml_text import dump
 
 TILE_COLUMNS = ("slide_id", "patient", "split", "x", "y", "tissue", "known")
 """Columns of the table of tiles; each class has one more."""
@@ -286,7 +286,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load_config` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump(self.model_dump(mode="json"))
 
     def digest(self) -> str:
         """A SHA-256 over everything but where output goes and who does the work, as hexadecimal digits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.yaml_text import load
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -23,7 +23,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(str(path), "no such file", "a YAML file", "Print one with `fullfield config example`.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"broken YAML ({error})", "a YAML file", "Correct it at that place.") from error
     return parse_config(content, str(path), overrides)
@@ -50,7 +50,7 @@ def parse_values(override: str) -> tuple[str, list[Any]]:
     """
     key, separator, text = override.partition("=")
     try:
-        values = yaml.load(f"[{text}]", _Loader) if separator and key else []
+        values = load(f"[{text}]") if separator and key else []
     except yaml.YAMLError as error:
         raise ConfigError(repr(override), f"broken YAML ({error})", "values that commas part", "Quote the value.") from error
     if not values:
@@ -78,7 +78,7 @@ def _override(content: dict[str, Any], text: str) -> None:
     for part in parents:
         place = _step(place, part, text)
     try:
-        parsed = yaml.load(value, _Loader)
+        parsed = load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}", f"broken YAML ({error})", "a YAML value", "Quote the value.") from error
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
@@ -101,19 +101,3 @@ def _step(place: Any, part: str, text: str) -> Any:
 
 def _no_place(text: str) -> ConfigError:
     return ConfigError(f"override {text!r}", "no such place in the file", "a dotted key", "See `fullfield config example`.")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that takes 1e-3 for a number, and refuses a key that is given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {sorted(twice)}", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)

@@ -33,13 +33,16 @@ class Engine(Protocol):
 class TorchEngine:
     """Runs a copy of a network with torch, its batch norm folded away, on the GPU where there is one.
 
-    `precision` exact computes in fp32, fast in the half precision that the device has; softmax is always in fp32. Raises
-    EngineError where the device has none, and for fastest.
+    `precision` exact computes in fp32, not in the TF32 that a GPU would take for it; fast in the half precision that the
+    device has; softmax is always in fp32. Raises EngineError where the device has none, and for fastest.
     """
 
     def __init__(self, spec: ModelSpec, network: torch.nn.Module, precision: Precision = "exact") -> None:
         self.spec, self.device = spec, _device()
         self.dtype = _dtype(self.device, precision)
+        if precision == "exact":
+            for part in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
+                part.fp32_precision = "ieee"
         lean = _lean(spec, network).to(self.device, self.dtype)
         self.network = lean.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -30,7 +30,7 @@ _SLIDE = "slide "  # begins the names of facts that are slides
 def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
     """A SHA-256 over all that the table of tiles depends on."""
     sections = config.model_dump(mode="json", include=set(TILED))
-    return _sha256([sections, config.network.mpp, [_case_stamp(case) for case in cases]])
+    return _sha256([sections, config.network.mpp, _stamps(cases)])
 
 
 def read_stamp(tiles: Path) -> tuple[str, bool] | None:
@@ -44,7 +44,7 @@ def read_stamp(tiles: Path) -> tuple[str, bool] | None:
 
 def training_inputs(config: Config, cases: Sequence[Case]) -> str:
     """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
-    return _sha256([_training_sections(config), [_case_stamp(case) for case in cases if case.split in ("train", "val")]])
+    return _sha256([_training_sections(config), _stamps([case for case in cases if case.split in ("train", "val")])])
 
 
 def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
@@ -82,6 +82,11 @@ def check_interrupted(config: Config) -> None:
     sections = {name: value for name, value in standing.inputs.items() if not name.startswith(_SLIDE)}
     if changed := replace(standing, inputs=sections).changes(training_facts(config, ())):
         raise snapshot.of_another(snapshot.beside(unfinished), changed)
+
+
+def _stamps(cases: Sequence[Case]) -> list[list[object]]:
+    """The stamps of cases by id: in which order a manifest names them tells nothing."""
+    return [_case_stamp(case) for case in sorted(cases, key=lambda case: case.slide_id)]
 
 
 def _case_stamp(case: Case) -> list[object]:

@@ -127,3 +127,14 @@ def seen_by(model: Path, splits: Collection[str]) -> frozenset[str]:
     """Digests of the slides of some splits that a model saw as it was trained, and their patients; see ancestry."""
     slides = [slide for slide in checkpoint.load_ancestry(model).get("slides", []) if slide["split"] in splits]
     return frozenset(slide[key] for slide in slides for key in ("slide_digest", "patient"))
+
+
+def ways(config: Config) -> dict[str, object]:
+    """How a run segments slides, which a model that it trains hands on to whoever segments others with it."""
+    return {"min_region_um2": config.segmentation.min_region_um2, "flips": config.engine.flips}
+
+
+def other_ways(model: Path, config: Config) -> str:
+    """What a model hands on, where a configuration says otherwise by now; empty where it does not."""
+    found = checkpoint.load_lineage(model)
+    return ", ".join(f"{name} {found[name]}" for name, value in ways(config).items() if found.get(name, value) != value)

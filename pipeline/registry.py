@@ -39,7 +39,8 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
     """Stores a checkpoint's folder as a run's model, registers it and moves the alias to it.
 
     The model is a pyfunc from code (served.py), with the signature (N, H, W, 3) uint8 to (N, classes, h, w) float32.
-    A checkpoint of this run to which the alias points already is not stored again. Returns `models:/NAME/VERSION`.
+    A checkpoint of this run that is registered already is not stored again, and the alias stays with a later version.
+    Returns `models:/NAME/VERSION`.
     Raises CheckpointError where the folder holds no checkpoint, TrackingError for an alias that MLflow keeps to itself.
     """
     check_alias(alias)
@@ -48,14 +49,13 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
         known = client.search_registered_models(f"name = '{registered}'")
         if not known:
             client.create_registered_model(registered)
-        elif alias in known[0].aliases:
-            current = client.get_model_version_by_alias(registered, alias)
-            if current.run_id == run_id and tags.items() <= current.tags.items():
-                return f"models:/{registered}/{current.version}"
-        model = _store_model(store, run_id, folder, classes)
-        made = client.create_model_version(registered, model.artifact_location, run_id, tags, model_id=model.model_id)
-        client.set_registered_model_alias(registered, alias, made.version)
-    return f"models:/{registered}/{made.version}"
+        before = sorted(client.search_model_versions(f"name = '{registered}'"), key=lambda each: int(each.version))
+        own = [each for each in before if each.run_id == run_id and tags.items() <= each.tags.items()]
+        if own and own[-1] is not before[-1] and alias in known[0].aliases:
+            return f"models:/{registered}/{own[-1].version}"
+        number = own[-1].version if own else _register(store, run_id, folder, classes, registered, tags)
+        client.set_registered_model_alias(registered, alias, number)
+    return f"models:/{registered}/{number}"
 
 
 def check_alias(alias: str) -> None:
@@ -86,6 +86,13 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
 
         place = _of_run(store, reference) if reference.startswith("runs:/") else _of_registry(store, reference)
         return _checkpoint_in(Path(download_artifacts(place, tracking_uri=address)))
+
+
+def _register(store: Store, run_id: str, folder: Path, classes: Sequence[str], registered: str, tags: dict[str, str]) -> str:
+    """Store a checkpoint as a run's model and make it a version of a registered one; returns the version's number."""
+    model = _store_model(store, run_id, folder, classes)
+    made = store.client.create_model_version(registered, model.artifact_location, run_id, tags, model_id=model.model_id)
+    return str(made.version)
 
 
 def _store_model(store: Store, run_id: str, folder: Path, classes: Sequence[str]) -> LoggedModel:

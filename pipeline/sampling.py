@@ -52,11 +52,9 @@ def sampling(start: int, count: int, scale: float, lattice_size: int) -> Samplin
 
 
 def _whole_weights(weights: np.ndarray) -> np.ndarray:
-    """Weights as whole 256ths whose sum is exactly 256; the largest takes what rounding leaves."""
-    whole = np.rint(weights * (1 << _WEIGHT_BITS)).astype(np.int64)
-    rows = np.arange(len(whole))
-    whole[rows, whole.argmax(axis=1)] += (1 << _WEIGHT_BITS) - whole.sum(axis=1)
-    return np.asarray(whole, np.uint16)
+    """Weights as whole 256ths, none below 0, whose sum is exactly 256: what rounding leaves of one, the next one has."""
+    ends = np.rint(np.cumsum(weights, axis=1) * (1 << _WEIGHT_BITS))
+    return np.asarray(np.diff(ends, axis=1, prepend=0), np.uint16)
 
 
 def resample_rows(pixels: np.ndarray, sampling: Sampling) -> np.ndarray:

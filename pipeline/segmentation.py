@@ -15,7 +15,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -93,18 +92,14 @@ class Step:
 
 
 def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> list[SlideJob]:
-    """The same jobs, each with a tile size: the user's; else its canvas's; else one for all others, chosen in a worker (or
-    `blending.TILE_SIZE` where they are blended).
+    """The same jobs, each with a tile size to fall back on where neither the user nor a canvas says one: the same for all,
+    chosen in a worker (or `blending.TILE_SIZE` where they are blended).
 
     A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
     ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded.
     """
-    sizes = dict[str, int]()
-    for job in jobs:
-        with suppress(CanvasError):
-            sizes[job.slide_id] = job_tile_size(job)
-    sizes |= {job.slide_id: TILE_SIZE for job in jobs if job.settings.blend and job.slide_id not in sizes}
-    fresh = [job for job in jobs if job.slide_id not in sizes]
+    jobs = [replace(job, chosen_tile_size=TILE_SIZE) if job.settings.blend else job for job in jobs]
+    fresh = [job for job in jobs if not _has_tile_size(job)]
     if fresh:
         slides = [(job.slide, job.mpp) for job in fresh]
         cluster.submit("tile size", tile_size_for, slides, fresh[0].model, memory_gib, fresh[0].tissue, fresh[0].engine)
@@ -112,9 +107,16 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
         (outcome,) = cluster
         if outcome.error:
             raise outcome.error
-        sizes |= {job.slide_id: outcome.value for job in fresh}
-    settings = (job.settings.model_copy(update={"tile_size": sizes[job.slide_id]}) for job in jobs)
-    return [replace(job, settings=chosen) for job, chosen in zip(jobs, settings, strict=True)]
+        jobs = [replace(job, chosen_tile_size=outcome.value) if job in fresh else job for job in jobs]
+    return jobs
+
+
+def _has_tile_size(job: SlideJob) -> bool:
+    try:
+        job_tile_size(job)
+    except CanvasError:
+        return False
+    return True
 
 
 def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]:
@@ -202,9 +204,10 @@ def plan_slide(job: SlideJob) -> Plan:
     Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
     SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
     """
-    opened = OpenedJob(job)
-    identity, path = opened.identity(), job.folder / CANVAS
+    path = job.folder / CANVAS
     with locked(job.folder):
+        opened = OpenedJob(job)  # another command may just have made the canvas, whose tile size then counts
+        identity = opened.identity()
         if path.exists():
             canvas = open_canvas(path, identity)
             if is_finished(job):

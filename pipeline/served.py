@@ -22,9 +22,10 @@ class Segmenter(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Loads the network from the checkpoint folder among the model's files."""
-        from pipeline.runtime import load_engine
+        from pipeline.runtime import EXACT, load_engine, with_flips
 
-        self.engine = load_engine(Path(context.artifacts["checkpoint"]))
+        folder = Path(context.artifacts["checkpoint"])
+        self.engine = load_engine(folder, with_flips(EXACT, folder, None))
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         """Probabilities of (N, H, W, 3) uint8 RGB patches, as `fullfield segment` computes them for a slide of that size.

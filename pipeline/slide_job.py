@@ -28,7 +28,8 @@ CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
 MADE = ("segmentation.ome.tif", "regions.geojson", "measurements.csv", "overlay.png", "tissue.png")
 """The files that a finished slide has beside these."""
 
-MADE_OF_SOME = ("entropy.ome.tif", "truth.png")
+ENTROPY = "entropy.ome.tif"
+MADE_OF_SOME = (ENTROPY, "truth.png")
 """Those that some finished slides have: of ensembles, and evaluated ones."""
 
 _STAINING = "staining"  # of what the canvas says was measured
@@ -38,7 +39,8 @@ _STAINING = "staining"  # of what the canvas says was measured
 class SlideJob:
     """One slide to segment with the model in the folder `model`, into `folder`.
 
-    `mpp`, if any, counts before the scale that the scan states.
+    `mpp`, if any, counts before the scale that the scan states. `chosen_tile_size` is for a canvas that is yet to be made,
+    where the settings name none.
     """
 
     slide_id: str
@@ -49,12 +51,14 @@ class SlideJob:
     settings: SegmentationSettings
     tissue: TissueSettings
     engine: EngineSettings = EXACT
+    chosen_tile_size: int | None = None
 
 
 def is_finished(job: SlideJob) -> bool:
     """Whether the job's folder holds all that it is to make: nothing is left to do."""
     same = _provenance(job).get("min_region_um2") == job.settings.min_region_um2
-    return same and all((job.folder / name).exists() for name in MADE) and is_segmented(job)
+    made = (*MADE, ENTROPY) if len(ensemble.members(job.model)) > 1 else MADE
+    return same and all((job.folder / name).exists() for name in made) and is_segmented(job)
 
 
 def is_segmented(job: SlideJob) -> bool:
@@ -73,10 +77,18 @@ def _provenance(job: SlideJob) -> dict[str, Any]:
 
 
 def job_tile_size(job: SlideJob) -> int:
-    """The job's tile size, or that of the canvas which it goes on with. Raises CanvasError where there is neither."""
+    """The user's tile size; else that of the canvas which the job goes on with, whoever made it; else the one chosen.
+
+    Raises CanvasError where there is none of them.
+    """
     if job.settings.tile_size is not None:
         return job.settings.tile_size
-    return open_canvas(job.folder / CANVAS).write_size * ensemble.load_spec(job.model).output_stride
+    try:
+        return open_canvas(job.folder / CANVAS).write_size * ensemble.load_spec(job.model).output_stride
+    except CanvasError:
+        if job.chosen_tile_size is None:
+            raise
+        return job.chosen_tile_size
 
 
 def job_engine(job: SlideJob) -> EngineSettings:

@@ -74,11 +74,11 @@ def beside(model: Path) -> Path:
 
 def save(path: Path, standing: Standing, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a training's state over the one before it, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(flat, partial, {_KEY: json.dumps(asdict(standing))})
+        partial.write_bytes(save(flat, {_KEY: json.dumps(asdict(standing))}))  # its save_file leaves files when it is killed
 
 
 def read_standing(path: Path) -> Standing | None:

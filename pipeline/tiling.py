@@ -85,23 +85,29 @@ def tile_size_for(
         with suppress(SlideError):
             opened.append(open_slide(path, mpp))
     opened.sort(key=lambda slide: slide.levels[slide.best_level(scale)].mpp.area_um2)
-    for slide in opened:
+    sample = _sample(opened, scale, tissue)
+    for slide in opened if sample else ():
         with suppress(SlideError):
             found = known_probe(slide, engine, way, kept_probe(slide, engine.spec, model, settings))
-            return choose(engine.spec, _sample(opened, scale, tissue), found, memory_gib)
+            return choose(engine.spec, sample, found, memory_gib)
     return _STEP
 
 
 def _sample(slides: Sequence[Slide], scale: Mpp, settings: TissueSettings) -> list[tuple[Lattice, Tissue]]:
-    """A few slides, from the largest to smaller ones, as `choose` takes them. Raises SlideError where none can be read."""
+    """A few slides, from the largest to smaller ones, as `choose` takes them; others where one of them cannot be read."""
     from pipeline.tissue import find_tissue
 
     coarse = settings.model_copy(update={"mpp": max(settings.mpp, _COARSE_MPP)})
     by_size = sorted(slides, key=lambda slide: -max(slide.base.at(scale).shape))
-    return [
-        (slide.base.at(scale), find_tissue(slide, coarse))
-        for slide in by_size[:: max(len(by_size) // _SAMPLED, 1)][:_SAMPLED]
-    ]
+    step = max(len(by_size) // _SAMPLED, 1)
+    first = by_size[::step][:_SAMPLED]
+    found: list[tuple[Lattice, Tissue]] = []
+    for slide in (*first, *(other for other in by_size if other not in first)):
+        if len(found) == len(first):
+            break
+        with suppress(SlideError):
+            found.append((slide.base.at(scale), find_tissue(slide, coarse)))
+    return found
 
 
 def foresee(

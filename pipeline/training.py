@@ -94,10 +94,16 @@ class Trainer:
     def fit(self, batches: Batches) -> Iterator[Epoch]:
         """Train epoch by epoch; between two, the caller validates and saves `averaged()`, and after that the `state()`.
 
-        The caller's time counts against `max_minutes` as well. Raises TrainingError where the loss is not finite.
+        The caller's time counts against `max_minutes` as well. Raises TrainingError where the loss is not finite, and where
+        memory is too small for a step.
         """
         while self._done < (planned := self.team.first(self.planned)):
-            epoch = self._epoch(self._done, planned, batches(self._done))
+            try:
+                epoch = self._epoch(self._done, planned, batches(self._done))
+            except (MemoryError, RuntimeError) as error:
+                if not _lacks_memory(error):
+                    raise
+                raise _too_large(error) from error
             self._done += 1
             yield epoch
 
@@ -233,6 +239,17 @@ class _Awaited:
             return next(self.batches)
         finally:
             self.seconds += time.monotonic() - started
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out; of the processor's, torch says so in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _too_large(error: Exception) -> TrainingError:
+    found = f"no memory for a step ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    remedy = "Lower training.batch_size, tiles.patch_size or network.width."
+    return TrainingError("training", found, "patches and a network that fit into memory", remedy)
 
 
 def _optimisers(network: torch.nn.Module, settings: TrainingSettings, classes: int) -> list[torch.optim.Optimizer]:

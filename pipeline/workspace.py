@@ -15,7 +15,7 @@ from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import Config
-from pipeline.errors import TrainingError
+from pipeline.errors import CohortError, TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_interrupted, check_model, read_stamp, tile_inputs
@@ -102,11 +102,16 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     """Check, deal out the splits and write both into the output folder; the configuration then has it absolute."""
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
-    cases = deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
+    manifest, dealt = config.cohort.manifest, config.output / "cohort.csv"
+    given = read_manifest(manifest)
+    if manifest.absolute() == dealt and not all(case.split for case in given):
+        remedy = "Call it otherwise, give it a column `split`, or choose another `output`."
+        raise CohortError(str(manifest), "the manifest, where the cohort with its splits is to be", "another file", remedy)
+    cases = deal_out(given, config.cohort.fractions.model_dump(), config.seed)
     check_model(config, cases)
     check_interrupted(config)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_manifest(config.output / "cohort.csv", cases)
+    write_manifest(dealt, cases)
     write_text(config.output / "config.yaml", config.to_yaml())
     return config, cases
 

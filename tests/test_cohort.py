@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,12 @@ def test_a_written_manifest_reads_back(tmp_path: Path) -> None:
     )
     write_manifest(tmp_path / "out" / "cohort.csv", cases)
     assert read_manifest(tmp_path / "out" / "cohort.csv") == cases
+
+
+def test_every_split_has_annotated_patients_where_there_are_enough() -> None:
+    """A network that nothing validates, or that is examined on nothing, would be of no use."""
+    cases = [replace(case, annotation=Path("a")) if case.patient in ("P0", "P5", "P7") else case for case in cohort(12)]
+    for seed in range(20):
+        dealt = deal_out(cases, {"train": 0.7, "val": 0.15, "test": 0.15}, seed)
+        assert {case.split for case in dealt if case.annotation} == {"train", "val", "test"}
+        assert len({case.patient for case in dealt if case.split == "train"}) == 7

@@ -82,3 +82,9 @@ def test_the_best_stands_first_and_a_failure_last_with_its_reason(tmp_path: Path
     assert "| 0.900 (0.800 to 1.000) |" in table[2]
     assert r"the loss \| is nan" in table[4]
     assert Image.open(tmp_path / "sweep.png").width > 100
+
+
+def test_a_date_is_a_name_like_any_other() -> None:
+    fixed, found = combine(["output=2026-11-29", "network.width=8,16"])
+    assert fixed == ['output="2026-11-29"']
+    assert len(found) == 2

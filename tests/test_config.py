@@ -7,6 +7,7 @@ import yaml
 from pipeline.config import Config, Section
 from pipeline.config_file import load_config, parse_config
 from pipeline.errors import ConfigError
+from pipeline.yaml_text import load
 
 CONFIGS = sorted((Path(__file__).parents[1] / "workflows" / "configs").glob("*.yaml"))
 EXAMPLE = next(path for path in CONFIGS if path.stem == "example")
@@ -121,3 +122,13 @@ def test_the_digest_ignores_where_and_by_whom() -> None:
     config = parse_config(minimal(), "test")
     assert config.digest() == parse_config(minimal(), "test", ["output=elsewhere", "cluster.workers=3"]).digest()
     assert config.digest() != parse_config(minimal(), "test", ["seed=1"]).digest()
+
+
+def test_words_that_look_like_numbers_come_back_as_words() -> None:
+    config = parse_config({**minimal(), "tracking": {"experiment": "1e3", "model": "2e4"}}, "test")
+    assert parse_config(load(config.to_yaml()), "test") == config
+
+
+def test_keys_may_be_merged(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: &base {x: 1, y: 2}\nb: {<<: *base, y: 3}\n")
+    assert load((tmp_path / "c.yaml").read_text())["b"] == {"x": 1, "y": 3}

@@ -17,14 +17,15 @@ from pipeline.classes import Class, Classes
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
-from pipeline.errors import CanvasError, CheckpointError, SlideError
+from pipeline.errors import CanvasError, CheckpointError, CohortError, SlideError
 from pipeline.footprint import with_footprint
-from pipeline.inputs import training_facts
+from pipeline.inputs import tile_inputs, training_facts, training_inputs
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
 from pipeline.segmentation import Part, finish_slide, plan_slide, segment_block
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
+from pipeline.workspace import open_workspace
 from workflows.__main__ import main
 from workflows.segment import segment
 from workflows.verify import verify
@@ -104,6 +105,15 @@ def test_what_is_missing_of_a_finished_slide_is_made_again(models: list[Path], s
     (folder / "provenance.json").write_text("{")
     assert run(scan, models[:1], tmp_path) == 0
     assert np.array_equal(canvas.read_probabilities(canvas.lattice.roi), probabilities)
+
+
+def test_a_missing_entropy_map_is_made_again(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    assert run(scan, models[:2], tmp_path) == 0
+    entropy = tmp_path / "slides" / "scan" / "entropy.ome.tif"
+    content = entropy.read_bytes()
+    entropy.unlink()
+    assert run(scan, models[:2], tmp_path) == 0
+    assert len(entropy.read_bytes()) == len(content)
 
 
 def test_another_smallest_region_is_followed(models: list[Path], scan: Path, tmp_path: Path) -> None:
@@ -196,3 +206,22 @@ def test_a_slide_changed_in_place_is_another(scan: Path, tmp_path: Path) -> None
     after = training_facts(config, [case])
     assert [name for name in before if before[name] != after[name]] == ["slide scan"]
     assert json.loads(after["slide scan"])[0] == "scan"
+
+
+def test_a_manifest_without_splits_is_not_written_over(scan: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "cohort.csv"
+    manifest.write_text(f"slide,patient\n{scan},p\n")
+    example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+    overrides = [f"cohort.manifest={manifest}", f"output={tmp_path}", "cluster.workers=0"]
+    with pytest.raises(CohortError, match="choose another `output`"), open_workspace(load_config(example, overrides)):
+        pass
+    assert manifest.read_text() == f"slide,patient\n{scan},p\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["cohort.csv"]
+
+
+def test_the_order_of_a_manifest_tells_nothing(scan: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+    config = load_config(example)
+    cases = [Case(name, name, scan, split="train") for name in ("a", "b")]
+    for inputs in (tile_inputs, training_inputs):
+        assert inputs(config, cases) == inputs(config, cases[::-1]) != inputs(config, cases[:1])

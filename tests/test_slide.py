@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ScaleError, SlideError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.phantom import render, write_slide
+from pipeline.sampling import resample_rows, sampling
 from pipeline.slide import Slide, fallback_mpp, open_slide
 
 WIDTH, HEIGHT, MPP = 1403, 1021, 0.5
@@ -195,3 +196,21 @@ def test_a_missing_file_and_a_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     with pytest.raises(SlideError, match="no known format"):
         open_slide(tmp_path / "text.svs")
+
+
+@pytest.mark.parametrize("reduction", [2, 3, 2.5, 30, 56, 98, 160, 255, 400, 511])
+def test_a_large_reduction_is_an_average_too(reduction: float) -> None:
+    """Weights in whole 256ths are never below 0, however many there are, and half of one beside the truth at most."""
+    found = sampling(3, 4, reduction, 5000)
+    weights = found.weights.toarray()
+    assert (weights.sum(axis=1) == 256).all()
+    assert weights.max() <= round(256 / reduction) + 1
+    rows = np.random.default_rng(0).integers(0, 256, (found.length, 2, 3), np.uint8)
+    start = round(3 * reduction) - found.start
+    whole = resample_rows(rows, found)
+    if reduction == round(reduction):
+        means = rows[start : start + 4 * round(reduction)].reshape(4, round(reduction), 2, 3).mean(axis=1)
+        spread = 0.5 + 255 * np.sqrt(reduction) / 256  # of rounding that is as often up as down
+        assert np.abs(whole - means).max() <= spread
+    constant = np.full((found.length, 2, 3), 245, np.uint8)
+    assert (resample_rows(constant, found) == 245).all()

@@ -1,5 +1,6 @@
 """The state of an interrupted training: always whole, and never another training's."""
 
+import os
 import subprocess
 import sys
 import time
@@ -75,3 +76,12 @@ def test_it_is_whole_whenever_its_writer_is_killed(tmp_path: Path) -> None:
     assert len(seen) == 10
     last = read_standing(path)
     assert set(load_tensors(path)["a"].tolist()) == {float(last.inputs["number"])}
+
+
+def test_those_who_may_read_other_files_may_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save(tmp_path / "state", STANDING, {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644

@@ -31,7 +31,7 @@ from pipeline.phantom import render, write_slide
 from pipeline.probe import Probe, probe
 from pipeline.segmentation import plan_slide, with_tile_sizes
 from pipeline.slide import open_slide
-from pipeline.slide_job import SlideJob, is_finished
+from pipeline.slide_job import SlideJob, is_finished, job_tile_size
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, choose, estimate, tile_size_for
 from pipeline.tissue import Tissue
@@ -240,6 +240,12 @@ def test_slides_that_cannot_be_read_do_not_count(model: Path, scan: Path, tmp_pa
     assert tile_size_for([broken], model, 30.0, tissue) == 256
 
 
+@pytest.mark.parametrize("name", ["unreadable.svs", "cmu_zeroed_tile.svs"])
+def test_a_slide_that_opens_and_then_fails_does_not_count(model: Path, scan: Path, shared_data: Path, name: str) -> None:
+    damaged, good, tissue = (shared_data / "damaged" / name, 1.0), (scan, None), TissueSettings()
+    assert tile_size_for([damaged, good], model, 30.0, tissue) == tile_size_for([good], model, 30.0, tissue)
+
+
 def test_what_was_measured_is_not_measured_again(scan: Path, model: Path, cache: Path) -> None:
     def size() -> int:
         return tile_size_for([(scan, None)], model, 3.0, TissueSettings())
@@ -263,15 +269,17 @@ def test_an_output_keeps_its_tile_size_and_the_user_counts_before_all(model: Pat
     started = replace(old, settings=SegmentationSettings(tile_size=136))
     assert not plan_slide(started).finished
     with connect(ClusterSettings(workers=0)) as cluster:
-        sizes = [job.settings.tile_size for job in with_tile_sizes([old, new], cluster, None)]
+        sizes = [job_tile_size(job) for job in with_tile_sizes([old, new], cluster, None)]
         assert sizes[0] == 136
         assert sizes[1] % 256 == 0
         said = replace(new, settings=SegmentationSettings(tile_size=99))
-        assert [job.settings.tile_size for job in with_tile_sizes([said, old], cluster, None)] == [99, 136]
+        assert [job_tile_size(job) for job in with_tile_sizes([said, old], cluster, None)] == [99, 136]
         other = replace(old, settings=SegmentationSettings(tile_size=512))
         with pytest.raises(CanvasError, match="tile_size 136"):
             plan_slide(with_tile_sizes([other], cluster, None)[0])
     assert plan_slide(old).blocks == plan_slide(started).blocks
+    other_choice = replace(old, chosen_tile_size=512)  # of another command, which began before the canvas was there
+    assert plan_slide(other_choice).blocks == plan_slide(started).blocks
     assert not is_finished(new)
 
 

@@ -315,6 +315,38 @@ def test_a_model_is_stored_as_code_and_weights_and_found_by_every_name(start, tr
     assert (plain / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
 
 
+def test_an_older_run_called_again_leaves_the_alias_with_the_newer_model(start, trained, shared_store, tmp_path):
+    run = start()
+    older, newer = run.child("first"), run.child("second")
+    changed = shutil.copytree(trained, tmp_path / "changed")
+    (changed / "model.yaml").write_text((trained / "model.yaml").read_text() + "# another\n")
+    assert older.log_model(trained, ["rest", "gland"], "shared", "newest") == "models:/shared/1"
+    assert newer.log_model(changed, ["rest", "gland"], "shared", "newest") == "models:/shared/2"
+    assert older.log_model(trained, ["rest", "gland"], "shared", "newest") == "models:/shared/1"
+    found = resolve_model("models:/shared@newest", shared_store)
+    assert found == resolve_model("models:/shared/2", shared_store)
+    assert older.log_model(trained, ["rest", "gland"], "shared", "other") == "models:/shared/1"
+    assert resolve_model("models:/shared@other", shared_store) == resolve_model("models:/shared/1", shared_store)
+
+
+def test_a_model_is_served_in_as_many_views_as_its_run_had(start, trained, shared_store, tmp_path):
+    import mlflow
+    import yaml
+
+    from pipeline.config import EngineSettings
+    from pipeline.runtime import load_engine
+
+    model = shutil.copytree(trained, tmp_path / "flipped")
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    (model / "model.yaml").write_text(yaml.safe_dump({**content, "lineage": {**content.get("lineage", {}), "flips": True}}))
+    start().log_model(model, ["rest", "gland"], "flipped", "newest")
+    served = mlflow.pyfunc.load_model(str(resolve_model("models:/flipped@newest", shared_store).parents[1]))
+    patches = np.random.default_rng(0).integers(0, 256, (2, 24, 36, 3), np.uint8)
+    expected = load_engine(model, EngineSettings(flips=True))(patches)
+    np.testing.assert_allclose(served.predict(patches), expected, atol=1e-6)
+    assert np.abs(expected - load_engine(model)(patches)).max() > 1e-3
+
+
 def test_the_served_model_answers_as_the_engine_does(start, trained, shared_store):
     import mlflow
 

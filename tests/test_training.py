@@ -208,3 +208,31 @@ def test_waiting_for_patches_is_told() -> None:
     (late,) = trainer(epochs=1).fit(slow)
     assert late.waiting * late.seconds >= 4 * 0.05
     assert 0 <= quick.waiting < late.waiting <= 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
+)
+def test_a_step_that_does_not_fit_into_memory_is_an_error_that_says_what_to_lower(error: Exception) -> None:
+    def too_large(epoch: int):
+        raise error
+        yield
+
+    with pytest.raises(TrainingError, match=r"no memory for a step .*Lower training\.batch_size"):
+        list(trainer().fit(too_large))
+
+
+def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory() -> None:
+    def wrong(epoch: int):
+        raise RuntimeError("shapes differ")
+        yield
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(trainer().fit(wrong))

@@ -172,8 +172,12 @@ def _examine(version: Version, cases: Sequence[Case], config: Config, cluster: C
 
 
 def _job(case: Case, config: Config, version: Version, folder: Path) -> SlideJob:
-    """A case to segment at exact, in as many views as the version's own run did: whoever is better is so by its weights."""
-    settings, model = config.segmentation.model_copy(update={"tile_size": None}), version.checkpoint.absolute()
+    """A case to segment at exact, in as many views as the version's own run did: whoever is better is so by its weights.
+
+    Only what is not local is blended.
+    """
+    model = version.checkpoint.absolute()
+    settings = config.segmentation.model_copy(update={"tile_size": None, "blend": load_spec(model).halo is None})
     job = replace(slide_job(case, config), model=model, settings=settings, engine=with_flips(EXACT, model, None))
     return replace(job, folder=folder / "slides" / case.slide_id)
 

@@ -30,7 +30,7 @@ from pipeline.registry import resolve_model
 from pipeline.runtime import fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled, with_flips
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
-from pipeline.slide_job import PROVENANCE, SlideJob
+from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
 from pipeline.stitching import stitching
 from pipeline.tracking import Run
 from pipeline.workers import local_workers
@@ -191,7 +191,7 @@ def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gi
     `memory_gib` bounds the tiles of which nobody says how large they are; see `tiling.choose`.
     """
     jobs = with_tile_sizes(jobs, cluster, memory_gib)
-    sizes = sorted({job.settings.tile_size for job in jobs if job.settings.tile_size is not None})
+    sizes = sorted({job_tile_size(job) for job in jobs})
     console.print(f"Tiles of {', '.join(map(str, sizes))} px")
     rows, started, megapixels = dict[str, Row](), time.monotonic(), 0.0
     with progress("segment: blocks", 0) as bar:

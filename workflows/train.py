@@ -19,7 +19,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.files import locked
 from pipeline.inputs import check_model, read_stamp, tile_inputs, training_facts, training_inputs
-from pipeline.lineage import ancestry, case_facts, models_facts, write_lineage
+from pipeline.lineage import ancestry, case_facts, models_facts, other_ways, ways, write_lineage
 from pipeline.machine import has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.processes import together
@@ -64,7 +64,11 @@ def _trained(workspace: Workspace, unfinished: Path) -> str:
         run.log_params({"training": config.training.model_dump(), "network": config.network.model_dump()})
         if model.exists():
             console.print("train: done already")
+            if kept := other_ways(model, config):
+                console.print(f"train: `fullfield segment` goes on with the model's own {kept}")
         else:
+            if not any(case.split == "val" for case in cases):
+                console.print("train: no annotated slide validates, so the last epoch is kept")
             _watch(workspace, run, cases, unfinished, done)
         cost = _cost(unfinished)
         snapshot.beside(unfinished).unlink(missing_ok=True)
@@ -117,7 +121,8 @@ def _check_tiles(workspace: Workspace) -> None:
 def _cases(workspace: Workspace) -> list[Case]:
     """The slides to learn from and to validate on: those that have tiles."""
     tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
-    return [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
+    cases = [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
+    return sorted(cases, key=lambda case: case.slide_id)  # sums over them are the same, in whatever order they are named
 
 
 def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
@@ -248,8 +253,7 @@ def _lineage(config: Config, inputs: str, epoch: int, dice: Mapping[str, float])
         "epoch": epoch,
         "dice": dict(dice),
         "tissue": config.tissue.model_dump(),
-        "min_region_um2": config.segmentation.min_region_um2,
-        "flips": config.engine.flips,
+        **ways(config),
     }
 
 
