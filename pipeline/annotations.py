@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 _NO_NAME = "(no name)"
 
 
-def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float | None) -> Truth:
+def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float | None, shown: Roi | None = None) -> Truth:
     """The truth in a file of outlines or a label image, which its content tells, of a slide with the lattice `base`.
 
-    `label_mpp` is the scale of a label image in micrometres per pixel; None where it has the slide's own size.
+    `label_mpp` is the scale of a label image in micrometres per pixel; None where it has the slide's own size. `shown` is
+    `Slide.shown`; None: all of it.
     Raises AnnotationError for a file that cannot be used: see `read_outlines`, `OutlineTruth`, `LabelImageTruth`.
     """
     if is_label_image(path):
-        return fit(open_label_image(path), base, class_map, label_mpp)
-    truth = OutlineTruth(path, base, class_map)
+        return fit(open_label_image(path), base, class_map, label_mpp, shown or base.roi)
+    truth = OutlineTruth(path, base, class_map, corner=(shown.x, shown.y) if shown else (0, 0))
     truth.check()  # reads the file, so that its errors come now
     return truth
 
@@ -46,21 +47,23 @@ def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float 
 class OutlineTruth:
     """The truth drawn as outlines: later classes lie over earlier ones, `ignored` outlines over all.
 
-    Where `tissue` is given, glass outside the known outlines is `rest`. Pickles as its path: the file is read when first
-    needed, once a process. Its methods raise AnnotationError for names that the class map does not know.
+    Where `tissue` is given, glass outside the known outlines is `rest`. `corner` is that of `read_outlines`. Pickles as its
+    path: the file is read when first needed, once a process. Its methods raise AnnotationError for names that the class map
+    does not know.
     """
 
     path: Path
     base: Lattice
     class_map: ClassMap
     tissue: Tissue | None = field(default=None, compare=False, repr=False)
+    corner: tuple[int, int] = (0, 0)
 
     @cached_property
     def _layers(self) -> _Layers:
-        return _load_layers(self.path, file_stamp(self.path), self.class_map)
+        return _load_layers(self.path, file_stamp(self.path), self.class_map, self.corner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OutlineTruth, (self.path, self.base, self.class_map, self.tissue)
+        return OutlineTruth, (self.path, self.base, self.class_map, self.tissue, self.corner)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -125,9 +128,9 @@ class _Layers:
 
 
 @lru_cache(maxsize=8)
-def _load_layers(path: Path, stamp: tuple[int, int], class_map: ClassMap) -> _Layers:
+def _load_layers(path: Path, stamp: tuple[int, int], class_map: ClassMap, corner: tuple[int, int]) -> _Layers:
     """Reads a file and sorts its outlines; `stamp` makes sure that a changed file is read anew."""
-    outlines = read_outlines(path)
+    outlines = read_outlines(path, corner)
     painted, known = _sort(outlines, class_map, path)
     if class_map.known and not known:
         raise AnnotationError(

@@ -37,5 +37,5 @@ def write_regions(
     """Write outlines and measurements. Regions below `min_region_um2`, and of the class `rest`, are left out."""
     skip = () if rest is None else (rest,)
     regions = find_regions(canvas, slide.base, min_region_um2, skip)
-    counts = write_geojson(folder / "regions.geojson", regions, canvas.classes)
+    counts = write_geojson(folder / "regions.geojson", regions, canvas.classes, (slide.shown.x, slide.shown.y))
     write_measurements(folder / "measurements.csv", measure(canvas, tissue), counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import orjson
 
 from pipeline.classes import Class, Classes
@@ -14,8 +15,10 @@ from pipeline.regions import Region
 _DECIMALS = 3  # of an area in um2
 
 
-def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> dict[str, int]:
-    """Write regions as a GeoJSON FeatureCollection that QuPath opens in place.
+def write_geojson(
+    path: Path, regions: Iterable[Region], classes: Classes, corner: tuple[int, int] = (0, 0)
+) -> dict[str, int]:
+    """Write regions as a GeoJSON FeatureCollection that QuPath opens in place; `corner` is the pixel that it calls 0, 0.
 
     Returns how many there are of each class, by name. The file appears when it is complete.
     """
@@ -25,15 +28,16 @@ def write_geojson(path: Path, regions: Iterable[Region], classes: Classes) -> di
         separator = b"\n"
         for region in regions:
             item = classes[region.class_index]
-            file.write(separator + orjson.dumps(_feature(region, item), option=orjson.OPT_SERIALIZE_NUMPY))
+            file.write(separator + orjson.dumps(_feature(region, item, corner), option=orjson.OPT_SERIALIZE_NUMPY))
             separator = b",\n"
             counts[item.name] += 1
         file.write(b"\n]}\n")
     return counts
 
 
-def _feature(region: Region, item: Class) -> dict[str, object]:
+def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, object]:
     """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
+    rings = [ring - np.array(corner, ring.dtype) for ring in region.rings] if any(corner) else region.rings
     return {
         "type": "Feature",
         "properties": {
@@ -45,5 +49,5 @@ def _feature(region: Region, item: Class) -> dict[str, object]:
                 "Mean probability": round(region.mean_probability, 4),
             },
         },
-        "geometry": {"type": "Polygon", "coordinates": region.rings},
+        "geometry": {"type": "Polygon", "coordinates": rings},
     }

@@ -19,13 +19,15 @@ from pipeline.truth import ClassMap, centres
 class LabelImageTruth:
     """The truth as a picture of class numbers; the label whose pixel holds a centre is taken, none is blended.
 
-    Its `read` raises AnnotationError for values that the class map does not know.
+    `corner` is the place in `base` of the picture's own corner. Its `read` raises AnnotationError for values that the class
+    map does not know.
     """
 
     image: LabelImage
     labels: Lattice
     base: Lattice
     class_map: ClassMap
+    corner: tuple[int, int] = (0, 0)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -40,7 +42,10 @@ class LabelImageTruth:
         """See `Truth.read`."""
         truth = np.full(roi.shape, IGNORED, dtype=np.uint8)
         base_rows, base_columns = centres(roi, lattice, self.base)
-        rows, columns = (np.floor(axis).astype(np.int64) for axis in centres(roi, lattice, self.labels))
+        scale_x, scale_y = self.base.scale_to(self.labels)
+        y, x = centres(roi, lattice, self.labels)
+        rows = np.floor(y - self.corner[1] * scale_y).astype(np.int64)
+        columns = np.floor(x - self.corner[0] * scale_x).astype(np.int64)
         in_rows = (rows >= 0) & (rows < self.labels.height) & (base_rows < self.base.height)
         in_columns = (columns >= 0) & (columns < self.labels.width) & (base_columns < self.base.width)
         if in_rows.any() and in_columns.any():
@@ -68,20 +73,23 @@ class LabelImageTruth:
         return classes.astype(np.uint8)
 
 
-def fit(image: LabelImage, base: Lattice, class_map: ClassMap, label_mpp: float | None) -> LabelImageTruth:
-    """Lays a label image over its slide. Raises AnnotationError where its size and the slide's differ by over 1 px."""
+def fit(image: LabelImage, base: Lattice, class_map: ClassMap, label_mpp: float | None, shown: Roi) -> LabelImageTruth:
+    """Lays a label image over its slide, or over what QuPath shows of it.
+
+    Raises AnnotationError where its size differs by over 1 px from that of both.
+    """
     mpp = base.mpp if label_mpp is None else Mpp.square(label_mpp)
     labels = Lattice(image.width, image.height, mpp)
     scale_x, scale_y = base.scale_to(labels)
-    width, height = base.width * scale_x, base.height * scale_y
     slack = 1e-6 if label_mpp is None else 1 + 1e-6
-    if abs(image.width - width) > slack or abs(image.height - height) > slack:
-        fitting = base.width * base.mpp.x / image.width
-        raise AnnotationError(
-            str(image.path),
-            f"a label image of {image.width} x {image.height} px",
-            f"{width:.0f} x {height:.0f} px, the slide's size at {mpp.x:g} um/px",
-            f"Set `annotations.label_mpp` to the image's scale (its width would suit {fitting:.6g} um/px), "
-            "or make sure that it belongs to this slide.",
-        )
-    return LabelImageTruth(image, labels, base, class_map)
+    for part in (base.roi, shown):
+        if abs(image.width - part.width * scale_x) <= slack and abs(image.height - part.height * scale_y) <= slack:
+            return LabelImageTruth(image, labels, base, class_map, (part.x, part.y))
+    fitting = base.width * base.mpp.x / image.width
+    raise AnnotationError(
+        str(image.path),
+        f"a label image of {image.width} x {image.height} px",
+        f"{base.width * scale_x:.0f} x {base.height * scale_y:.0f} px, the slide's size at {mpp.x:g} um/px",
+        f"Set `annotations.label_mpp` to the image's scale (its width would suit {fitting:.6g} um/px), "
+        "or make sure that it belongs to this slide.",
+    )

@@ -1,7 +1,7 @@
 """Outlines drawn by people: QuPath GeoJSON, ASAP XML and Aperio ImageScope XML, read into polygons.
 
-The format is told by a file's content, not by its name. All three give places in base pixels. What QuPath calls a
-class, ASAP a group and ImageScope a layer is an outline's name here.
+The format is told by a file's content, not by its name. All three give places in base pixels, QuPath from the corner of what
+it shows of a slide. What QuPath calls a class, ASAP a group and ImageScope a layer is an outline's name here.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class _Sketchbook:
         return AnnotationError(str(self.path), found, expected, "Export the outlines again, or correct the file.")
 
 
-def read_outlines(path: Path) -> Outlines:
-    """The outlines of an annotation file, in base pixels.
+def read_outlines(path: Path, corner: tuple[int, int] = (0, 0)) -> Outlines:
+    """The outlines of an annotation file, in base pixels; `corner` is the x and y of the pixel that QuPath calls 0, 0.
 
     Raises AnnotationError for a file that cannot be read, is damaged, or is in none of the three formats.
 
@@ -90,14 +90,14 @@ def read_outlines(path: Path) -> Outlines:
     if start == b"<":
         return _read_xml(data, book)
     if start in (b"{", b"["):
-        return _read_geojson(data, book)
+        return _read_geojson(data, book, np.array(corner, np.float64))
     raise book.error(f"a file that starts with {data[:12]!r}" if data else "an empty file", _EXPECTED)
 
 
 # GeoJSON
 
 
-def _read_geojson(data: bytes, book: _Sketchbook) -> Outlines:
+def _read_geojson(data: bytes, book: _Sketchbook, corner: NDArray[np.float64]) -> Outlines:
     try:
         document = json.loads(data)
     except json.JSONDecodeError as error:
@@ -107,7 +107,7 @@ def _read_geojson(data: bytes, book: _Sketchbook) -> Outlines:
         raise book.error(f"broken JSON: {error}", "GeoJSON") from error
     for number, (name, geometry) in enumerate(_features(document, book), start=1):
         try:
-            polygons = list(_polygons(geometry, book))
+            polygons = [[ring + corner for ring in rings] for rings in _polygons(geometry, book)]
         except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise book.error(f"object {number} with broken coordinates ({error})", "lists of [x, y]") from error
         if polygons:

@@ -86,6 +86,8 @@ class Slide:
     """A scan: its base lattice, its pyramid of `levels` (the first is the base), and what it says of its origin.
 
     `downsamples` are OpenSlide's own, one a level; `objective` is the magnification of the lens, None where not stated.
+    `shown` is the part of the base that was scanned, where the scan says so (MIRAX and Leica SCN do), else all of it: QuPath
+    shows nothing else, and counts pixels from its corner.
     """
 
     path: Path
@@ -94,6 +96,7 @@ class Slide:
     downsamples: tuple[float, ...]
     vendor: str
     objective: float | None
+    shown: Roi
     _handle: _Handle = field(repr=False, compare=False)
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
@@ -236,7 +239,7 @@ def _shared_slide(path: Path, mpp: float | None, stamp: tuple[int, int]) -> Slid
     levels = tuple(Lattice(w, h, Mpp(base.mpp.x * (width / w), base.mpp.y * (height / h))) for w, h in scan.level_dimensions)
     vendor = str(properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
     objective = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
-    return Slide(path, base, levels, tuple(scan.level_downsamples), vendor, objective, handle)
+    return Slide(path, base, levels, tuple(scan.level_downsamples), vendor, objective, _shown(properties, base), handle)
 
 
 def _open(handle: _Handle) -> openslide.OpenSlide:
@@ -273,6 +276,13 @@ def _base_mpp(path: Path, properties: Any, override: float | None) -> Mpp:
 def _scale_error(path: Path, found: str) -> ScaleError:
     remedy = "State it in the manifest's `mpp` column (or with --mpp)."
     return ScaleError(str(path), found, "a scale of {:g} to {:g} um/px".format(*MPP_RANGE), remedy)
+
+
+def _shown(properties: Any, base: Lattice) -> Roi:
+    numbers = [_number(properties.get(f"openslide.bounds-{name}")) for name in ("x", "y", "width", "height")]
+    known = [int(number) for number in numbers if number is not None]
+    bounds = Roi(*known).intersect(base.roi) if len(known) == len(numbers) else base.roi
+    return bounds if bounds.area else base.roi
 
 
 def _number(text: str | None) -> float | None:

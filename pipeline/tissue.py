@@ -169,7 +169,8 @@ def _seen(slide: Slide, mpp: Mpp, longest: int) -> Lattice:
 def _glance(slide: Slide, mpp: Mpp) -> tuple[np.ndarray, Mpp]:
     """The view that tells a slide's glass and its threshold, (rows, columns, 3) uint8 RGB, and its scale."""
     seen = _seen(slide, mpp, _SURVEYED)
-    return slide.read(seen.roi, seen), seen.mpp
+    scanned = slide.base.cover(slide.shown, seen).intersect(seen.roi)  # round it is white that is no glass
+    return slide.read(scanned, seen), seen.mpp
 
 
 def light_of(slide: Slide, tissue: Tissue) -> np.ndarray:

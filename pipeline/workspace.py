@@ -207,9 +207,8 @@ def case_truth(case: Case, config: Config) -> Truth:
     """What is known of a case. Raises AnnotationError."""
     if case.annotation is None:
         raise ValueError(f"case {case.slide_id} has no annotation")
-    return open_truth(
-        case.annotation, open_slide(case.slide, case.mpp).base, class_map(config), config.annotations.label_mpp
-    )
+    slide = open_slide(case.slide, case.mpp)
+    return open_truth(case.annotation, slide.base, class_map(config), config.annotations.label_mpp, slide.shown)
 
 
 def class_map(config: Config) -> ClassMap:

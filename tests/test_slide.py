@@ -107,7 +107,14 @@ def test_a_coarser_scale_is_an_average_over_area(slide: Slide, mpp: float) -> No
     base, roi = slide.read(slide.base.roi, slide.base).astype(float), Roi(31, 17, 23, 12)
     lattice = slide.base.at(Mpp.square(mpp))
     only_base = Slide(
-        slide.path, slide.base, slide.levels[:1], slide.downsamples[:1], slide.vendor, slide.objective, slide._handle
+        slide.path,
+        slide.base,
+        slide.levels[:1],
+        slide.downsamples[:1],
+        slide.vendor,
+        slide.objective,
+        slide.shown,
+        slide._handle,
     )
     reference = area_average(base, lattice.mpp.x / slide.base.mpp.x, roi)
     assert np.abs(only_base.read(roi, lattice) - reference).max() <= 2
