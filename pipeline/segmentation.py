@@ -204,6 +204,7 @@ def plan_slide(job: SlideJob) -> Plan:
     Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
     SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
     """
+    OpenedJob(job)  # what cannot be opened leaves no folder
     path = job.folder / CANVAS
     with locked(job.folder):
         opened = OpenedJob(job)  # another command may just have made the canvas, whose tile size then counts
