@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from pipeline import checkpoint, ensemble
 from pipeline.architectures import build_network
@@ -20,13 +21,16 @@ from pipeline.config_file import load_config
 from pipeline.errors import CanvasError, CheckpointError, CohortError, SlideError
 from pipeline.footprint import with_footprint
 from pipeline.inputs import tile_inputs, training_facts, training_inputs
+from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
 from pipeline.segmentation import Part, finish_slide, plan_slide, segment_block
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
+from pipeline.versions import Version
 from pipeline.workspace import open_workspace
 from workflows.__main__ import main
+from workflows.promote import _job
 from workflows.segment import segment
 from workflows.verify import verify
 
@@ -225,3 +229,29 @@ def test_the_order_of_a_manifest_tells_nothing(scan: Path, tmp_path: Path) -> No
     cases = [Case(name, name, scan, split="train") for name in ("a", "b")]
     for inputs in (tile_inputs, training_inputs):
         assert inputs(config, cases) == inputs(config, cases[::-1]) != inputs(config, cases[:1])
+
+
+def test_it_is_said_where_a_model_hands_on_another_way_than_a_run_has_now(models: list[Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models[0], tmp_path / "model"))
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    content["lineage"] = {"flips": False, "min_region_um2": 50.0}
+    (model / "model.yaml").write_text(yaml.safe_dump(content))
+    example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+    config = load_config(example, ["engine.flips=false", "segmentation.min_region_um2=50"])
+    assert other_ways(model, config) == ""
+    config = load_config(example, ["engine.flips=true", "segmentation.min_region_um2=50"])
+    assert other_ways(model, config) == "flips False"
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_promote_blends_what_is_not_local_and_nothing_else(scan: Path, tmp_path: Path, norm: str) -> None:
+    fields = {"architecture": "unet", "classes": CLASSES, "mpp": 2.0, "patch_size": 64, "width": 4, "depth": 1}
+    spec = ModelSpec(**fields, norm=norm, halo=None if norm == "instance" else 0)
+    network = build_network(spec).eval()
+    checkpoint.save(tmp_path / "model", with_footprint(spec, network), network)
+    example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+    version = Version("m", "1", "run", tmp_path / "model")
+    for blend in (True, False):
+        config = load_config(example, [f"segmentation.blend={str(blend).lower()}"])
+        job = _job(Case("scan", "p", scan), config, version, tmp_path)
+        assert job.settings.blend == (norm == "instance")
