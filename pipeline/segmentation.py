@@ -107,7 +107,7 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
         (outcome,) = cluster
         if outcome.error:
             raise outcome.error
-        jobs = [replace(job, chosen_tile_size=outcome.value) if job in fresh else job for job in jobs]
+        jobs = [replace(job, chosen_tile_size=outcome.value) for job in jobs]
     return jobs
 
 
