@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import shutil
 import sys
 import tempfile
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 GRAPH = "network.xml"
 _WEIGHTS = "network.bin"
 _KEPT_FIRST, _KEPT_LAST = 1, 2  # convolutions
-_HALVES = {"BF16": "bf16", "FP16": "f16"}  # what OpenVINO calls a processor's ability, and asks for it
 
 
 class OpenVinoEngine:
@@ -52,7 +52,7 @@ class OpenVinoEngine:
         self.spec, self._graph, self._cache = spec, graph, cache
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
-            "INFERENCE_PRECISION_HINT": _half(core) if precision == "fast" else "f32",
+            "INFERENCE_PRECISION_HINT": _half_hint(core) if precision == "fast" else "f32",
             # Pinned, the only threads of two workers would both sit on the first core.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_NUM_THREADS": threads(),
@@ -102,6 +102,11 @@ class OpenVinoEngine:
 def installed() -> bool:
     """Whether OpenVINO is there."""
     return find_spec("openvino") is not None
+
+
+def half() -> str:
+    """The half precision of `fast` on a processor like this one, told without importing OpenVINO."""
+    return "fp16" if platform.machine().lower() in ("aarch64", "arm64") else "bf16"
 
 
 def library_version() -> str:
@@ -172,14 +177,13 @@ def _missing(library: str) -> EngineError:
     return EngineError(f"engine.backend openvino: {library}", "no such library", "it to be installed", remedy)
 
 
-def _half(core: Any) -> str:
-    """The half precision that the processor computes in."""
+def _half_hint(core: Any) -> str:
+    """What OpenVINO calls the half precision of such a processor. Raises EngineError where this one does not have it."""
     abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    for ability, hint in _HALVES.items():
-        if ability in abilities:
-            return hint
+    if half().upper() in abilities:
+        return {"bf16": "bf16", "fp16": "f16"}[half()]
     found = f"a processor that computes in {', '.join(abilities)}"
-    raise EngineError("engine.precision fast", found, "one with bf16 or fp16", "Say `exact`, or `fastest` for int8.")
+    raise EngineError("engine.precision fast", found, f"one with {half()}", "Say `exact`, or `fastest` for int8.")
 
 
 def _converted(spec: ModelSpec, network: torch.nn.Module) -> Model:

@@ -141,13 +141,24 @@ def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> Eng
 
 
 def describe(model: Path, settings: EngineSettings) -> str:
-    """What labels depend on besides the model: precision, backend, and the int8 graph's digest. Raises EngineError."""
-    parts: list[str] = [settings.precision, settings.backend]
+    """What labels depend on besides the model: precision, which half of fast, backend, and the int8 graph's digest.
+
+    Raises EngineError.
+    """
+    precision = f"fast {_half(settings.backend)}" if settings.precision == "fast" else settings.precision
+    parts: list[str] = [precision, settings.backend]
     if settings.precision == "fastest":
         parts += [openvino_engine.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
     if settings.flips:
         parts.append("eight views")
     return ", ".join(parts)
+
+
+def _half(backend: Backend) -> str:
+    """The half precision in which a backend computes `fast` here."""
+    if backend == "openvino":
+        return openvino_engine.half()
+    return "fp16" if has_gpu() else "bf16"
 
 
 def fp32_graph(model: Path) -> Path:

@@ -17,6 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,12 +99,8 @@ class Trainer:
         memory is too small for a step.
         """
         while self._done < (planned := self.team.first(self.planned)):
-            try:
+            with memory_sufficing("a step"):
                 epoch = self._epoch(self._done, planned, batches(self._done))
-            except (MemoryError, RuntimeError) as error:
-                if not _lacks_memory(error):
-                    raise
-                raise _too_large(error) from error
             self._done += 1
             yield epoch
 
@@ -241,15 +238,18 @@ class _Awaited:
             self.seconds += time.monotonic() - started
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """Whether memory ran out; of the processor's, torch says so in words alone."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _too_large(error: Exception) -> TrainingError:
-    found = f"no memory for a step ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    remedy = "Lower training.batch_size, tiles.patch_size or network.width."
-    return TrainingError("training", found, "patches and a network that fit into memory", remedy)
+@contextmanager
+def memory_sufficing(work: str) -> Iterator[None]:
+    """Raise TrainingError, which says what to lower, where memory runs out in a block that does such `work`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Of the processor's memory torch says so in words alone.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        found = f"no memory for {work} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        remedy = "Lower training.batch_size, tiles.patch_size or network.width."
+        raise TrainingError("training", found, "patches and a network that fit into memory", remedy) from error
 
 
 def _optimisers(network: torch.nn.Module, settings: TrainingSettings, classes: int) -> list[torch.optim.Optimizer]:

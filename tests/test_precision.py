@@ -16,6 +16,7 @@ from pipeline.config import EngineSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
+from pipeline.machine import has_gpu
 from pipeline.network import ModelSpec
 from pipeline.patches import PatchIndex, Source
 from pipeline.phantom import make_cohort, make_phantom
@@ -144,12 +145,19 @@ def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
     assert approval(FAST, model) is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"engine": "fast, torch", "found": {"pixels": 3}}'])
+def test_an_approval_of_one_half_precision_is_none_of_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save(tmp_path / "model", 4)
+    approve(Deviation(1000, 0.001, 0.004, 0.31), FAST, model)
+    monkeypatch.setattr(runtime, "has_gpu", lambda: not has_gpu())
+    assert approval(FAST, model) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"engine": "ENGINE", "found": {"pixels": 3}}'])
 def test_a_damaged_approval_says_so(tmp_path: Path, content: str) -> None:
     model = save(tmp_path / "model", 4)
     approve(Deviation(1000, 0.001, 0.004, 0.31), FAST, model)
     (path,) = runtime.engines_folder(model).iterdir()
-    path.write_text(content)
+    path.write_text(content.replace("ENGINE", runtime.describe(model, FAST)))
     with pytest.raises(EngineError, match="a damaged file"):
         approval(FAST, model)
 

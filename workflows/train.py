@@ -192,7 +192,7 @@ def _fit(
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
     from pipeline.memory import remembered
-    from pipeline.training import Trainer
+    from pipeline.training import Trainer, memory_sufficing
     from pipeline.validation import validate
 
     torch.manual_seed(config.seed)
@@ -208,8 +208,9 @@ def _fit(
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
-        averaged = for_slides(trainer.averaged())
-        counts = trainer.team.total(validate(validation[rank::size], TorchEngine(spec, averaged)))
+        with memory_sufficing("validation"):
+            averaged = for_slides(trainer.averaged())
+            counts = trainer.team.total(validate(validation[rank::size], TorchEngine(spec, averaged)))
         dice = _dice(counts, spec, rest_index(config))
         metrics = _metrics(epoch, dice)
         record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
