@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,9 @@ def _font_size(width: int) -> int:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along: unlike Pillow's own font it writes most languages, and the sign µ."""
-    import matplotlib
+    """DejaVu Sans, which matplotlib brings along: unlike Pillow's own font it writes most languages, and the sign µ.
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    Matplotlib itself is not imported, which would take longer than a picture.
+    """
+    found = distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
+    return ImageFont.truetype(str(found), size)
