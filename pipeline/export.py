@@ -285,7 +285,7 @@ def _font_size(width: int) -> int:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along: unlike Pillow's own font it writes most languages, and the sign µ.
 
-    Matplotlib itself is not imported, which would take longer than a picture.
+    Matplotlib itself is not imported, which would take a fifth of a second.
     """
     found = distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf")
     return ImageFont.truetype(str(found), size)

@@ -178,10 +178,10 @@ def _missing(library: str) -> EngineError:
 
 
 def _half_hint(core: Any) -> str:
-    """What OpenVINO calls the half precision of such a processor. Raises EngineError where this one does not have it."""
+    """What OpenVINO calls `half` where it asks for it: bf16 or f16. Raises EngineError where this one does not have it."""
     abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if half().upper() in abilities:
-        return {"bf16": "bf16", "fp16": "f16"}[half()]
+        return half().replace("fp", "f")
     found = f"a processor that computes in {', '.join(abilities)}"
     raise EngineError("engine.precision fast", found, f"one with {half()}", "Say `exact`, or `fastest` for int8.")
 

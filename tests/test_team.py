@@ -85,6 +85,20 @@ def test_two_processes_equal_one(path: Path, tmp_path: Path, monkeypatch: pytest
     assert distance(tmp_path / "one", tmp_path / "two") < 10 * distance(tmp_path / "one", tmp_path / "reversed")
 
 
+def test_validation_that_does_not_fit_into_memory_is_an_error_that_says_what_to_lower(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: Any) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.validation.validate", too_large)
+    with open_workspace(load_config(path, [])) as workspace:
+        tile_cohort(workspace)
+        config, cases, tiles, _, inputs = train.fit_arguments(workspace)
+    with pytest.raises(TrainingError, match=r"no memory for validation .*network\.width"):
+        list(train.fit(config, cases, tiles, tmp_path / "model.partial", inputs))
+
+
 def test_what_a_training_depends_on_is_not_who_does_it(path: Path) -> None:
     one, two = load_config(path, []), load_config(path, ["training.devices=2", "training.nodes=2"])
     assert one != two

@@ -14,7 +14,7 @@ from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec
 from pipeline.snapshot import Standing, load_tensors, save
-from pipeline.training import Trainer, memory_sufficing
+from pipeline.training import Trainer
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Dark", (0, 0, 0))))
 SPEC = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=32, width=4, depth=2)
@@ -227,11 +227,6 @@ def test_a_step_that_does_not_fit_into_memory_is_an_error_that_says_what_to_lowe
 
     with pytest.raises(TrainingError, match=r"no memory for a step .*Lower training\.batch_size"):
         list(trainer().fit(too_large))
-
-
-def test_validation_that_does_not_fit_into_memory_is_an_error_too() -> None:
-    with pytest.raises(TrainingError, match="no memory for validation"), memory_sufficing("validation"):
-        np.empty(2**60, np.uint8)
 
 
 def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory() -> None:
