@@ -19,15 +19,15 @@ from pipeline.truth import ClassMap, centres
 class LabelImageTruth:
     """The truth as a picture of class numbers; the label whose pixel holds a centre is taken, none is blended.
 
-    `corner` is the place in `base` of the picture's own corner. Its `read` raises AnnotationError for values that the class
-    map does not know.
+    `part` is the rectangle of `base` that the picture shows, all of it: where its size was rounded down, its last labels
+    reach on. Its `read` raises AnnotationError for values that the class map does not know.
     """
 
     image: LabelImage
     labels: Lattice
     base: Lattice
     class_map: ClassMap
-    corner: tuple[int, int] = (0, 0)
+    part: Roi
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -44,10 +44,10 @@ class LabelImageTruth:
         base_rows, base_columns = centres(roi, lattice, self.base)
         scale_x, scale_y = self.base.scale_to(self.labels)
         y, x = centres(roi, lattice, self.labels)
-        rows = np.floor(y - self.corner[1] * scale_y).astype(np.int64)
-        columns = np.floor(x - self.corner[0] * scale_x).astype(np.int64)
-        in_rows = (rows >= 0) & (rows < self.labels.height) & (base_rows < self.base.height)
-        in_columns = (columns >= 0) & (columns < self.labels.width) & (base_columns < self.base.width)
+        rows = np.minimum(np.floor(y - self.part.y * scale_y).astype(np.int64), self.labels.height - 1)
+        columns = np.minimum(np.floor(x - self.part.x * scale_x).astype(np.int64), self.labels.width - 1)
+        in_rows = (base_rows >= self.part.y) & (base_rows < self.part.bottom)
+        in_columns = (base_columns >= self.part.x) & (base_columns < self.part.right)
         if in_rows.any() and in_columns.any():
             values = self.image.sample(rows[in_rows], columns[in_columns])
             truth[np.ix_(in_rows, in_columns)] = self._classes_of(values)
@@ -84,7 +84,7 @@ def fit(image: LabelImage, base: Lattice, class_map: ClassMap, label_mpp: float 
     slack = 1e-6 if label_mpp is None else 1 + 1e-6
     for part in (base.roi, shown):
         if abs(image.width - part.width * scale_x) <= slack and abs(image.height - part.height * scale_y) <= slack:
-            return LabelImageTruth(image, labels, base, class_map, (part.x, part.y))
+            return LabelImageTruth(image, labels, base, class_map, part)
     fitting = base.width * base.mpp.x / image.width
     raise AnnotationError(
         str(image.path),

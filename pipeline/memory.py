@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -22,10 +23,14 @@ def remembered(sources: Mapping[str, Source]) -> dict[str, Source]:
 
     Reads are tile-invariant, so that the bytes are the same either way.
     """
-    size = sum(_PIXEL_BYTES * source.lattice.roi.area for source in sources.values())
-    if size > _MOST_BYTES:
+    if sum(_bytes(source.lattice) for source in sources.values()) > _MOST_BYTES:
         return dict(sources)
     return {name: _remembered(source) for name, source in sources.items()}
+
+
+def _bytes(lattice: Lattice) -> int:
+    """What all blocks take, with those round the lattice, over which patches may hang."""
+    return _PIXEL_BYTES * _BLOCK**2 * math.prod(-(-size // _BLOCK) + 2 for size in lattice.shape)
 
 
 def _remembered(source: Source) -> Source:

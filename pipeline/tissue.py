@@ -47,13 +47,16 @@ class Tissue:
         return float(self.mask[inside.slices()].mean()) if inside.area else 0.0
 
     def sampled(self, roi: Roi, lattice: Lattice) -> np.ndarray:
-        """(rows, columns) bool: whether the centre of each pixel of a rectangle of another lattice lies on tissue."""
+        """(rows, columns) bool: whether the centre of each pixel of a rectangle of another lattice lies on tissue.
+
+        A pixel outside the slide is as the nearest one inside.
+        """
         x_scale, y_scale = lattice.scale_to(self.lattice)
         columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
         rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
         height, width = self.mask.shape
-        lines, times = np.unique(np.minimum(rows, height - 1), return_counts=True)
-        return np.repeat(self.mask[np.ix_(lines, np.minimum(columns, width - 1))], times, axis=0)
+        lines, times = np.unique(np.clip(rows, 0, height - 1), return_counts=True)
+        return np.repeat(self.mask[np.ix_(lines, np.clip(columns, 0, width - 1))], times, axis=0)
 
     @property
     def area_um2(self) -> float:
@@ -79,7 +82,9 @@ def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:
     mask = np.concatenate([found for _, found in ahead(band, range(0, lattice.height, rows), 2 * threads(), threads())])
     pixel_um2 = lattice.mpp.area_um2
     mask = _without_small(mask, True, settings.min_area_um2 / pixel_um2)
-    return Tissue(_without_small(mask, False, settings.max_hole_um2 / pixel_um2), lattice)
+    if mask.any():  # else a small slide without tissue would be one hole
+        mask = _without_small(mask, False, settings.max_hole_um2 / pixel_um2)
+    return Tissue(mask, lattice)
 
 
 @dataclass(frozen=True)

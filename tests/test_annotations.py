@@ -431,3 +431,14 @@ def test_the_kind_of_file_is_told_by_its_content(tmp_path: Path) -> None:
     assert isinstance(open_truth(tmp_path / "labels.geojson", BASE, naming(), None), LabelImageTruth)
     with pytest.raises(AnnotationError, match="No such file"):
         open_truth(tmp_path / "absent.png", BASE, naming(), None)
+
+
+@pytest.mark.parametrize(("width", "height"), [(57, 33), (58, 34), (59, 35)])
+def test_labels_whose_size_was_rounded_down_reach_the_slides_edge(tmp_path: Path, width: int, height: int) -> None:
+    labels = np.random.default_rng(6).integers(0, 3, (height // 2, width // 2)).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "l.png")
+    base = Lattice(width, height, Mpp.square(0.4))
+    truth = open_truth(tmp_path / "l.png", base, naming(), 0.8)
+    seen = truth.read(base.roi.grow(1), base)
+    inside = np.pad(labels.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)), mode="edge")[:height, :width]
+    np.testing.assert_array_equal(seen, np.pad(inside, 1, constant_values=X))

@@ -47,3 +47,12 @@ def test_nothing_is_read_twice(source: Source) -> None:
 def test_what_does_not_fit_is_not_kept(source: Source) -> None:
     large = replace(source, lattice=source.lattice.at(Mpp.square(0.02)))
     assert remembered({"a": source, "b": large})["a"].slide is source.slide
+
+
+def test_small_fields_count_with_all_that_is_kept_of_them(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(source, lattice=source.lattice.at(Mpp.square(6)))
+    kept = remembered({"a": small})["a"].slide
+    kept.read(small.lattice.roi.grow(100), small.lattice)
+    held = sum(block.nbytes for block in kept._blocks.values()) * 4 // 3  # and the truth
+    monkeypatch.setattr("pipeline.memory._MOST_BYTES", held - 1)
+    assert remembered({"a": small})["a"].slide is small.slide

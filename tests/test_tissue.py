@@ -153,3 +153,19 @@ def test_the_picture_shows_the_outline(phantom, tmp_path: Path) -> None:
     assert picture.shape == (1203, 1501, 3)
     line = (picture == (0, 160, 60)).all(axis=-1)
     assert 0.001 < line.mean() < 0.05
+
+
+def test_a_small_slide_without_tissue_is_no_hole_of_some(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-2, 3, (250, 260, 3))
+    write_slide((243 + noise).astype(np.uint8), tmp_path / "slide.tiff", 1.0)
+    assert not find_tissue(open_slide(tmp_path / "slide.tiff"), TissueSettings()).mask.any()
+
+
+def test_a_sample_goes_past_every_edge() -> None:
+    mask = np.zeros((4, 6), bool)
+    mask[0, 0] = mask[-1, -1] = True
+    tissue = Tissue(mask, Lattice(6, 4, Mpp.square(8)))
+    fine = Lattice(12, 8, Mpp.square(4))
+    whole = tissue.sampled(Roi(-100, -90, 300, 300), fine)
+    assert (whole[90:98, 100:112] == mask.repeat(2, 0).repeat(2, 1)).all()
+    assert whole[:92, :102].all() and whole[96:, 110:].all() and not whole[:92, 102:].any()

@@ -110,9 +110,13 @@ def tile_case(case: Case, config: Config) -> Found:
     for cell in Grid(lattice, size, halo=0, stride=1):
         roi = cell.write_roi
         share = tissue.fraction(roi, lattice)
-        if share < config.tiles.min_tissue:
+        enough = share >= config.tiles.min_tissue
+        if not enough and not tissue.fraction(roi.grow(size), lattice):
             continue
+        # Patches of a neighbour reach into a cell with less tissue, so that its truth has to be readable as well.
         counts = np.bincount(truth.read(roi, lattice).ravel(), minlength=256) if truth else np.zeros(256)
+        if not enough:
+            continue
         fractions = counts / (size * size)
         classes = {name: float(fractions[index]) for index, name in enumerate(config.class_list.names)}
         place = {"slide_id": case.slide_id, "patient": case.patient, "split": case.split, "x": roi.x, "y": roi.y}
