@@ -137,7 +137,8 @@ def overall_error(rows: Sequence[SlideAssessment], samples: int, seed: int) -> d
     """ECE over all classes, `ece`, `ece_low`, `ece_high`."""
     reliability = np.stack([part.reliability.sum(axis=0) for part in _by_patient(rows)])
     draws = draw_patients(len(reliability), samples, seed)
-    low, high = bounds(calibration_error(np.tensordot(draws, reliability, axes=1)))
+    rounds = calibration_error(np.tensordot(draws, reliability, axes=1))
+    low, high = bounds(rounds, calibration_error(reliability))
     value = calibration_error(reliability.sum(axis=0))
     return {"ece": number(float(value)), "ece_low": number(low), "ece_high": number(high)}
 
@@ -204,12 +205,12 @@ def _columns(rows: Sequence[SlideAssessment], rest: int | None, samples: int, se
     """What `extended` adds, each (C,): scores of some slides pooled, their bounds, and counts; NaN where there is none."""
     patients = _by_patient(rows)
     once, draws = np.ones((1, len(patients)), np.int64), draw_patients(len(patients), samples, seed)
-    pooled, rounds = _scores(patients, once), _scores(patients, draws)
+    pooled, rounds, alone = (_scores(patients, some) for some in (once, draws, np.eye(len(patients), dtype=np.int64)))
     whole = _sum(patients)
     columns: dict[str, Floats] = {}
     for name in SHAPE_SCORES:
         columns[name] = pooled[name][0]
-        columns[f"{name}_low"], columns[f"{name}_high"] = bounds(rounds[name])
+        columns[f"{name}_low"], columns[f"{name}_high"] = bounds(rounds[name], alone[name])
     lesions = [np.nan if found is None else len(found.lesions) for found in whole.detections]
     counts = whole.objects[:, [TRUE_COUNT, CALLED_COUNT, MATCHED]].T
     columns |= dict(zip(_COUNTS, (*counts, np.array(lesions)), strict=True))

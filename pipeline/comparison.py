@@ -41,7 +41,7 @@ def paired_difference(
         raise ValueError("the two share no patient")
     differences = np.array([second[patient] - first[patient] for patient in patients])
     rounds = draw_patients(len(patients), samples, seed) @ differences / len(patients)
-    low, high = bounds(rounds)
+    low, high = bounds(rounds, differences)
     return Difference(patients, float(differences.mean()), number(low), number(high))
 
 

@@ -43,7 +43,7 @@ class Scores:
     """The scores of one class; None where there is nothing to divide by, and for bounds of a single patient.
 
     `low` and `high` bound the 95 % interval over patients (see `interval`). `pixels` and `area_mm2` are the
-    class's extent in the truth, `patients` how many patients the figures rest on.
+    class's extent in the truth, `patients` how many patients have the class, in truth or prediction.
     """
 
     dice: float | None
@@ -145,13 +145,15 @@ def interval(patients: Counts, rest: int | None = None, samples: int = 1000, see
     P patients with replacement, pools their counts and computes the scores; the bounds are the 2.5th and 97.5th
     percentiles over the rounds in which the score exists. Returns (2, C) float64 for each score, low then high.
 
-    One patient says nothing about the next: the bounds are NaN. With few patients the interval is honest about those
-    patients only and too narrow for others (three patients make 10 different rounds, two make 3).
+    One patient says nothing about the next: where fewer than two have the class, the bounds are NaN. With few patients the
+    interval is honest about those patients only and too narrow for others (three patients make 10 different rounds, two make
+    3).
     References: see resampling.py.
     """
     draws = draw_patients(len(patients), samples, seed)
-    rounds = _divide(np.tensordot(draws, _extents(patients, rest), axes=1))
-    return {name: bounds(values) for name, values in rounds.items()}
+    extents = _extents(patients, rest)
+    rounds, alone = _divide(np.tensordot(draws, extents, axes=1)), _divide(extents)
+    return {name: bounds(values, alone[name]) for name, values in rounds.items()}
 
 
 def report(
@@ -192,6 +194,7 @@ def _named(
     """The scores of (P, C, C + 1) confusions pooled, by class name, as a report holds them."""
     pooled = patients.sum(axis=0)
     values, limits = ratios(pooled, rest), interval(patients, rest, samples, seed)
+    concerned = (~np.isnan(ratios(patients, rest)["dice"])).sum(axis=0)
     named = {}
     for index, name in enumerate(classes.names):
         fields: dict[str, float | None] = {}
@@ -199,7 +202,7 @@ def _named(
             fields[score] = number(values[score][index])
             fields[f"{score}_low"], fields[f"{score}_high"] = (number(limit[index]) for limit in limits[score])
         pixels = int(pooled[index].sum())
-        found = Scores(**fields, pixels=pixels, area_mm2=pixels * mpp.area_um2 / 1e6, patients=len(patients))
+        found = Scores(**fields, pixels=pixels, area_mm2=pixels * mpp.area_um2 / 1e6, patients=int(concerned[index]))
         named[name] = asdict(found)
     return named
 

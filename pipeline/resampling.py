@@ -26,9 +26,13 @@ def draw_patients(patients: int, samples: int, seed: int) -> Counts:
     return np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), size=samples)
 
 
-def bounds(rounds: Floats) -> Floats:
-    """The 2.5th and 97.5th percentiles of (S, ...) rounds as (2, ...), passing over NaN; NaN where there is nothing else."""
+def bounds(rounds: Floats, alone: Floats) -> Floats:
+    """The 2.5th and 97.5th percentiles of (S, ...) rounds as (2, ...), passing over NaN.
+
+    `alone` is (P, ...): what each patient by itself has. NaN where fewer than two patients have anything: every round would
+    say the same, however many others there are.
+    """
     found = np.full((2, *rounds.shape[1:]), np.nan)
-    there = ~np.isnan(rounds).all(axis=0) if len(rounds) else np.zeros(rounds.shape[1:], bool)
+    there = (~np.isnan(alone)).sum(axis=0) > 1
     found[:, there] = np.nanpercentile(rounds[:, there], [2.5, 97.5], axis=0)
     return found

@@ -175,3 +175,18 @@ def test_pooled_scores_have_intervals_over_patients_and_are_json(tmp_path):
     error = overall_error(rows, 200, 1)
     assert error["ece_low"] <= error["ece"] <= error["ece_high"]
     assert overall_error(rows[:1], 200, 1)["ece_low"] is None
+
+
+def test_a_class_that_one_patient_has_has_no_interval(tmp_path):
+    shape = (200, 260)
+    gland, none = discs(shape, (90, 100, 50)), np.zeros(shape, np.uint8)
+    rows = []
+    for number, truth in enumerate((gland, none, none)):
+        canvas = canvas_of(tmp_path / str(number), discs(shape, (93, 100, 47)) if number == 0 else none, PAIR)
+        found = assess(canvas, ArrayTruth(truth), Rules(0, 50.0))
+        rows.append(SlideAssessment(f"s{number}", f"P{number}", "val", found))
+    scores = extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0, samples=200, seed=1)
+    pooled = scores["val"]["pooled"]["gland"]
+    for name in ("dice", "object_dice", "object_f1", "object_hausdorff_um", "hd95_um", "nsd"):
+        assert pooled[name] is not None and pooled[f"{name}_low"] is pooled[f"{name}_high"] is None
+    assert overall_error(rows, 200, 1)["ece_low"] < overall_error(rows, 200, 1)["ece_high"]

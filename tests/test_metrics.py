@@ -155,10 +155,10 @@ def test_one_patient_has_no_interval():
 
 def test_rounds_without_a_class_do_not_count_against_it():
     with_gland, without = pair(80, 20, 20, right_rest=5), pair(0, 0, 0, right_rest=9)
-    bounds = interval(np.stack([with_gland, without, without]))["dice"]
+    bounds = interval(np.stack([with_gland, with_gland, without]))["dice"]
     np.testing.assert_allclose(bounds[:, 1], [0.8, 0.8])
-    never = interval(np.stack([without, without]))["dice"]
-    assert np.isnan(never[:, 1]).all()
+    for few in ([with_gland, without, without], [without, without]):
+        assert np.isnan(interval(np.stack(few))["dice"][:, 1]).all()
 
 
 def test_slides_of_one_patient_are_drawn_together():
@@ -224,3 +224,14 @@ def test_the_table_has_a_row_for_every_split_slide_and_class():
     ]  # fmt: skip
     assert flat[1]["dice"] == pytest.approx(0.8)
     assert list(flat[0])[3:7] == ["dice", "dice_low", "dice_high", "iou"]
+
+
+def test_a_class_that_one_patient_has_rests_on_one_patient():
+    with_gland, without = pair(80, 20, 20, right_rest=5), pair(0, 0, 0, right_rest=9)
+    rows = [
+        SlideConfusion(name, name, "test", counts) for name, counts in (("a", with_gland), ("b", without), ("c", without))
+    ]
+    found = report(rows, PAIR, MPP)["test"]["pooled"]
+    assert found["gland"]["patients"] == 1 and found["gland"]["dice"] == 0.8
+    assert found["gland"]["dice_low"] is None and found["gland"]["recall_high"] is None
+    assert found["rest"]["patients"] == 3 and found["rest"]["dice_low"] < found["rest"]["dice_high"]
