@@ -32,6 +32,7 @@ _DIGEST_SAMPLES, _DIGEST_BYTES = 64, 65536
 _TIFFS = ("aperio", "generic-tiff")  # whose pixels OpenSlide takes from the tiles as they are
 _WHITE = 255
 _COLOURFUL = 16  # grey levels between the channels of a pixel
+_CACHE = openslide.OpenSlideCache(1 << 25)  # of all slides together: each would else have as much of its own
 _MIDDLE = 512  # pixels a side of what is looked at first to tell whether two ways of reading agree
 
 
@@ -58,6 +59,7 @@ class _Handle:
     def get(self) -> openslide.OpenSlide:
         if self.scan is None:
             self.scan = openslide.OpenSlide(str(self.path))
+            self.scan.set_cache(_CACHE)
         return self.scan
 
     def drop(self) -> None:

@@ -3,12 +3,15 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+import psutil
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ScaleError, SlideError
 from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.machine import release_memory
 from pipeline.phantom import render, write_slide
 from pipeline.sampling import resample_rows, sampling
 from pipeline.slide import Slide, fallback_mpp, open_slide
@@ -221,3 +224,19 @@ def test_a_large_reduction_is_an_average_too(reduction: float) -> None:
         assert np.abs(whole - means).max() <= spread
     constant = np.full((found.length, 2, 3), 245, np.uint8)
     assert (resample_rows(constant, found) == 245).all()
+
+
+def test_slides_held_open_share_one_cache(tmp_path: Path) -> None:
+    """Each deflated slide of 28 MB of pixels is read through OpenSlide, whose cache would hold all of it."""
+    pixels = np.random.default_rng(0).integers(0, 255, (384, 384, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    held, opened = [], []
+    for number in range(4):
+        path = tmp_path / f"{number}.tiff"
+        tags = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}
+        tifffile.imwrite(path, pixels, tile=(256, 256), compression="deflate", photometric="rgb", **tags)
+        opened.append(open_slide(path))
+        for y in range(0, opened[-1].base.height, 512):
+            opened[-1].read(Roi(0, y, opened[-1].base.width, 512), opened[-1].base)
+        release_memory()
+        held.append(psutil.Process().memory_info().rss)
+    assert held[-1] - held[0] < pixels.nbytes
