@@ -6,6 +6,7 @@ import csv
 import fcntl
 import io
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,11 +18,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, so that no reader ever sees a part of it.
 
     The file takes its own name as the block ends; where that ends in an error, it is dropped, and an older one stays.
-    Several writers of one file write one after the other, and what a killed one left is written over.
+    Several writers of one file write one after the other, and what a killed one left is written over. Where the file system
+    knows no locks, each has a name of its own instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with _alone(path.with_name(f".{path.name}.partial.lock")):
+    with _alone(path.with_name(f".{path.name}.partial.lock")) as alone:
+        own = "" if alone else f".{uuid.uuid4().hex}"
+        partial = path.with_name(f"{path.name}{own}.partial")
         try:
             yield partial
         except BaseException:
@@ -31,24 +34,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process or thread is here; the file that tells them of each other is gone afterwards."""
-    with _held(lock):
+def _alone(lock: Path) -> Iterator[bool]:
+    """Wait until no other process or thread is here; the file that tells them of each other is gone afterwards.
+
+    Yields whether the file system can tell.
+    """
+    file, alone = _held(lock)
+    with file:
         try:
-            yield
+            yield alone
         finally:
             lock.unlink(missing_ok=True)
 
 
-def _held(lock: Path) -> BinaryIO:
-    """The lock's file, open and locked, as soon as nobody else has it."""
+def _held(lock: Path) -> tuple[BinaryIO, bool]:
+    """The lock's file, open and locked, as soon as nobody else has it; False where the file system knows no locks."""
     while True:
         file = lock.open("ab")
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            return file, False
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # else who had it has unlinked it meanwhile
-                return file
+                return file, True
         file.close()
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -6,7 +7,9 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.files import locked, write_text
+import pytest
+
+from pipeline.files import locked, replacing, write_text
 
 HOLD = """
 import pathlib, sys, time
@@ -78,3 +81,18 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     with locked(tmp_path / "slide"):
         holder.communicate()
+
+
+def test_without_locks_each_writer_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("pipeline.files.fcntl.flock", refuse)
+    path = tmp_path / "file.txt"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
