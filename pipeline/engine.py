@@ -80,13 +80,20 @@ def _dtype(device: torch.device, precision: Precision) -> torch.dtype:
     if precision == "fastest":
         found = "torch, which computes in no int8"
         raise EngineError("engine.precision fastest", found, "OpenVINO", "Say engine.backend=openvino, or `fast`.")
-    if device.type != "cpu":
-        return torch.float16
-    if not _has_bf16():
+    if device.type == "cpu" and not _has_bf16():
         found = f"a processor of {torch.backends.cpu.get_cpu_capability()}"
         remedy = "Say `exact`, or `fastest` with engine.backend=openvino."
         raise EngineError("engine.precision fast", found, "one that multiplies bf16, from AVX-512 up, or a GPU", remedy)
-    return torch.bfloat16
+    return _half(device)
+
+
+def torch_half() -> str:
+    """The half precision of `fast` with torch on the device that it finds here."""
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}[_half(_device())]
+
+
+def _half(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cpu" else torch.float16
 
 
 def _has_bf16() -> bool:

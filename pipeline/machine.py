@@ -25,7 +25,7 @@ def threads() -> int:
 
 def has_gpu() -> bool:
     """Whether torch may find a GPU here; asking torch would take a second of every command."""
-    return sys.platform == "darwin" or Path("/proc/driver/nvidia/gpus").exists()
+    return sys.platform == "darwin" or any(Path(place).exists() for place in ("/proc/driver/nvidia/gpus", "/dev/kfd"))
 
 
 def keep_memory() -> None:

@@ -158,7 +158,11 @@ def _half(backend: Backend) -> str:
     """The half precision in which a backend computes `fast` here."""
     if backend == "openvino":
         return openvino_engine.half()
-    return "fp16" if has_gpu() else "bf16"
+    if not has_gpu():
+        return "bf16"
+    from pipeline.engine import torch_half
+
+    return torch_half()
 
 
 def fp32_graph(model: Path) -> Path:

@@ -133,3 +133,14 @@ def test_flips_are_those_of_the_models_own_run_unless_told(tmp_path: Path) -> No
         checkpoint.save(folder, with_footprint(spec, network), network, {"flips": flips})
         assert with_flips(TORCH, folder, None).flips == flips
         assert with_flips(TORCH, folder, not flips).flips != flips
+
+
+def test_half_is_named_by_the_device_that_torch_finds(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU is in the machine, but not in this build of torch or not for this process."""
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    fast = EngineSettings(precision="fast", backend="torch")
+    assert describe(model, fast) == "fast bf16, torch"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert describe(model, fast) == "fast fp16, torch"
