@@ -36,7 +36,11 @@ def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Co
     for override in overrides:
         _override(content, override)
     try:
-        return Config.model_validate_json(json.dumps(content, default=str), strict=True)
+        text = json.dumps(content, default=str)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(source, f"values within themselves ({error})", "plain values", "Remove such an alias.") from error
+    try:
+        return Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         found = "; ".join(_describe(item) for item in error.errors())
         remedy = "See `fullfield config example` for every key."

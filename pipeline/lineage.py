@@ -83,12 +83,41 @@ def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
     """
     path = folder / FILE
     with locked(path):
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        origins, now = before.get("origins", []), made_here()
-        if not origins or {**origins[-1], "made": now["made"]} != now:
-            origins = [*origins, now]
-        write_text(path, json.dumps({**before, **facts, "origins": origins}, indent=2) + "\n")
+        _add(path, _written(path), facts)
     return path
+
+
+def add_models(folder: Path, models: Sequence[Path]) -> Path:
+    """Write into FOLDER/lineage.json which models its slides were segmented with, beside those of earlier calls.
+
+    Raises CheckpointError.
+    """
+    path, key, facts = folder / FILE, "segmented_with", models_facts(models)
+    with locked(path):
+        before = _written(path)
+        digests = [model["digest"] for model in facts]
+        others = [model for model in before.get(key, []) if model["digest"] not in digests]
+        _add(path, before, {key: [*others, *facts]})
+    return path
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What a lineage holds; one that is damaged is put aside."""
+    if not path.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        path.replace(path.with_name(f"{path.name}.old"))
+        return {}
+    return found
+
+
+def _add(path: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    origins, now = before.get("origins", []), made_here()
+    if not origins or {**origins[-1], "made": now["made"]} != now:
+        origins = [*origins, now]
+    write_text(path, json.dumps({**before, **facts, "origins": origins}, indent=2) + "\n")
 
 
 def read_lineage(path: Path) -> dict[str, Any]:

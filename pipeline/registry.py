@@ -22,7 +22,7 @@ import yaml
 
 from pipeline import checkpoint
 from pipeline.errors import TrackingError
-from pipeline.store import Store, chosen_address, open_store
+from pipeline.store import Store, chosen_address, open_store, unless_there
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -48,7 +48,8 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
     with store.conversation():
         known = client.search_registered_models(f"name = '{registered}'")
         if not known:
-            client.create_registered_model(registered)
+            with unless_there():
+                client.create_registered_model(registered)
         before = sorted(client.search_model_versions(f"name = '{registered}'"), key=lambda each: int(each.version))
         own = [each for each in before if each.run_id == run_id and tags.items() <= each.tags.items()]
         if own and own[-1] is not before[-1] and alias in known[0].aliases:

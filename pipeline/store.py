@@ -71,7 +71,9 @@ class Store:
                 )
                 found = None
             if found is None:
-                return str(self.client.create_experiment(name, artifact_location=place or self._shared_files()))
+                with unless_there():
+                    return str(self.client.create_experiment(name, artifact_location=place or self._shared_files()))
+                found = self.client.get_experiment_by_name(name)
             if found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
@@ -94,12 +96,33 @@ class Store:
         return None if path is None else (path.parent / "mlartifacts").as_uri()
 
 
+@contextmanager
+def unless_there() -> Iterator[None]:
+    """Passes over MLflow's refusal of what another process has just made under the same name."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 def own_address(output: Path) -> str:
     """The address of an output folder's own store. Raises TrackingError for a path that an address cannot hold."""
-    path = (output / "mlflow.db").resolve()
-    if re.search("[%?#]", str(path)):
+    path = _own_database(output)
+    if re.search("[%?#]", path):
         raise TrackingError(str(output), "one of %, ? and # in its path", "a path without", "Choose another folder.")
-    return _SQLITE + path.as_posix()
+    return _SQLITE + path
+
+
+def is_own(address: str, output: Path) -> bool:
+    """Whether an address is that of an output folder's own store."""
+    return address == _SQLITE + _own_database(output)
+
+
+def _own_database(output: Path) -> str:
+    return (output / "mlflow.db").resolve().as_posix()
 
 
 def chosen_address(uri: str | None) -> str | None:

@@ -29,7 +29,7 @@ from pipeline.errors import TrackingError
 from pipeline.files import write_text
 from pipeline.origin import origin
 from pipeline.registry import log_model
-from pipeline.store import STAGE, Store, chosen_address, open_store, own_address, without_password
+from pipeline.store import STAGE, Store, chosen_address, is_own, open_store, own_address, without_password
 
 _ERROR, _PARENT = "fullfield.error", "mlflow.parentRunId"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
@@ -61,7 +61,7 @@ class Run:
         output.mkdir(parents=True, exist_ok=True)
         address = chosen_address(uri) or own_address(output)
         store = open_store(address, create=True)
-        files = (output / "mlartifacts").resolve() if address == own_address(output) else None
+        files = (output / "mlartifacts").resolve() if is_own(address, output) else None
         experiment_id = store.experiment(experiment, files)
         with store.conversation():
             run_id = _recorded(output, store, experiment_id)
@@ -152,10 +152,11 @@ class Run:
             for start in range(0, len(new), _MOST_PARAMS):
                 client.log_batch(self.run_id, params=new[start : start + _MOST_PARAMS])
             for key, value in values.items():
+                changed = _key(f"changed.{key}")
                 if data.params.get(key, value) != value:
-                    client.set_tag(self.run_id, f"changed.{key}", value)
-                elif f"changed.{key}" in data.tags:
-                    client.delete_tag(self.run_id, f"changed.{key}")
+                    client.set_tag(self.run_id, changed, value)
+                elif changed in data.tags:
+                    client.delete_tag(self.run_id, changed)
 
     def log_config(self, text: str, digest: str) -> None:
         """Keeps the configuration, less passwords in addresses, as `config.yaml`; its digest is the tag `config.digest`."""

@@ -8,7 +8,7 @@ every batch, to the same weights but for rounding (team.py). Where the device mu
 in it, unless `precision` is exact; weights stay fp32.
 
 Between two epochs a Trainer's `state` is all that it takes to go on in another process, to the same bits on a CPU with as
-many threads.
+many threads; but for `max_minutes`, which has the clock decide how many epochs there are.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ def test_a_missing_key_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("a: [", "broken YAML"), ("seed: 1\nseed: 2\n", "key given twice"), ("3", "int")]
+    ("text", "part"),
+    [("a: [", "broken YAML"), ("a: &x [*x]", "within themselves"), ("seed: 1\nseed: 2\n", "key given twice"), ("3", "int")],
 )
 def test_a_broken_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)

@@ -446,3 +446,20 @@ def test_a_store_from_the_environment_is_used(shared_store, tmp_path, monkeypatc
     assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["run.json"]
     beside = Path(shared_store.removeprefix("sqlite:///")).parent / "mlartifacts"
     assert look(run).info.artifact_uri.startswith(beside.as_uri())
+
+
+def test_an_experiment_that_another_process_has_just_made_is_taken(start, monkeypatch):
+    store = start().store
+    look_up, found = store.client.get_experiment_by_name, []
+
+    def late(name):
+        found.append(look_up(name) if found else None)
+        return found[-1]
+
+    monkeypatch.setattr(store.client, "get_experiment_by_name", late)
+    assert store.experiment("tests", None) == start().experiment_id
+    assert found[0] is None and found[1] is not None
+
+
+def test_an_address_need_not_hold_the_outputs_path_where_the_store_is_another(start):
+    assert look(start("50% #1")).info.run_name == "a run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +79,8 @@ def train(config: options.Config, overrides: options.Overrides = None) -> None:
     """Train the network on patches of the training slides.
 
     Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors). Killed and called
-    again, it goes on after the last whole epoch (OUTPUT/training.safetensors), to the same weights.
+    again, it goes on after the last whole epoch (OUTPUT/training.safetensors), to the same weights, unless
+    training.max_minutes has the clock decide how many epochs there are.
     Example: `fullfield train workflows/configs/glas.yaml training.max_minutes=15`
     """
     from workflows.train import train as verb
@@ -282,10 +284,13 @@ def verify(
 
 def main() -> None:
     """Run the command line; an expected error is one message and exit code 1, and so is what a disk or a folder refuses."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
     try:
         app()
     except FullfieldError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

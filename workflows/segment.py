@@ -23,7 +23,7 @@ from pipeline.config import ClusterSettings, Config, EngineSettings, Segmentatio
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import locked, write_csv
 from pipeline.geometry import Mpp
-from pipeline.lineage import models_facts, write_lineage
+from pipeline.lineage import add_models
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import resolve_model
@@ -75,7 +75,7 @@ def segment(
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
     if any(row.status == "done" for row in rows):
-        write_lineage(output, {"segmented_with": models_facts(found)})
+        add_models(output, found)
     return report(rows, output)
 
 
@@ -130,8 +130,11 @@ def segment_cohort(workspace: Workspace) -> int:
         if config.engine.precision != "exact":
             _hold_engine(workspace, run)
         rows = run_jobs(jobs, workspace.cluster, workspace.output, config.cluster.worker_memory_gib)
-        run.log_table("slides.csv", [asdict(row) for row in rows])
-        run.log_metrics({"megapixels": sum(row.megapixels for row in rows), "failed": count_failed(rows)})
+        if rows:
+            run.log_file(workspace.output / "slides.csv")
+        run.log_metrics({"failed": count_failed(rows)})
+        if megapixels := sum(row.megapixels for row in rows):
+            run.log_metrics({"megapixels": megapixels})
         for job, row in zip(sorted(jobs, key=lambda job: job.slide_id), rows, strict=True):
             if row.status == "done":
                 run.log_file(job.folder / "overlay.png", f"slides/{job.slide_id}")
