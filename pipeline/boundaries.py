@@ -33,6 +33,7 @@ from pipeline.resampling import Counts, Floats
 Mask = npt.NDArray[np.bool_]
 
 _SHARE = 0.95
+_ROUNDING = 1e-9  # share by which a distance may pass the tolerance: 1.8 um twice is more than 3.6 by a bit
 _FIGURES = 3
 
 
@@ -81,8 +82,8 @@ def measure_boundaries(truth: Mask, prediction: Mask, known: Mask, mpp: Mpp, tol
     """
     one, other = (mask & ndimage.binary_dilation(known & ~mask) for mask in (truth, prediction))
     there, back = _distances(one, other, mpp), _distances(other, one, mpp)
-    size = math.sqrt(mpp.area_um2)
-    within = size * float((there <= tolerance_um).sum() + (back <= tolerance_um).sum())
+    size, reach = math.sqrt(mpp.area_um2), tolerance_um * (1 + _ROUNDING)
+    within = size * float((there <= reach).sum() + (back <= reach).sum())
     return Boundaries(_spread(there, size), _spread(back, size), within)
 
 

@@ -104,3 +104,14 @@ def test_pooled_distances_are_those_of_all_patients_as_often_as_they_are_drawn()
     for drawn, distance, dice in zip(draws, hd95(parts, draws), surface_dice(parts, draws), strict=True):
         repeated = [part for part, times in zip(parts, drawn, strict=True) for _ in range(times)]
         assert (distance, dice) == pytest.approx(score([Boundaries.gathered(repeated)]))
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.7, 1.8])
+def test_a_boundary_that_is_off_by_the_tolerance_is_right_wherever_it_lies(mpp):
+    for row in range(10, 60):
+        truth, known = np.zeros((90, 40), bool), np.ones((90, 40), bool)
+        truth[row : row + 12] = True
+        one = measure_boundaries(truth, np.roll(truth, 2, axis=0), known, Mpp(mpp, mpp), 2 * mpp)
+        assert surface_dice([one], ONCE)[0] == 1
+        less = measure_boundaries(truth, np.roll(truth, 3, axis=0), known, Mpp(mpp, mpp), 2 * mpp)
+        assert surface_dice([less], ONCE)[0] == 0
