@@ -131,6 +131,7 @@ class TrainingSettings(Section):
     `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1.
 
     `optimiser` muon learns the filters with Muon, all else with AdamW; adamw learns everything with AdamW. See muon.py.
+    Every step takes the share `learning_rate` x `weight_decay` of each weight away.
 
     `precision` is that of the forward pass: `fast`, bf16 where the device multiplies it, or `exact`, fp32 everywhere.
 
@@ -143,7 +144,7 @@ class TrainingSettings(Section):
     batch_size: PositiveInt = 8
     optimiser: Literal["muon", "adamw"] = "muon"
     learning_rate: Positive = 2e-3
-    weight_decay: NotNegative = 1e-4
+    weight_decay: NotNegative = 1.0
     warmup_epochs: NotNegative = 1.0
     weight_average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     class_weights: dict[str, Positive] = {}
