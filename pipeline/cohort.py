@@ -153,19 +153,14 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     if not cases:
         return ["no slides"]
     problems = []
-    by_id, by_file, by_truth, by_patient = defaultdict(list), defaultdict(list), defaultdict(list), defaultdict(list)
+    by_id, by_file, by_patient = defaultdict(list), defaultdict(list), defaultdict(list)
     for case in cases:
         by_id[case.slide_id.casefold()].append(case)
         by_file[case.slide.resolve()].append(case)
-        if case.annotation is not None:
-            by_truth[case.annotation.resolve()].append(case)
         by_patient[case.patient].append(case)
     for file, same in by_file.items():
         if len(same) > 1:
             problems.append(f"slide stands {len(same)} times: {file}")
-    for file, same in by_truth.items():
-        if len({case.slide.resolve() for case in same}) > 1:
-            problems.append(f"{file} is the annotation of {', '.join(case.slide_id for case in same)}")
     for same in by_id.values():
         if len(same) > 1 and len({case.slide.resolve() for case in same}) > 1:
             slides = ", ".join(str(case.slide) for case in same)

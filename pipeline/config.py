@@ -280,6 +280,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _enough_for_batch_norm(self) -> Config:
+        last = self.training.patches_per_epoch % self.training.batch_size or self.training.batch_size
+        if last == self.training.processes and self.tiles.patch_size <= 2**self.network.depth:
+            raise ValueError(
+                f"tiles.patch_size should be over {2**self.network.depth} at network.depth {self.network.depth} where a "
+                "process has but one patch of a batch: batch norm needs more than one pixel (or change training.batch_size)"
+            )
+        return self
+
     @property
     def class_list(self) -> Classes:
         """The classes in the order of their indices."""

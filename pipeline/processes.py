@@ -204,7 +204,8 @@ def _main() -> None:
             if os.environ["RANK"] == "0":
                 end.send(record)
     except Exception as error:  # noqa: BLE001 - as on a worker: the error is the outcome
-        error.add_note(traceback.format_exc())
+        if not isinstance(error, FullfieldError):
+            error.add_note(traceback.format_exc())
         end.send(error)
 
 

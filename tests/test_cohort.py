@@ -54,7 +54,6 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,352\n", "'352'"),
         ("slide\na.svs\nb/a.svs\n", "slide_id 'a' is shared"),
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
-        ("slide,slide_id,annotation\na.svs,a,a.svs\nb/a.svs,b,a.svs\n", "a.svs is the annotation of a, b"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 99, "no such slide"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "a quote may lack its other half"),
     ],

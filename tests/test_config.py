@@ -94,6 +94,14 @@ def test_what_makes_no_sense_is_refused_by_its_key(override: str, part: str) -> 
         parse_config(minimal(), "test", [override])
 
 
+def test_batch_norm_needs_more_than_a_pixel() -> None:
+    deep = ["network.depth=5", "tiles.patch_size=32", "training.batch_size=8"]
+    with pytest.raises(ConfigError, match="batch norm needs more than one pixel"):
+        parse_config(minimal(), "test", [*deep, "training.patches_per_epoch=17"])
+    for enough in ("training.patches_per_epoch=18", "tiles.patch_size=64"):
+        parse_config(minimal(), "test", [*deep, "training.patches_per_epoch=17", enough])
+
+
 def test_a_network_that_is_not_local_is_taken_where_it_is_blended() -> None:
     config = parse_config(minimal(), "test", ["network.norm=instance", "segmentation.blend=true"])
     assert config.network.norm == "instance" and config.segmentation.blend

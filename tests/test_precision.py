@@ -16,7 +16,6 @@ from pipeline.config import EngineSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
-from pipeline.machine import has_gpu
 from pipeline.network import ModelSpec
 from pipeline.patches import PatchIndex, Source
 from pipeline.phantom import make_cohort, make_phantom
@@ -148,7 +147,9 @@ def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
 def test_an_approval_of_one_half_precision_is_none_of_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save(tmp_path / "model", 4)
     approve(Deviation(1000, 0.001, 0.004, 0.31), FAST, model)
-    monkeypatch.setattr(runtime, "has_gpu", lambda: not has_gpu())
+    other = {"bf16": "fp16", "fp16": "bf16"}[runtime.describe(model, FAST).split()[1].strip(",")]
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
+    monkeypatch.setattr("pipeline.engine.torch_half", lambda: other)
     assert approval(FAST, model) is None
 
 
