@@ -10,6 +10,7 @@ from pathlib import Path
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
+_GPU_DRIVERS = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))  # NVIDIA's and AMD's
 
 
 def cores() -> int:
@@ -25,7 +26,7 @@ def threads() -> int:
 
 def has_gpu() -> bool:
     """Whether torch may find a GPU here; asking torch would take a second of every command."""
-    return sys.platform == "darwin" or any(Path(place).exists() for place in ("/proc/driver/nvidia/gpus", "/dev/kfd"))
+    return sys.platform == "darwin" or any(place.exists() for place in _GPU_DRIVERS)
 
 
 def keep_memory() -> None:

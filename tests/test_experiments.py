@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from pipeline.cohort import read_manifest, write_manifest
+from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config_file import load_config
-from pipeline.errors import CheckpointError, CohortError, TrackingError
+from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError
 from pipeline.metrics import POOLED, ratios
-from pipeline.phantom import make_cohort
+from pipeline.phantom import make_cohort, write_slide
 from pipeline.store import open_store
 from pipeline.tally import find_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
 from workflows.run import run
 from workflows.sweep import sweep
-from workflows.tile import tile_cohort
+from workflows.tile import tile_case, tile_cohort
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,3 +198,17 @@ def test_one_scan_is_not_learned_from_and_examined_on(config: Path, tmp_path: Pa
     overrides = [f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}"]
     with open_workspace(load_config(config, overrides)) as workspace, pytest.raises(CohortError, match="twin"):
         tile_cohort(workspace)
+
+
+@pytest.mark.parametrize(("start", "refused"), [(800, True), (1400, False)])
+def test_labels_that_patches_reach_are_looked_at_when_tiled(config: Path, tmp_path: Path, start: int, refused: bool) -> None:
+    """The cells are 256 px wide; tissue ends in the third of them, whose patches reach into the fourth."""
+    image = np.full((800, 1600, 3), 243, np.uint8)
+    image[200:600, 200:600] = np.random.default_rng(0).integers((170, 90, 150), (220, 150, 200), (400, 400, 3))
+    write_slide(image, tmp_path / "slide.tiff", 1.0)
+    labels = np.zeros(image.shape[:2], np.uint8)
+    labels[:, start:] = 77
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    case = Case("slide", "P", tmp_path / "slide.tiff", tmp_path / "labels.png", "train")
+    with pytest.raises(AnnotationError, match="labels of value 77") if refused else nullcontext():
+        assert tile_case(case, load_config(config)).rows

@@ -284,3 +284,15 @@ def test_a_damaged_lineage_is_put_aside(good: Path, tmp_path: Path) -> None:
     add_models(tmp_path, [good / "model"])
     assert (tmp_path / "lineage.json.old").read_text() == "{"
     assert len(json.loads((tmp_path / "lineage.json").read_text())["segmented_with"]) == 1
+
+
+def test_a_run_that_skips_everything_leaves_the_record_of_what_it_took(
+    good: Path, store: "mlflow.MlflowClient", tmp_path: Path
+) -> None:
+    assert run(good / "config.yaml", []) == 0
+    whole = json.loads((good / "run.json").read_text())
+    below = store.search_runs([whole["experiment_id"]], f"tags.`mlflow.parentRunId` = '{whole['run_id']}'")
+    (found,) = (one for one in below if one.info.run_name == "segment")
+    assert found.data.metrics["megapixels"] > 0 and found.data.metrics["failed"] == 0
+    kept = Path(store.download_artifacts(found.info.run_id, "slides.csv", str(tmp_path)))
+    assert kept.read_text() == (good / "slides.csv").read_text()
