@@ -5,7 +5,7 @@
     `-- labels/classes/0, 1, 2, ...  class index (y, x) uint8; IGNORED where not examined
 
 One tile of the slide is one shard, and so one file, of each array. Tiles are written by many processes at once and need
-no lock. A tile is done when both its shards exist: nothing else is state.
+no lock. A tile is done when both its shards are on disk, whole: nothing else is state.
 """
 
 from __future__ import annotations
@@ -94,6 +94,19 @@ class Canvas:
         """(row, column) of every tile that is written, probabilities and labels, row by row."""
         return sorted({*self.probability_shards(0).places()}.intersection(self.label_shards(0).places()))
 
+    def whole(self) -> list[Place]:
+        """Those of the tiles that are `done` whose files are whole; it reads the end of each."""
+        return [place for place in self.done() if self._is_whole(place, 0)]
+
+    def has_pyramid(self) -> bool:
+        """Whether the coarser levels hold, in whole files, all that follows from the tiles that are `done`."""
+        places = set(self.done())
+        for level in range(1, len(self.levels)):
+            places = {(row // 2, column // 2) for row, column in places}
+            if not all(self._is_whole(place, level) for place in places):
+                return False
+        return True
+
     def written(self, level: int) -> np.ndarray:
         """(rows, columns) bool: of which squares of `write_size` pixels of a level something is written."""
         height, width = self.levels[level].shape
@@ -158,6 +171,9 @@ class Canvas:
         for level in range(len(self.levels)):
             self.label_shards(level).remove_partial_files()
             self.probability_shards(level).remove_partial_files()
+
+    def _is_whole(self, place: Place, level: int) -> bool:
+        return self.probability_shards(level).is_whole(place) and self.label_shards(level).is_whole(place)
 
     def _build_shard(self, level: int, place: Place) -> None:
         likelihoods, labels = self.probability_shards(level), self.label_shards(level)

@@ -3,7 +3,9 @@
     ENSEMBLE/ensemble.yaml    the version that wrote it; path and digest of every member
 
 All that runs a model asks here, and so takes either. Tiles of an ensemble are exact as those of its members are: each pixel
-is a mean of answers that no tile border reaches.
+is a mean of answers that no tile border reaches. All members see the slide with glass added, at right and bottom, up to a
+multiple of every member's stride. By itself, one of a smaller stride would have less of it there, and may answer otherwise
+within its footprint of these two edges.
 """
 
 from __future__ import annotations
@@ -114,6 +116,10 @@ def _together(specs: Sequence[ModelSpec], models: Sequence[Path]) -> ModelSpec:
     if len(halos) not in (0, len(specs)):
         expected = "models that are all local, or none of which is"
         raise CheckpointError(", ".join(map(str, models)), "some of either kind", expected, "Give those of one kind.")
+    if not halos and len({spec.patch_size for spec in specs}) > 1:  # they are blended, in windows of that size
+        found = ", ".join(f"{spec.patch_size} px" for spec in specs)
+        expected = "patches of one size, as none of them is local"
+        raise CheckpointError(", ".join(map(str, models)), found, expected, "Give models that learnt from such.")
     normalisation = _joint([spec.normalisation for spec in specs], models)
     return replace(first, stride=stride, halo=round_up(max(halos), stride) if halos else None, normalisation=normalisation)
 

@@ -62,9 +62,14 @@ def _held(lock: Path) -> tuple[BinaryIO, bool]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, whole or not at all; what is not Unicode, as in some file names, becomes `\\udcff`."""
+    """Write a text file as UTF-8, whole or not at all, `as_unicode`."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(as_unicode(text), encoding="utf-8")
+
+
+def as_unicode(text: str) -> str:
+    """The text with `\\udcff` and the like for what is not Unicode in it, as in some file names."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

@@ -19,8 +19,9 @@ _UM2_PER_MM2 = 1e6
 class Measurement:
     """What one class takes.
 
-    `area_mm2` counts all examined pixels of the class. `tissue_share`, 0 to 1, is the class's part of the tissue that was
-    examined, so that the shares of all classes sum to 1; 0 for each where no tissue was examined.
+    `area_mm2` counts all examined pixels of the class; those that reach past the slide's edge count whole. `tissue_share`,
+    0 to 1, is the class's part of the tissue that was examined, so that the shares of all classes sum to 1; 0 for each where
+    no tissue was examined.
     """
 
     class_name: str

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 GRAPH = "network.xml"
 _WEIGHTS = "network.bin"
 _KEPT_FIRST, _KEPT_LAST = 1, 2  # convolutions
+_KEPT_BLOBS = 16  # of a graph
 
 
 class OpenVinoEngine:
@@ -79,13 +81,25 @@ class OpenVinoEngine:
         path = self._cache / f"{'x'.join(map(str, shape))}-{self._conditions()}.blob"
         if path.is_file():
             try:
-                return self._core.import_model(path.read_bytes(), "CPU", self._settings)
-            except RuntimeError:  # a damaged file is worth no more than none
+                compiled = self._core.import_model(path.read_bytes(), "CPU", self._settings)
+            except (RuntimeError, OSError):  # a damaged file is worth no more than none
                 path.unlink(missing_ok=True)
+            else:
+                with suppress(OSError):
+                    path.touch()
+                return compiled
         compiled = self._compile(shape)
-        with replacing(path) as partial:
+        with suppress(OSError), replacing(path) as partial:  # where the disk is full, the next process compiles as well
             partial.write_bytes(compiled.export_model().getvalue())
+        self._forget_oldest()
         return compiled
+
+    def _forget_oldest(self) -> None:
+        """Each blob holds all weights, and small slides of many sizes ask for many: keep those that were used last."""
+        assert self._cache is not None
+        with suppress(OSError):  # another process may be at it
+            for path in sorted(self._cache.glob("*.blob"), key=lambda path: path.stat().st_mtime)[:-_KEPT_BLOBS]:
+                path.unlink()
 
     def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
         model = _read(self._core, self._graph)
@@ -249,13 +263,19 @@ def _sha256(path: Path) -> str:
 
 
 def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
-    """Write a graph under another name first; where another process was faster, its folder stays."""
+    """Write a graph under another name first; where another process was faster, its folder stays.
+
+    Raises EngineError where it cannot be written.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
-    openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
     try:
+        openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
         partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial)
-        if not (folder / GRAPH).is_file():
-            raise
+    except (OSError, RuntimeError) as error:
+        if (folder / GRAPH).is_file():
+            return
+        found, remedy = f"it cannot be written ({error})", "Make room there, or set XDG_CACHE_HOME to a folder with more."
+        raise EngineError(str(folder), found, "room for the network", remedy) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -137,7 +137,7 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
                 peaks.clear()
                 _start_measuring()
             _forget_peak()
-        pixels = sum(tile.write_roi.area for tile in tiles)
+        pixels = sum(tile.write_roi.intersect(lattice.roi).area for tile in tiles)  # glass compresses to nothing
         written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
     seconds = (times[-1] - times[0]) / (len(times) - 1)
     return _Run(way.computed(grid), min(peaks), max(peaks), seconds, written / pixels)

@@ -1,9 +1,9 @@
 """Segments slides: what one slide takes, as tasks that return numbers, and how many slides go through a cluster.
 
 A slide is planned (tissue found, canvas made), then its tiles are run in blocks of neighbours, then it is finished in two
-parts (pyramid and pictures; regions and measurements) and sealed. A tile is done when its shard is on disk, a slide when its
-provenance is; so a run that was killed at any moment is finished by running it again. A worker that outlives its command may
-still write; so what plans or seals a slide has its folder alone, and all others share a lock on it.
+parts (pyramid and pictures; regions and measurements) and sealed. A tile is done when its shards are on disk, whole, a slide
+when its provenance is; so a run that was killed at any moment is finished by running it again. A worker that outlives its
+command may still write; so what plans or seals a slide has its folder alone, and all others share a lock on it.
 
 What only tasks use is imported in them, so that a command has its workers sooner.
 """
@@ -222,7 +222,7 @@ def plan_slide(job: SlideJob) -> Plan:
             tissue, lattice = opened.tissue(), opened.grid.lattice.shrink(opened.spec.output_stride)
             write_size = opened.grid.write_size // opened.spec.output_stride
             canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
-        done = set(canvas.done())
+        done = set(canvas.whole())
     release_memory()  # what looking for tissue took is in other pieces than tiles need
     blocks = defaultdict(list)
     for tile in opened.grid:

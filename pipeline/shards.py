@@ -54,6 +54,21 @@ class ShardedArray:
         found = rows.glob("*/*") if rows.is_dir() else ()
         return sorted((int(file.parent.name), int(file.name)) for file in found if file.name.isdigit())
 
+    def is_whole(self, place: Place) -> bool:
+        """Whether a shard is on disk with as many bytes as its index says, which is what its checksum was made of.
+
+        A machine that loses power may leave a file under its own name that is empty, or short.
+        """
+        path, across = self.path(place), self.shard // self.chunk
+        try:
+            with path.open("rb") as file:
+                index = self._read_index(file, path)
+                size = file.seek(0, os.SEEK_END)
+        except (FileNotFoundError, CanvasError):
+            return False
+        payload = index[index[..., 0] != _ABSENT][:, 1].sum()
+        return size == int(payload) + across * across * 16 + _CHECKSUM_BYTES
+
     def create(self, axes: Sequence[str]) -> None:
         """Make the folder and the description that Zarr readers look for; `axes` names the dimensions."""
         channels = self.shape[:-2]
@@ -163,7 +178,7 @@ class ShardedArray:
 
 
 def _torn(path: Path) -> CanvasError:
-    remedy = "Delete this slide's output and segment it again."
+    remedy = "Delete this file and segment the slide again, into the same folder: only what is missing is made anew."
     return CanvasError(str(path), "a damaged shard", "a whole one", remedy)
 
 

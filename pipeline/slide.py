@@ -255,6 +255,9 @@ def _open(handle: _Handle) -> openslide.OpenSlide:
             "Copy it again if it is incomplete, else convert it to a pyramidal TIFF.",
         ) from error
     except openslide.OpenSlideError as error:
+        if "nsupported" in str(error):  # such as a TIFF of JPEG 2000 tiles
+            remedy = "Convert it to a pyramidal TIFF with JPEG or Deflate."
+            raise SlideError(str(handle.path), f"what OpenSlide does not read ({error})", _READABLE, remedy) from error
         raise SlideError(
             str(handle.path), f"a damaged file ({error})", _READABLE, "Copy it again from its source."
         ) from error

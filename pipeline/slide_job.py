@@ -58,20 +58,23 @@ def is_finished(job: SlideJob) -> bool:
     """Whether the job's folder holds all that it is to make: nothing is left to do."""
     same = _provenance(job).get("min_region_um2") == job.settings.min_region_um2
     made = (*MADE, ENTROPY) if len(ensemble.members(job.model)) > 1 else MADE
-    return same and all((job.folder / name).exists() for name in made) and is_segmented(job)
+    complete = same and all((job.folder / name).exists() for name in made) and is_segmented(job)
+    return complete and open_canvas(job.folder / CANVAS).has_pyramid()
 
 
 def is_segmented(job: SlideJob) -> bool:
-    """Whether the job's folder holds a canvas that was finished, and is this job's, not another run's."""
-    found = _provenance(job)
-    return bool(found and (job.folder / CANVAS).exists() and found["identity"] == OpenedJob(job).identity())
+    """Whether the job's folder holds a canvas that was finished, is whole, and is this job's, not another run's."""
+    found, path = _provenance(job), job.folder / CANVAS
+    if not found or not path.exists() or found["identity"] != OpenedJob(job).identity():
+        return False
+    return bool(len(open_canvas(path).whole()) == found["tiles"])
 
 
 def _provenance(job: SlideJob) -> dict[str, Any]:
     """What the provenance says; nothing where there is none, or a damaged one, which vouches for nothing."""
     try:
         found = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("identity", "min_region_um2")}
+        return {name: found[name] for name in ("identity", "min_region_um2", "tiles")}
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return {}
 

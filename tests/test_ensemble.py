@@ -141,7 +141,11 @@ def test_members_that_do_not_belong_together_are_refused(models: list[Path], tmp
     spec = checkpoint.load_spec(models[0])
     other = save(tmp_path / "other", 9, replace(spec, mpp=2.0))
     stained = save(tmp_path / "stained", 9, replace(spec, normalisation=Normalisation("macenko", ((1, 0, 0), (0, 1, 0)))))
-    cases = (([models[0], other], "mpp 2.0"), ([models[0], models[0]], "a model twice"))
+    blended = [tmp_path / f"{size}" for size in (64, 96)]
+    for size, folder in zip((64, 96), blended, strict=True):
+        instance = replace(spec, architecture="unet", norm="instance", halo=None, patch_size=size)
+        checkpoint.save(folder, instance, build_network(instance))
+    cases = (([models[0], other], "mpp 2.0"), ([models[0], models[0]], "a model twice"), (blended, "64 px, 96 px"))
     for wrong, words in (*cases, ([models[0], stained], "none, macenko")):
         with pytest.raises(CheckpointError, match=words):
             ensemble.gather(wrong, tmp_path / "ensemble")

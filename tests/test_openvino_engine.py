@@ -1,6 +1,7 @@
 """OpenVINO against torch in float64, tiles against the whole, and processes that share a cache."""
 
 import os
+import resource
 import subprocess
 import sys
 from copy import deepcopy
@@ -183,6 +184,30 @@ def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path, mo
         with monkeypatch.context() as patch:  # what is there now needs no compiling: it is whole
             patch.delattr(OpenVinoEngine, "_compile")
             assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
+
+
+def test_a_disk_without_room_costs_the_cache_and_not_the_answer(graphs: dict[str, Path], tmp_path: Path) -> None:
+    spec, made = NETWORKS["fcn"]
+    windows = IMAGE[None, :64, :96]
+    answer = OpenVinoEngine(spec, graphs["fcn"])(windows)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # every file ends there, as on a disk that is full
+    try:
+        assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
+        with pytest.raises(EngineError, match="cannot be written"):
+            export(spec, made, tmp_path / "graph")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_keeps_the_shapes_that_were_used_last(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_engine, "_KEPT_BLOBS", 2)
+    for width in (32, 64, 32, 96):
+        OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"], "exact", tmp_path)(IMAGE[None, :64, :width])
+    assert {blob.name.partition("-")[0] for blob in tmp_path.iterdir()} == {"1x64x32x3", "1x64x96x3"}
 
 
 def test_a_damaged_graph_says_so(graphs: dict[str, Path], tmp_path: Path) -> None:

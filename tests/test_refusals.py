@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,51 @@ def test_what_is_missing_of_a_finished_slide_is_made_again(models: list[Path], s
     (folder / "provenance.json").write_text("{")
     assert run(scan, models[:1], tmp_path) == 0
     assert np.array_equal(canvas.read_probabilities(canvas.lattice.roi), probabilities)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("damage", ["gone", "empty", "short"])
+def test_a_damaged_tile_is_made_again_and_no_other(
+    models: list[Path], scan: Path, tmp_path: Path, finished: bool, damage: str
+) -> None:
+    assert run(scan, models[:1], tmp_path) == 0
+    folder = tmp_path / "slides" / "scan"
+    canvas = open_canvas(folder / CANVAS)
+    labels, shards = canvas.read_labels(canvas.lattice.roi), canvas.label_shards(0)
+    damaged, sound, *_ = (shards.path(place) for place in canvas.done())
+    content, before = damaged.read_bytes(), sound.stat()
+    if damage == "gone":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content[: len(content) // 2] if damage == "short" else b"")
+    if not finished:
+        (folder / "provenance.json").unlink()
+    assert run(scan, models[:1], tmp_path) == 0
+    assert damaged.read_bytes() == content
+    assert np.array_equal(canvas.read_labels(canvas.lattice.roi), labels)
+    assert (sound.stat().st_ino, sound.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_damaged_pyramid_is_made_again(models: list[Path], tmp_path: Path) -> None:
+    scan = tmp_path / "scan.tiff"
+    make_phantom(scan, seed=4, width=703, height=401, mpp=2.0)  # longer than the last level of a pyramid
+    assert run(scan, models[:1], tmp_path) == 0
+    canvas = open_canvas(tmp_path / "slides" / "scan" / CANVAS)
+    coarse = canvas.probability_shards(1).path((0, 0))
+    content = coarse.read_bytes()
+    coarse.write_bytes(content[:-1])
+    assert run(scan, models[:1], tmp_path) == 0
+    assert coarse.read_bytes() == content
+
+
+def test_a_name_that_is_not_unicode_has_one_row(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/sl\xff.tiff"))
+    shutil.copy(scan, odd)
+    assert run(odd, models[:1], tmp_path / "out") == 0
+    (first,) = rows(tmp_path / "out")
+    assert float(first["megapixels"]) > 0
+    assert run(odd, models[:1], tmp_path / "out") == 0
+    assert rows(tmp_path / "out") == [first]
 
 
 def test_a_missing_entropy_map_is_made_again(models: list[Path], scan: Path, tmp_path: Path) -> None:

@@ -208,6 +208,13 @@ def test_a_missing_file_and_a_text_are_refused(tmp_path: Path) -> None:
         open_slide(tmp_path / "text.svs")
 
 
+def test_a_compression_that_openslide_lacks_is_no_damage(tmp_path: Path) -> None:
+    path, image = tmp_path / "jpeg2000.tiff", np.full((300, 400, 3), 200, np.uint8)
+    tifffile.imwrite(path, image, tile=(128, 128), photometric="rgb", compression="jpeg2000")
+    with pytest.raises(SlideError, match="not read .*34712.*Convert it"):
+        open_slide(path, 0.5)
+
+
 @pytest.mark.parametrize("reduction", [2, 3, 2.5, 30, 56, 98, 160, 255, 400, 511])
 def test_a_large_reduction_is_an_average_too(reduction: float) -> None:
     """Weights in whole 256ths are never below 0, however many there are, and half of one beside the truth at most."""

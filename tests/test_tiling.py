@@ -232,6 +232,23 @@ def test_windows_of_two_sizes_are_run_however_small_the_slide(scan: Path) -> Non
     assert {shape[1:3] for shape in engine.windows} == {(320, 320), (832, 832)}
 
 
+def test_glass_round_a_small_slide_is_not_taken_for_what_its_pixels_cost_on_disk(tmp_path: Path) -> None:
+    """Of noise a byte and more is written for each pixel, of glass next to nothing."""
+
+    class Noise(Held):
+        def __call__(self, windows: np.ndarray) -> np.ndarray:
+            noise = np.random.default_rng(0).random((1, 2, *windows.shape[1:3]), np.float32)
+            return np.where((windows == 255).all(axis=-1), np.float32(1), noise)
+
+    def probed(width: int) -> Probe:
+        write_slide(np.full((1000, width, 3), 120, np.uint8), tmp_path / f"{width}.tiff", 1.0)
+        engine, slide = Noise(1), open_slide(tmp_path / f"{width}.tiff")
+        return probe(slide, slide.base, engine, Roi(width // 2, 500, 1, 1), stitching(engine.spec, blended=False))
+
+    small, large = probed(900), probed(2600)
+    assert small.output_bytes == pytest.approx(large.output_bytes, rel=0.3)
+
+
 def test_slides_that_cannot_be_read_do_not_count(model: Path, scan: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     broken = (tmp_path / "broken.svs", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CheckpointError, CohortError
-from pipeline.files import locked, write_csv
+from pipeline.files import as_unicode, locked, write_csv
 from pipeline.geometry import Mpp
 from pipeline.lineage import add_models
 from pipeline.network import ModelSpec
@@ -232,12 +232,14 @@ def _write_rows(path: Path, rows: dict[str, Row]) -> None:
     """
     names = [field.name for field in fields(Row)]
     with locked(path):
-        kept = _read_rows(path, names)
-        done = {name for name, row in kept.items() if row["status"] == "done"}
-        sealed = {name for name in done if (path.parent / "slides" / name / PROVENANCE).exists()}
-        stays = {name for name, row in rows.items() if (row.skipped and name in done) or (row.reason and name in sealed)}
-        fresh = {name: asdict(row) for name, row in rows.items() if name not in stays}
-        every = {**kept, **fresh}
+        kept, fresh = _read_rows(path, names), dict[str, Mapping[str, object]]()
+        for name, row in rows.items():
+            written = as_unicode(name)
+            done = kept.get(written, {}).get("status") == "done"
+            sealed = done and (path.parent / "slides" / name / PROVENANCE).exists()
+            if not (row.skipped and done or row.reason and sealed):
+                fresh[written] = asdict(row)
+        every: dict[str, Mapping[str, object]] = {**kept, **fresh}
         write_csv(path, names, [every[name] for name in sorted(every)])
 
 
