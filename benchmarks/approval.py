@@ -23,7 +23,7 @@ from pipeline.geometry import Lattice, Roi
 from pipeline.grid import Grid
 from pipeline.openvino_engine import quantise
 from pipeline.patches import Source
-from pipeline.precision import Deviation, approve, hold
+from pipeline.precision import Deviation, approve, measure_deviation
 from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
@@ -64,7 +64,7 @@ def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) 
     square = max(squares, key=lambda square: tissue.fraction(square, slide.base))
     source = Source(slide, OnePass(slide.base, Labels.open(labels), square), slide.base)
     exact = open_engine(model, settled(EXACT, architecture))
-    found = hold(exact, load_engine(model, settings), [(source, tissue)])
+    found = measure_deviation(exact, load_engine(model, settings), [(source, tissue)])
     approve(found, settings, model)
     return found
 

@@ -1,6 +1,7 @@
 """How fast a slide is segmented, in how much memory, beside the bare forward pass and other tools: `make bench`.
 
-    python -m benchmarks.bench [SECTION...] [--size 8192] [--runs 3] [--networks fcn,unet] [--slides DIR] [--pyfast PYTHON]
+    python -m benchmarks.bench [SECTION...] [--size 8192] [--runs 3] [--networks fcn,unet] [--slides DIR] [--results DIR]
+                               [--pyfast PYTHON]
 
     peers    all contenders on a slide of tissue; on one of twice the side those that may be as fast
     big      four times the side, 30 % tissue
@@ -8,10 +9,11 @@
     huge     sixteen times the side, 2 % tissue
     dense    a patch classifier made convolutional, beside the same run patch by patch
 
-Contenders take turns, each in a process of its own. Every run is kept in benchmarks/results/SECTION.json as it ends, and
-bench.md and bench.png are drawn from these files. Called again, the bench goes on where it stopped; but a section that was
-measured on another machine, with other versions or with other code is measured anew. pyFAST takes part where PYTHON, or the
-environment variable FULLFIELD_PYFAST, names an interpreter that has it, and the library onnx is installed in this one.
+Contenders take turns, each in a process of its own. Every run is kept as it ends, in SECTION.json in the folder --results
+(benchmarks/results), and bench.md and bench.png are drawn from these files. Called again, the bench goes on where it
+stopped; but a section that was measured on another machine, with other versions or with other code is measured anew. pyFAST
+takes part where PYTHON, or the environment variable FULLFIELD_PYFAST, names an interpreter that has it, and the library onnx
+is installed in this one.
 """
 
 from __future__ import annotations
@@ -61,12 +63,13 @@ CONTESTS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What was asked for: side of the smallest slide in pixels, runs of each contender, networks, folder, interpreter."""
+    """What was asked for: side of the smallest slide in pixels, runs of each contender, networks, folders, interpreter."""
 
     size: int
     runs: int
     networks: tuple[str, ...]
     folder: Path
+    results: Path
     pyfast: Path | None
 
 
@@ -74,14 +77,14 @@ def main() -> None:
     """Run the sections that are named, all if none is, and draw what was measured after each."""
     sections, bench = _asked()
     for section in sections:
-        record = Record(RESULTS / f"{section}.json")
+        record = Record(bench.results / f"{section}.json")
         if section == "dense":
             _dense(record)
         for contest in CONTESTS.get(section, ()):
             for network in bench.networks:
                 _run(bench, contest, network, record)
-        write_report(RESULTS)
-    print((RESULTS / "bench.md").read_text(encoding="utf-8"))
+        write_report(bench.results)
+    print((bench.results / "bench.md").read_text(encoding="utf-8"))
 
 
 def _run(bench: Bench, contest: Contest, network: str, record: Record) -> None:
@@ -186,10 +189,11 @@ def _asked() -> tuple[list[str], Bench]:
     parser.add_argument("--runs", type=int, default=3, help="of each contender; medians count")
     parser.add_argument("--networks", default=",".join(NETWORKS), type=_networks)
     parser.add_argument("--slides", type=Path, default=Path(gettempdir()) / "fullfield-bench", help="where slides are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where runs and tables are kept")
     parser.add_argument("--pyfast", type=Path, default=os.environ.get("FULLFIELD_PYFAST"), help="an interpreter with pyFAST")
     asked = parser.parse_args()
-    folder = asked.slides.absolute()
-    return asked.sections or list(SECTIONS), Bench(asked.size, asked.runs, asked.networks, folder, asked.pyfast)
+    bench = Bench(asked.size, asked.runs, asked.networks, asked.slides.absolute(), asked.results.absolute(), asked.pyfast)
+    return asked.sections or list(SECTIONS), bench
 
 
 def _section(name: str) -> str:

@@ -24,7 +24,8 @@ def ahead(
     """Each item with function(item). Items are drawn by the caller's thread; an error is raised in its item's turn."""
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     remaining = iter(items)
-    with ThreadPoolExecutor(threads, "ahead") as pool:
+    pool = ThreadPoolExecutor(threads, "ahead")
+    try:
         while True:
             for item in islice(remaining, depth - len(waiting)):
                 waiting.append((item, pool.submit(function, item)))
@@ -32,3 +33,5 @@ def ahead(
                 return
             item, future = waiting.popleft()
             yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.bootstrap import Counts, Floats, bounds, draw_patients
 from pipeline.boundaries import Boundaries, hd95, measure_boundaries, surface_dice
 from pipeline.calibration import BINS, calibration_error, count_reliability
 from pipeline.canvas import Canvas
@@ -21,7 +22,6 @@ from pipeline.froc import FROC_MPP, Detections, detect, resampled_froc
 from pipeline.geometry import Roi
 from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, number
 from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, OBJECT_SUMS, TRUE_COUNT, object_scores, object_sums
-from pipeline.resampling import Counts, Floats, bounds, draw_patients
 from pipeline.truth import Truth
 
 BLOCK = 2048
@@ -235,7 +235,7 @@ def _scores(patients: Sequence[Assessment], draws: Counts) -> dict[str, Floats]:
 
 
 def _froc(patients: Sequence[Detections | None], draws: Counts) -> Floats:
-    """FROC of each round; NaN for a class without lesions. A patient without a slide that is all known counts not."""
+    """FROC of each round, (S,); NaN for a class without lesions. A patient without detections (None) adds nothing."""
     if all(patient is None for patient in patients):
         return np.full(len(draws), np.nan)
     return resampled_froc([patient or Detections((), (), 0) for patient in patients], draws)

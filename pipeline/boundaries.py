@@ -27,8 +27,8 @@ import numpy.typing as npt
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from pipeline.bootstrap import Counts, Floats
 from pipeline.geometry import Mpp
-from pipeline.resampling import Counts, Floats
 
 Mask = npt.NDArray[np.bool_]
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.bootstrap import Counts, Floats
 from pipeline.classes import IGNORED
 from pipeline.files import replacing
-from pipeline.resampling import Counts, Floats
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CanvasError
-from pipeline.files import write_text
+from pipeline.files import write_json
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.halving import halve_labels, halve_probabilities
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
@@ -278,7 +278,7 @@ def _largest_divisor(number: int, largest: int, smallest: int) -> int:
 
 def _create_group(folder: Path, attributes: dict[str, Any]) -> None:
     description = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    write_text(folder / "zarr.json", json.dumps(description, indent=2))
+    write_json(folder / "zarr.json", description)
 
 
 def _zarr_array(folder: Path) -> zarr.Array[Any]:

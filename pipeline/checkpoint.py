@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from functools import lru_cache
@@ -37,7 +36,8 @@ _GRAPH = "network.json"
 _FILES = (_SPEC, _WEIGHTS, _GRAPH)
 _ANCESTRY = "ancestry.json"
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
-_REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", "lineage"}
+_RUN_RECORD = "lineage"  # its key in model.yaml
+_REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", _RUN_RECORD}
 _SHOWN = 4  # weights that an error names
 _WHOLE = "Keep the files of a model together, as they were written."
 
@@ -46,13 +46,15 @@ def save(
     folder: Path,
     spec: ModelSpec,
     network: torch.nn.Module,
-    lineage: Mapping[str, object] | None = None,
+    run_record: Mapping[str, object] | None = None,
     ancestry: Mapping[str, object] | None = None,
 ) -> None:
     """Write a model, whole or not at all, over an earlier one in the same folder.
 
-    `lineage` is what the model depends on, as plain values, and part of its digest; `ancestry` is who made it, when, and of
-    what, and no part of it. Raises CheckpointError where the folder holds other things.
+    `run_record` is what the run that trained the model hands on, as plain values: the digest of its inputs, seed, epoch,
+    Dice, and how it looks at slides (tissue, min_region_um2, flips). It is the key `lineage` of model.yaml, and part of the
+    digest. `ancestry` is who made the model, when, and of what, and no part of it. Raises CheckpointError where the folder
+    holds other things.
     """
     if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {*_FILES, _ANCESTRY}):
         expected = "a new folder, or one that holds a model and nothing else"
@@ -62,7 +64,7 @@ def save(
     for left_over in (fresh, stale):
         shutil.rmtree(left_over, ignore_errors=True)
     fresh.mkdir(parents=True)
-    _write(fresh, spec, network, {} if lineage is None else {"lineage": dict(lineage)})
+    _write(fresh, spec, network, {} if run_record is None else {_RUN_RECORD: dict(run_record)})
     if ancestry is not None:
         (fresh / _ANCESTRY).write_text(json.dumps(ancestry, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
@@ -106,9 +108,9 @@ def load_spec(folder: Path) -> ModelSpec:
         raise CheckpointError(subject, error.found, error.expected, error.remedy) from error
 
 
-def load_lineage(folder: Path) -> dict[str, Any]:
-    """Where the model in a folder comes from, as `save` was told; perhaps nothing. Raises CheckpointError."""
-    return dict(_read(folder).get("lineage", {}))
+def load_run_record(folder: Path) -> dict[str, Any]:
+    """The `run_record` that `save` was given, perhaps empty. Raises CheckpointError."""
+    return dict(_read(folder).get(_RUN_RECORD, {}))
 
 
 def load_ancestry(folder: Path) -> dict[str, Any]:
@@ -200,8 +202,9 @@ def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, 
     import torch
 
     from pipeline.graph import GraphNetwork
+    from pipeline.tracing import example_step
 
-    step = math.lcm(spec.stride, 2**spec.depth)
+    step = example_step(spec)
     expected = (1, len(spec.classes), 2 * step // spec.output_stride, 3 * step // spec.output_stride)
     try:
         network = GraphNetwork(graph, weights).eval()
@@ -227,8 +230,8 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not _REQUIRED <= set(content) <= _REQUIRED | _OPTIONAL:
         found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(str(path), found, "the keys fullfield and spec, perhaps network and lineage", remedy)
-    if not isinstance(content.get("lineage", {}), dict):
-        raise CheckpointError(str(path), f"the lineage {content['lineage']!r}", "keys and values", remedy)
+    if not isinstance(content.get(_RUN_RECORD, {}), dict):
+        raise CheckpointError(str(path), f"the lineage {content[_RUN_RECORD]!r}", "keys and values", remedy)
     return content
 
 

@@ -16,6 +16,12 @@ class Class:
     name: str
     color: tuple[int, int, int]
 
+    @classmethod
+    def of_hex(cls, name: str, color: str) -> Class:
+        """The class of a name and a colour as `#rrggbb`. Raises ValueError for any other text."""
+        red, green, blue = bytes.fromhex(color.removeprefix("#"))
+        return cls(name, (red, green, blue))
+
     @property
     def hex_color(self) -> str:
         """The colour as `#rrggbb`."""

@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.config import SPLITS
 from pipeline.errors import CohortError
 from pipeline.files import write_csv
 from pipeline.geometry import MPP_RANGE
 
 COLUMNS = ("slide", "slide_id", "annotation", "patient", "split", "mpp")
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which of two is better: the difference over the patients that both were examined on, with its interval.
 
 Patients differ far more from each other than two networks do on one patient. So the difference is taken patient by
-patient, and patients are drawn as pairs. References: see resampling.py.
+patient, and patients are drawn as pairs. References: see bootstrap.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.bootstrap import bounds, draw_patients
 from pipeline.metrics import number
-from pipeline.resampling import bounds, draw_patients
 
 
 @dataclass(frozen=True)

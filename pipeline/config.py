@@ -9,17 +9,19 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.classes import Class, Classes
+from pipeline.geometry import MPP_RANGE
 from pipeline.yaml_text import dump
 
 TILE_COLUMNS = ("slide_id", "patient", "split", "x", "y", "tissue", "known")
 """Columns of the table of tiles; each class has one more."""
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
 Precision = Literal["exact", "fast", "fastest"]
 Backend = Literal["auto", "torch", "openvino"]
 SHARING = frozenset({"devices", "nodes", "strategy"})
@@ -95,7 +97,7 @@ class NetworkSettings(Section):
     """The network and the scale at which it looks at a slide."""
 
     architecture: Literal["fcn", "unet", "basic_unet", "flexible_unet", "heatmap", "classifier"] = "unet"
-    mpp: Annotated[float, Field(ge=0.05, le=20)]
+    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1])]
     width: Annotated[int, Field(ge=4, le=256)] = 16
     depth: Annotated[int, Field(ge=1, le=6)] = 4
     downsample: Literal["pool", "stride"] | None = None
@@ -293,7 +295,7 @@ class Config(Section):
     @property
     def class_list(self) -> Classes:
         """The classes in the order of their indices."""
-        return Classes(tuple(Class(item.name, _rgb(item.color)) for item in self.classes))
+        return Classes(tuple(Class.of_hex(item.name, item.color) for item in self.classes))
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load_config` reads back."""
@@ -305,7 +307,3 @@ class Config(Section):
         content = self.model_dump(mode="json", include=others)
         content["training"] = self.training.model_dump(mode="json", exclude=set(SHARING))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _rgb(color: str) -> tuple[int, int, int]:
-    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)

@@ -102,7 +102,7 @@ def _scaled(places: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _may_turn(labels: np.ndarray) -> np.ndarray:
-    """(rows + 1, columns + 1) bool: the vertices on the edge, and those where no straight line, or nothing, passes.
+    """(rows + 1, columns + 1) bool: vertices on the block's edge, and those at which labels change along both axes.
 
     Pixels side by side are of one component where their labels are alike, and labels have a quarter of the bytes.
     """

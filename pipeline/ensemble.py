@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from pipeline import __version__, checkpoint
+from pipeline.config import TissueSettings
 from pipeline.errors import CheckpointError
 from pipeline.files import locked, write_text
 from pipeline.grid import round_up
@@ -86,13 +87,18 @@ def load_spec(model: Path) -> ModelSpec:
 
 
 def common_spec(models: Sequence[Path]) -> ModelSpec:
-    """What models have in common that would answer as one. Raises CheckpointError where they do not go together."""
+    """The one spec of an ensemble of these models. Raises CheckpointError where they do not go together."""
     return _together([checkpoint.load_spec(model) for model in models], models)
 
 
-def load_lineage(model: Path) -> dict[str, Any]:
-    """Where the model comes from; of an ensemble, its first member. Raises CheckpointError."""
-    return checkpoint.load_lineage(members(model)[0])
+def load_run_record(model: Path) -> dict[str, Any]:
+    """The run record of a model, of an ensemble that of its first member: see `checkpoint.save`. Raises CheckpointError."""
+    return checkpoint.load_run_record(members(model)[0])
+
+
+def load_tissue(model: Path) -> TissueSettings:
+    """How the run that trained the model looks for tissue. Raises CheckpointError."""
+    return TissueSettings(**load_run_record(model).get("tissue", {}))
 
 
 def digest(model: Path) -> str:

@@ -23,20 +23,20 @@ _WHOLE = 4_000_000  # pixels: a slide up to this size is compared as a whole
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one window showed: pixels of output compared, how much probabilities differ at most, and on average over pixels
-    and classes, and how many labels differ.
+    """What one window showed: pixels of output compared, the largest and the mean difference of a probability (0 to 1), and
+    how many labels differ.
     """
 
     window: Roi
     pixels: int
     difference: float
     mean_difference: float
-    flips: int
+    label_changes: int
 
     @property
     def exact(self) -> bool:
         """Whether tiled equals whole."""
-        return self.difference <= TOLERANCE and self.flips == 0
+        return self.difference <= TOLERANCE and self.label_changes == 0
 
 
 def comparisons(slide: Pixels, tissue: Tissue, lattice: Lattice, engine: Engine, way: Stitching) -> Iterator[Comparison]:
@@ -69,8 +69,8 @@ def compare(slide: Pixels, grid: Grid, window: Roi, engine: Engine, way: Stitchi
     whole = whole[(slice(None), *place.within(surroundings.shrink(spec.output_stride)).slices())]
     tiles = (tile for tile in grid if tile.write_roi.intersect(window).area)
     tiled = _stitched(way.predict(slide, grid, tiles, engine), whole.shape, place, spec.output_stride)
-    flips, differences = int((tiled.argmax(axis=0) != whole.argmax(axis=0)).sum()), np.abs(tiled - whole)
-    return Comparison(window, place.area, float(differences.max()), float(differences.mean()), flips)
+    changes, differences = int((tiled.argmax(axis=0) != whole.argmax(axis=0)).sum()), np.abs(tiled - whole)
+    return Comparison(window, place.area, float(differences.max()), float(differences.mean()), changes)
 
 
 def _whole_strides(roi: Roi, stride: int) -> Roi:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
+import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +72,17 @@ def write_text(path: Path, text: str) -> None:
 def as_unicode(text: str) -> str:
     """The text with `\\udcff` and the like for what is not Unicode in it, as in some file names."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write what JSON can hold, indented, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content, as hexadecimal digits. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

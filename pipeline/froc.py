@@ -29,8 +29,8 @@ import numpy.typing as npt
 from scipy import ndimage
 from skimage.measure import regionprops
 
+from pipeline.bootstrap import Counts, Floats
 from pipeline.geometry import Mpp
-from pipeline.resampling import Counts, Floats
 
 Mask = npt.NDArray[np.bool_]
 

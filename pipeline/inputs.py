@@ -16,6 +16,7 @@ from pipeline import __version__, checkpoint, snapshot
 from pipeline.cohort import Case
 from pipeline.config import SHARING, Config
 from pipeline.errors import CheckpointError, SlideError
+from pipeline.files import file_digest
 from pipeline.slide import open_slide
 
 TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
@@ -64,7 +65,7 @@ def _training_sections(config: Config) -> dict[str, Any]:
 def check_model(config: Config, cases: Sequence[Case]) -> None:
     """Raise CheckpointError where the output has a model of another cohort or configuration."""
     model = config.output / "model"
-    if model.exists() and checkpoint.load_lineage(model).get("inputs") != training_inputs(config, cases):
+    if model.exists() and checkpoint.load_run_record(model).get("inputs") != training_inputs(config, cases):
         raise CheckpointError(
             str(model),
             "a model that was trained with another cohort or configuration",
@@ -91,10 +92,7 @@ def _stamps(cases: Sequence[Case]) -> list[list[object]]:
 
 def _case_stamp(case: Case) -> list[object]:
     """What tells a case from another: ids, scale, and digests of the slide and of the annotation."""
-    annotation = ""
-    if case.annotation is not None:
-        with case.annotation.open("rb") as file:
-            annotation = hashlib.file_digest(file, "sha256").hexdigest()
+    annotation = "" if case.annotation is None else file_digest(case.annotation)
     return [case.slide_id, case.patient, case.split, case.mpp, _slide_stamp(case.slide), annotation]
 
 

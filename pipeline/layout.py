@@ -33,7 +33,7 @@ def quicken(network: nn.Module) -> None:
 
 
 class _Skip(nn.Module):
-    """MONAI's SkipConnection that concatenates, by the name of whose part its weights go on being known."""
+    """In place of MONAI's concatenating SkipConnection; its attribute has the same name, and so have its weights."""
 
     def __init__(self, submodule: nn.Module) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ From either one can tell what a run was made of, without the folder in which it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pipeline import checkpoint
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import CohortError, FullfieldError
-from pipeline.files import locked, write_text
+from pipeline.files import file_digest, locked, write_json
 from pipeline.origin import origin, packages
 from pipeline.slide import open_slide
 
@@ -37,8 +36,8 @@ def case_facts(case: Case) -> dict[str, Any]:
     with suppress(FullfieldError):
         slide_digest = open_slide(case.slide, case.mpp).digest()
     if case.annotation is not None:
-        with suppress(OSError), case.annotation.open("rb") as file:
-            annotation_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with suppress(OSError):
+            annotation_digest = file_digest(case.annotation)
     return {
         "slide_id": case.slide_id,
         "patient": case.patient,
@@ -117,7 +116,7 @@ def _add(path: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> Non
     origins, now = before.get("origins", []), made_here()
     if not origins or {**origins[-1], "made": now["made"]} != now:
         origins = [*origins, now]
-    write_text(path, json.dumps({**before, **facts, "origins": origins}, indent=2) + "\n")
+    write_json(path, {**before, **facts, "origins": origins})
 
 
 def read_lineage(path: Path) -> dict[str, Any]:
@@ -164,6 +163,6 @@ def ways(config: Config) -> dict[str, object]:
 
 
 def other_ways(model: Path, config: Config) -> str:
-    """What a model hands on, where a configuration says otherwise by now; empty where it does not."""
-    found = checkpoint.load_lineage(model)
+    """The ways (see `ways`) in which a model's run differs from a configuration, as words; empty where there is none."""
+    found = checkpoint.load_run_record(model)
     return ", ".join(f"{name} {found[name]}" for name, value in ways(config).items() if found.get(name, value) != value)

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.bootstrap import Counts, Floats, bounds, draw_patients
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CohortError
 from pipeline.geometry import Mpp
-from pipeline.resampling import Counts, Floats, bounds, draw_patients
 
 Labels = npt.NDArray[np.uint8]
 Report = dict[str, dict[str, dict[str, dict[str, float | int | None]]]]
@@ -148,7 +148,7 @@ def interval(patients: Counts, rest: int | None = None, samples: int = 1000, see
     One patient says nothing about the next: where fewer than two have the class, the bounds are NaN. With few patients the
     interval is honest about those patients only and too narrow for others (three patients make 10 different rounds, two make
     3).
-    References: see resampling.py.
+    References: see bootstrap.py.
     """
     draws = draw_patients(len(patients), samples, seed)
     extents = _extents(patients, rest)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
+from pipeline.geometry import MPP_RANGE
 from pipeline.staining import METHODS, Normalisation
 
 if TYPE_CHECKING:
@@ -180,8 +181,9 @@ def _check_numbers(spec: ModelSpec) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise _wrong(key, repr(value), f"a whole number from {least} up", f"Correct `{key}`.")
-    if not _is_number(spec.mpp) or not 0.05 <= spec.mpp <= 20:
-        raise _wrong("mpp", repr(spec.mpp), "0.05 to 20 micrometres per pixel", "Correct `mpp`.")
+    low, high = MPP_RANGE
+    if not _is_number(spec.mpp) or not low <= spec.mpp <= high:
+        raise _wrong("mpp", repr(spec.mpp), f"{low:g} to {high:g} micrometres per pixel", "Correct `mpp`.")
     for key in ("mean", "std"):
         value = getattr(spec, key)
         if not isinstance(value, tuple) or len(value) != 3 or not all(_is_number(item) for item in value):

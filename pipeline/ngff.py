@@ -44,7 +44,7 @@ def read_image_metadata(ome: dict[str, Any]) -> tuple[Mpp, Classes]:
     """The scale and the classes that `image_metadata` wrote. Raises LookupError, TypeError or ValueError for others."""
     _, y, x = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"]
     channels = ome["omero"]["channels"]
-    return Mpp(x, y), Classes(tuple(Class(channel["label"], _rgb(channel["color"])) for channel in channels))
+    return Mpp(x, y), Classes(tuple(Class.of_hex(channel["label"], channel["color"]) for channel in channels))
 
 
 def _multiscale(levels: Sequence[Lattice], name: str, channels: bool) -> dict[str, Any]:
@@ -61,8 +61,3 @@ def _multiscale(levels: Sequence[Lattice], name: str, channels: bool) -> dict[st
         ]
         datasets.append({"path": str(index), "coordinateTransformations": transformations})
     return {"name": name, "axes": axes, "datasets": datasets}
-
-
-def _rgb(text: str) -> tuple[int, int, int]:
-    red, green, blue = bytes.fromhex(text)
-    return red, green, blue

@@ -27,8 +27,8 @@ import numpy.typing as npt
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from pipeline.bootstrap import Counts, Floats
 from pipeline.geometry import Mpp
-from pipeline.resampling import Counts, Floats
 
 Mask = npt.NDArray[np.bool_]
 Box = tuple[slice, slice]
@@ -141,7 +141,9 @@ class _Pairs:
         self._distances: dict[tuple[int, int], float] = {}
 
     def partners(self, of_truth: bool) -> tuple[Counts, Counts]:
-        """For each object of one side the number of that which shares most pixels with it, -1 where none; and how many."""
+        """For each object of one side, (n,) int64: the number of the other side's object that it overlaps most, -1 where it
+        overlaps none; and the overlap in pixels.
+        """
         own, other = (self._truths, self._calls) if of_truth else (self._calls, self._truths)
         order = np.lexsort((other, -self._shared, own))
         numbers, first = np.unique(own[order], return_index=True)

@@ -27,7 +27,7 @@ import numpy as np
 
 from pipeline.config import Precision
 from pipeline.errors import EngineError
-from pipeline.files import replacing
+from pipeline.files import file_digest, replacing
 from pipeline.machine import threads
 from pipeline.network import ModelSpec, activation
 
@@ -132,6 +132,9 @@ def library_version() -> str:
 
 def export(spec: ModelSpec, network: torch.nn.Module, folder: Path) -> Path:
     """Write a network, its normalisation and its activation as an fp32 graph of any batch and size, and return its path.
+
+    It is that of any size for a GraphNetwork, which is what `checkpoint.load` gives; of a network as MONAI built it, tracing
+    may fix sizes (flexible_unet's zeros).
 
     The folder appears whole; one that is there already, perhaps from another process, is left as it is.
     """
@@ -255,8 +258,7 @@ def _read(core: Any, graph: Path) -> Model:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except FileNotFoundError as error:
         remedy = f"Delete {path.parent}, and run again."
         raise EngineError(str(path), "no such file", f"{GRAPH} and {_WEIGHTS}", remedy) from error

@@ -8,17 +8,16 @@ and OpenSlide, numpy, scipy and torch all release the interpreter lock while the
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from pyarrow import parquet
 
+from pipeline.ahead import ahead
 from pipeline.augment import Augmentation, augment
 from pipeline.errors import TrainingError
 from pipeline.geometry import Lattice, Roi
@@ -159,24 +158,9 @@ class PatchStream:
     def batches(self, epoch: int, positions: Sequence[int], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The patches at `positions`, in that order, as images (N, S, S, 3) uint8 and masks (N, S, S) uint8.
 
-        Each batch has `batch_size` patches, the last what remains. Threads work up to two batches ahead of the caller; they
-        end with the iterator, also where it is closed or dropped early. What a thread raises is raised here, in its turn.
+        Each batch has `batch_size` patches, the last what remains. Threads work two batches ahead of the caller; they end
+        with the iterator, also where it is closed or dropped early. What a thread raises is raised here, in its turn.
         """
-        pending: deque[Future[Patch]] = deque()
-        ahead = iter(positions)
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="patches")
-
-        def submit(count: int) -> None:
-            for position in islice(ahead, count):
-                pending.append(pool.submit(self.patch, epoch, position))
-
-        try:
-            submit(_AHEAD * batch_size)
-            while pending:
-                patches = []
-                for _ in range(min(batch_size, len(pending))):
-                    patches.append(pending.popleft().result())
-                    submit(1)
-                yield np.stack([image for image, _ in patches]), np.stack([mask for _, mask in patches])
-        finally:
-            pool.shutdown(cancel_futures=True)
+        patches = ahead(partial(self.patch, epoch), positions, _AHEAD * batch_size + 1, self.threads)
+        while batch := [patch for _, patch in islice(patches, batch_size)]:
+            yield np.stack([image for image, _ in batch]), np.stack([mask for _, mask in batch])

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.classes import IGNORED
 from pipeline.config import EngineSettings
 from pipeline.errors import EngineError
-from pipeline.files import write_text
+from pipeline.files import write_json
 from pipeline.grid import round_up
 from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, inside
@@ -52,7 +52,7 @@ class Deviation:
         )
 
 
-def hold(exact: Engine, other: Engine, sources: Iterable[tuple[Source, Tissue]]) -> Deviation:
+def measure_deviation(exact: Engine, other: Engine, sources: Iterable[tuple[Source, Tissue]]) -> Deviation:
     """Run both engines over all tissue of the slides of which something is known, and compare."""
     both, way, classes = _Both(exact, other), usual(exact.spec), len(exact.spec.classes)
     counts = np.zeros((2, classes, classes + 1), np.int64)
@@ -91,7 +91,7 @@ def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
     """Write beside the model what was found of a way to run it. Raises EngineError where it may not be used."""
     check(found, settings, model)
     content = {"engine": describe(model, settings), "max_label_change": settings.max_label_change, "found": asdict(found)}
-    write_text(_path(settings, model), json.dumps(content, indent=2) + "\n")
+    write_json(_path(settings, model), content)
 
 
 def approval(settings: EngineSettings, model: Path) -> Deviation | None:

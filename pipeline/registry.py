@@ -22,7 +22,7 @@ import yaml
 
 from pipeline import checkpoint
 from pipeline.errors import TrackingError
-from pipeline.store import Store, chosen_address, open_store, unless_there
+from pipeline.store import Store, store_for, unless_there
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -77,16 +77,12 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
             return _checkpoint_in(Path(reference))
         expected = "a model's folder, runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION"
         raise TrackingError(reference, "no such folder", expected, "Train a model, or correct the path.")
-    address = chosen_address(uri)
-    if address is None:
-        remedy = "Set MLFLOW_TRACKING_URI to the model's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
-        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
-    store = open_store(address, create=False)
+    store = store_for(reference, uri)
     with store.conversation(reference):
         from mlflow.artifacts import download_artifacts
 
         place = _of_run(store, reference) if reference.startswith("runs:/") else _of_registry(store, reference)
-        return _checkpoint_in(Path(download_artifacts(place, tracking_uri=address)))
+        return _checkpoint_in(Path(download_artifacts(place, tracking_uri=store.address)))
 
 
 def _register(store: Store, run_id: str, folder: Path, classes: Sequence[str], registered: str, tags: dict[str, str]) -> str:
@@ -128,8 +124,7 @@ def _of_run(store: Store, reference: str) -> str:
     """Where the files lie of `runs:/ID` (its or its stages' newest model), `runs:/ID/MODEL` or `runs:/ID/PATH`."""
     run_id, _, path = reference.removeprefix("runs:/").strip("/").partition("/")
     run = store.client.get_run(run_id)
-    stages = store.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
-    outputs = [output for each in (run, *stages) if each.outputs for output in each.outputs.model_outputs]
+    outputs = [output for each in (run, *store.below(run)) if each.outputs for output in each.outputs.model_outputs]
     models = [store.client.get_logged_model(output.model_id) for output in outputs]
     named = [model for model in models if path in ("", model.name)]
     if named:
@@ -143,7 +138,7 @@ def _of_run(store: Store, reference: str) -> str:
 
 def _of_registry(store: Store, reference: str) -> str:
     """Where the files of `models:/NAME@ALIAS` or `models:/NAME/VERSION` lie."""
-    name, mark, wanted = _parts(reference)
+    name, mark, wanted = reference_parts(reference)
     client = store.client
     known = client.search_registered_models(f"name = '{name}'")
     if not known:
@@ -159,8 +154,8 @@ def _of_registry(store: Store, reference: str) -> str:
     return str(client.get_model_version_download_uri(name, number))
 
 
-def _parts(reference: str) -> tuple[str, str, str]:
-    """NAME, @ or /, and ALIAS or VERSION."""
+def reference_parts(reference: str) -> tuple[str, str, str]:
+    """NAME, @ or /, and ALIAS or VERSION of a `models:/` reference. Raises TrackingError where it is none."""
     for mark in ("@", "/"):
         name, found, wanted = reference.removeprefix("models:/").strip("/").partition(mark)
         if found and name and wanted and (mark == "@" or wanted.isdecimal()):

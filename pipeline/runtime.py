@@ -36,7 +36,8 @@ EXACT = EngineSettings()
 _TORCH_IS_FASTER: frozenset[tuple[str, Precision]] = frozenset({("unet", "fast")})
 """Networks and precisions that torch computes faster than OpenVINO on a CPU.
 
-One thread, windows of 1024 px, allocator as workers have it, torch fused; Mpx per second of processor, torch and OpenVINO:
+Mpx per second of processor, torch and OpenVINO, as `python -m benchmarks.engines exact` and `fast` print them: one thread,
+windows of 1024 px, allocator as workers have it, torch fused:
 
                     fp32, AVX2    fp32, AVX-512   bf16, AMX
     fcn             1.82  1.99    2.85  3.09       6.95  12.19
@@ -136,7 +137,7 @@ def settled(settings: EngineSettings, architecture: str) -> EngineSettings:
 
 def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> EngineSettings:
     """The settings with `flips`, or, where that is None, with what the run that trained the model had."""
-    own = ensemble.load_lineage(model).get("flips", False) if flips is None else flips
+    own = ensemble.load_run_record(model).get("flips", False) if flips is None else flips
     return settings.model_copy(update={"flips": own})
 
 

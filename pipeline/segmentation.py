@@ -11,7 +11,6 @@ What only tasks use is imported in them, so that a command has its workers soone
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas, open_canvas
 from pipeline.cluster import Cluster
 from pipeline.errors import CanvasError, FullfieldError
-from pipeline.files import locked, write_text
+from pipeline.files import locked, write_json
 from pipeline.grid import Tile
 from pipeline.machine import release_memory
 from pipeline.runtime import load_engine
@@ -76,7 +75,7 @@ class Row:
 
     @property
     def skipped(self) -> bool:
-        """Whether the slide was done already."""
+        """Whether no tile was run now: the slide was segmented before, or has no tissue."""
         return self.status == "done" and self.megapixels == 0
 
 
@@ -271,4 +270,4 @@ def seal_slide(job: SlideJob, tissue_mm2: float) -> None:
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
         canvas.remove_partial_files()
-        write_text(job.folder / PROVENANCE, json.dumps(opened.provenance(canvas, tissue_mm2), indent=2) + "\n")
+        write_json(job.folder / PROVENANCE, opened.provenance(canvas, tissue_mm2))

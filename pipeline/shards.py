@@ -6,7 +6,6 @@ and read here, chunk by chunk, and not through zarr-python: that takes twice the
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import imagecodecs
 import numpy as np
 
 from pipeline.errors import CanvasError
-from pipeline.files import write_text
+from pipeline.files import write_json
 from pipeline.geometry import Roi
 
 _ZSTD_LEVEL = 1  # higher ones save some 3 % of bytes and cost twice the time
@@ -93,7 +92,7 @@ class ShardedArray:
             "dimension_names": list(axes),
             "attributes": {},
         }
-        write_text(self.folder / "zarr.json", json.dumps(description, indent=2))
+        write_json(self.folder / "zarr.json", description)
 
     def encode(self, pixels: np.ndarray) -> bytes:
         """One compressed chunk; pixels missing at right and bottom, past the edge of the array, become `fill`."""

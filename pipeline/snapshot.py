@@ -60,7 +60,7 @@ class Standing:
 
 
 def of_another(path: Path, changed: str) -> TrainingError:
-    """The error for the state of an interrupted training that is not the one that was asked for."""
+    """The error where an interrupted training had other inputs than the one asked for; `changed` lists them in words."""
     remedy = f"Call with the same again to go on with it; to begin anew, delete {path} and model.partial beside it."
     return TrainingError(
         str(path), f"an interrupted training of another, {changed}", "one of this cohort and configuration", remedy

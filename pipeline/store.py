@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrackingError
 from pipeline.files import locked
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 STAGE = "fullfield.stage"
 """The tag that says which stage a run below another is, or which fold or combination, which is a whole run by itself."""
+
+PARENT = "mlflow.parentRunId"
+"""MLflow's own tag of a run below another: the identifier of that one."""
 
 _STAGES = ("tile", "train", "segment", "evaluate")
 
@@ -82,13 +85,16 @@ class Store:
         """A copy, in `folder`, of a file of a run or of one of its stages. Raises TrackingError where none has it."""
         with self.conversation(run_id):
             run = self.client.get_run(run_id)
-            stages = self.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
-            own = (stage for stage in stages if stage.data.tags.get(STAGE) in _STAGES)
+            own = (stage for stage in self.below(run) if stage.data.tags.get(STAGE) in _STAGES)
             for found in (run, *own):
                 if any(file.path == name for file in self.client.list_artifacts(found.info.run_id)):
                     return Path(self.client.download_artifacts(found.info.run_id, name, str(folder)))
         remedy = "Call `fullfield run` with its configuration again; of a cross-validation or sweep, name one run of it."
         raise TrackingError(run_id, f"no {name}", "a run that was finished", remedy)
+
+    def below(self, run: Any) -> list[Any]:
+        """The runs that are nested in one: its stages, folds or combinations."""
+        return list(self.client.search_runs([run.info.experiment_id], f"tags.`{PARENT}` = '{run.info.run_id}'"))
 
     def _shared_files(self) -> str | None:
         """Where a SQLite store that is shared by outputs keeps files: beside it. Other stores know it themselves."""
@@ -144,15 +150,24 @@ def run_file(reference: str, name: str) -> Iterator[Path]:
     if Path(reference).is_dir():
         yield Path(reference) / name
         return
-    run_id, address = reference.removeprefix("runs:/"), chosen_address(None)
+    run_id = reference.removeprefix("runs:/")
     if not re.fullmatch("[0-9a-f]{32}", run_id):
         expected = "an output folder, runs:/ID or the ID of an MLflow run"
         raise TrackingError(reference, "neither a folder nor a run", expected, "Correct it.")
-    if address is None:
-        remedy = "Set MLFLOW_TRACKING_URI to the run's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
-        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
     with TemporaryDirectory() as scratch:
-        yield open_store(address, create=False).fetch(run_id, name, Path(scratch))
+        yield store_for(reference).fetch(run_id, name, Path(scratch))
+
+
+def store_for(reference: str, uri: str | None = None) -> Store:
+    """The store in which a run or a model of MLflow is looked up: `uri`, else MLFLOW_TRACKING_URI.
+
+    Raises TrackingError where neither is given, or the store cannot be opened.
+    """
+    address = chosen_address(uri)
+    if address is None:
+        remedy = "Set MLFLOW_TRACKING_URI to its store, for instance sqlite:////home/me/runs/demo/mlflow.db."
+        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
+    return open_store(address, create=False)
 
 
 def open_store(address: str, create: bool) -> Store:

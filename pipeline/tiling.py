@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USUAL_GIB = 2.0
-"""Memory that a worker takes, at most, when nobody says how much."""
+"""Memory that a worker takes, at most, when nobody says how much and the halo is cheap; else it is _MOST_GIB."""
 
 _STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second
 _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its memory
@@ -179,7 +179,7 @@ def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, til
 
 
 def _largest_useful(way: Exact, step: int) -> int:
-    """The first size from which doubling saves too little, up to the largest that there is."""
+    """The smallest tile size, in pixels, at which doubling saves less than _LEAST_SAVING of the work; at most _LARGEST."""
     sizes = range(step, _LARGEST + 1, step)
     saved = ((size, 1 - way.cost(2 * size) / way.cost(size)) for size in sizes)
     return next((size for size, saving in saved if saving < _LEAST_SAVING), _LARGEST)

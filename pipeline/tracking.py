@@ -9,9 +9,7 @@ Importing this module does not import MLflow; starting a run does, and takes som
 
 from __future__ import annotations
 
-import csv
 import getpass
-import io
 import json
 import posixpath
 import re
@@ -26,12 +24,12 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import TrackingError
-from pipeline.files import write_text
+from pipeline.files import write_json
 from pipeline.origin import origin
 from pipeline.registry import log_model
-from pipeline.store import STAGE, Store, chosen_address, is_own, open_store, own_address, without_password
+from pipeline.store import PARENT, STAGE, Store, chosen_address, is_own, open_store, own_address, without_password
 
-_ERROR, _PARENT = "fullfield.error", "mlflow.parentRunId"
+_ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 6000, 36  # letters that MLflow takes
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
@@ -78,7 +76,7 @@ class Run:
         Where the stage begins `anew`, an earlier run that holds figures is set aside, as the stage `earlier STAGE`: MLflow
         forgets no figure, and would mix those of two attempts.
         """
-        tags = {_PARENT: self.run_id, STAGE: stage}
+        tags = {PARENT: self.run_id, STAGE: stage}
         asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         client = self.store.client
         with self.store.conversation():
@@ -188,14 +186,6 @@ class Run:
         with self.store.conversation():
             self.store.client.log_artifact(self.run_id, str(path), folder or None)
 
-    def log_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """Keeps rows, all with the same keys, as the CSV file `name`; the MLflow page shows it as a table."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.log_text(name, text.getvalue())
-
     def log_dataset(self, name: str, digest: str, source: str | Path, context: str) -> None:
         """Notes data that the run used: what (`digest`: MLflow keeps 36 letters), from where, and its use ("training")."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -245,7 +235,7 @@ def _recorded(output: Path, store: Store, experiment_id: str) -> str | None:
 
 
 def _record(output: Path, content: Mapping[str, str]) -> None:
-    write_text(output / "run.json", json.dumps(content, indent=2))
+    write_json(output / "run.json", content)
 
 
 def _origin() -> dict[str, str]:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from pipeline import checkpoint
 from pipeline.errors import TrackingError
-from pipeline.registry import DIGEST, resolve_model
-from pipeline.store import Store, chosen_address, open_store
-
-_PARENT = "mlflow.parentRunId"
+from pipeline.registry import DIGEST, reference_parts, resolve_model
+from pipeline.store import PARENT, Store, chosen_address, open_store, store_for
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,12 @@ def find_version(reference: str) -> tuple[Store, Version]:
     CheckpointError for a folder without a model.
     """
     if reference.startswith("models:/"):
-        store = _chosen_store(reference)
+        store = store_for(reference)
         folder = resolve_model(reference)  # tells what is wrong with the reference
         name, number = _named(store, reference)
         return store, _version(store, name, number, folder)
     if reference.startswith("runs:/"):
-        store, folder = _chosen_store(reference), resolve_model(reference)
+        store, folder = store_for(reference), resolve_model(reference)
     else:
         given = Path(reference).absolute()
         output = given.parent if (given / "model.yaml").is_file() else given
@@ -81,25 +79,17 @@ def _version(store: Store, name: str, number: str, folder: Path) -> Version:
     """The run is that of the whole, not of its stage."""
     with store.conversation(name):
         run_id = str(store.client.get_model_version(name, number).run_id)
-        run_id = store.client.get_run(run_id).data.tags.get(_PARENT, run_id)
+        run_id = store.client.get_run(run_id).data.tags.get(PARENT, run_id)
     return Version(name, number, run_id, folder)
 
 
 def _named(store: Store, reference: str) -> tuple[str, str]:
-    name, _, alias = reference.removeprefix("models:/").strip("/").partition("@")
-    if alias:
-        with store.conversation(reference):
-            return name, str(store.client.get_registered_model(name).aliases[alias])
-    name, _, number = name.partition("/")
-    return name, number
-
-
-def _chosen_store(reference: str) -> Store:
-    address = chosen_address(None)
-    if address is None:
-        remedy = "Set MLFLOW_TRACKING_URI to the model's store, for instance sqlite:////home/me/runs/demo/mlflow.db."
-        raise TrackingError(reference, "no store to look it up in", "MLFLOW_TRACKING_URI", remedy)
-    return open_store(address, create=False)
+    """The name of the registered model and the number of its version."""
+    name, mark, wanted = reference_parts(reference)
+    if mark == "/":
+        return name, wanted
+    with store.conversation(reference):
+        return name, str(store.client.get_registered_model(name).aliases[wanted])
 
 
 def _store_of(output: Path) -> Store:

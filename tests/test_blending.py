@@ -264,8 +264,8 @@ def test_what_verify_reports_is_the_distance_from_one_forward_pass(slides: dict,
     whole = whole[:, : reference.shape[1], : reference.shape[2]]
     assert found.difference == pytest.approx(np.abs(whole - reference).max(), abs=1e-5)
     assert found.mean_difference == pytest.approx(np.abs(whole - reference).mean(), abs=1e-5)
-    assert found.flips == (whole.argmax(0) != reference.argmax(0)).sum()
-    assert not found.exact and (found.flips > 0 or name == "heatmap")
+    assert found.label_changes == (whole.argmax(0) != reference.argmax(0)).sum()
+    assert not found.exact and (found.label_changes > 0 or name == "heatmap")
 
 
 def test_verify_tells_how_far_off_it_is_and_fails(folder: Path, slides: dict, capsys: pytest.CaptureFixture[str]) -> None:

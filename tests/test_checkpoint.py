@@ -96,9 +96,9 @@ def test_a_network_without_a_graph_is_built_anew(tmp_path: Path) -> None:
 
 
 def test_lineage_comes_back_and_may_be_absent(saved: Path, tmp_path: Path) -> None:
-    assert checkpoint.load_lineage(saved) == LINEAGE
+    assert checkpoint.load_run_record(saved) == LINEAGE
     checkpoint.save(tmp_path / "other", spec(), network(spec()))
-    assert checkpoint.load_lineage(tmp_path / "other") == {}
+    assert checkpoint.load_run_record(tmp_path / "other") == {}
 
 
 def test_the_digest_is_that_of_the_content(saved: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_digest_is_that_of_the_content(saved: Path, tmp_path: Path) -> None:
 
 def test_saving_again_replaces_all_of_it(saved: Path) -> None:
     checkpoint.save(saved, spec(mpp=2.0), network(spec(), seed=1))
-    assert checkpoint.load_spec(saved).mpp == 2.0 and checkpoint.load_lineage(saved) == {}
+    assert checkpoint.load_spec(saved).mpp == 2.0 and checkpoint.load_run_record(saved) == {}
     assert sorted(item.name for item in saved.parent.iterdir()) == ["model"]
 
 
@@ -250,7 +250,7 @@ def test_a_damaged_model_is_refused(saved: Path, damage: Callable[[Path], None],
 def test_a_pickle_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save(network(spec()).state_dict(), path)
-    for read in (checkpoint.load, checkpoint.load_spec, checkpoint.load_lineage, checkpoint.digest):
+    for read in (checkpoint.load, checkpoint.load_spec, checkpoint.load_run_record, checkpoint.digest):
         with pytest.raises(CheckpointError, match="found a pickle; .* none is loaded"):
             read(path)
 
@@ -258,7 +258,7 @@ def test_a_pickle_is_refused_before_it_is_opened(tmp_path: Path) -> None:
 def test_a_spec_and_a_digest_need_no_torch(saved: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline import checkpoint; folder = Path(sys.argv[1]);"
-        "print(checkpoint.load_spec(folder).mpp, checkpoint.digest(folder), checkpoint.load_lineage(folder)['epoch']);"
+        "print(checkpoint.load_spec(folder).mpp, checkpoint.digest(folder), checkpoint.load_run_record(folder)['epoch']);"
         "sys.exit(bool({'torch', 'monai', 'safetensors'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)

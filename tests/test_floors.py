@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead origin whole_batch machine yaml_text",
-    "team classes geometry files progress contours polygons density staining resampling sampling",
+    "team classes geometry files progress contours polygons density staining bootstrap sampling",
     "config jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
     "components halving slide grid cohort cluster ngff store snapshot config_file",
     "processes tissue canvas label_truth augment network dense graph histology folds combinations",

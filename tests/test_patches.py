@@ -92,7 +92,7 @@ def stream_of(sources: dict[str, Source], threads: int = 1, strengths: Augmentat
 
 
 def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("patches")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def skewed() -> PatchIndex:

@@ -19,7 +19,7 @@ from pipeline.geometry import Lattice, Roi
 from pipeline.network import ModelSpec
 from pipeline.patches import PatchIndex, Source
 from pipeline.phantom import make_cohort, make_phantom
-from pipeline.precision import Deviation, approval, approve, calibration_patches, check, hold, require_approval
+from pipeline.precision import Deviation, approval, approve, calibration_patches, check, measure_deviation, require_approval
 from pipeline.slide import open_slide
 from pipeline.tissue import Tissue, find_tissue
 from workflows.run import run_config
@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissu
         for engine, answers in ((exact, firsts), (other, seconds)):
             answers.append(engine(image[None])[0][:, known])
     truth, first, second = (np.concatenate(parts, axis=-1) for parts in (truths, firsts, seconds))
-    found = hold(exact, other, sources)
+    found = measure_deviation(exact, other, sources)
     assert found.pixels == truth.size > 100_000
     assert 0 < found.label_change == (first.argmax(0) != second.argmax(0)).mean()
     assert found.largest_difference == np.abs(first - second).max()
@@ -106,7 +106,7 @@ def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissu
 
 
 def test_an_engine_does_not_stray_from_itself(sources: list[tuple[Source, Tissue]]) -> None:
-    found = hold(Shades(spec(5), 0.0), Shades(spec(5), 0.0), sources)
+    found = measure_deviation(Shades(spec(5), 0.0), Shades(spec(5), 0.0), sources)
     assert (found.label_change, found.dice_change, found.largest_difference) == (0, 0, 0)
 
 

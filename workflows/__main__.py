@@ -109,12 +109,11 @@ def segment(
     also OUTPUT/ensemble, which serves as a model, and an entropy map of each slide. The exit code is 1 where a slide failed.
     Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
-    from pipeline.config import ClusterSettings, EngineSettings
+    from pipeline.config import ClusterSettings
     from workflows.segment import segment as verb
 
     where = ClusterSettings(workers=workers, scheduler=scheduler)
-    engine = EngineSettings(precision=precision, backend=backend)
-    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, engine, blend, flips))
+    raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, options.engine(precision, backend), blend, flips))
 
 
 @app.command()
@@ -135,11 +134,9 @@ def plan(
     the output is the OME-Zarr with its pyramid, at the rate at which those tiles were compressed.
     Example: `fullfield plan slide.svs --model runs/demo/model`
     """
-    from pipeline.config import EngineSettings
     from workflows.plan import plan as verb
 
-    engine = EngineSettings(precision=precision, backend=backend)
-    verb(slide, model, mpp, tile_size, engine, blend, flips, as_json)
+    verb(slide, model, mpp, tile_size, options.engine(precision, backend), blend, flips, as_json)
 
 
 @app.command()
@@ -275,11 +272,9 @@ def verify(
     that is not local, one forward pass is over the whole of a small slide, or over windows of a large one.
     Example: `fullfield verify slide.svs --model runs/demo/model`
     """
-    from pipeline.config import EngineSettings
     from workflows.verify import verify as verb
 
-    engine = EngineSettings(precision=precision, backend=backend)
-    raise typer.Exit(verb(slide, model, mpp, engine, blend, flips))
+    raise typer.Exit(verb(slide, model, mpp, options.engine(precision, backend), blend, flips))
 
 
 def main() -> None:

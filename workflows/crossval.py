@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from pyarrow import parquet
 from rich.table import Table
 
 from pipeline.cohort import Case, read_manifest, write_manifest
-from pipeline.config import Config
+from pipeline.config import SPLITS, Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
-from pipeline.files import write_csv, write_text
+from pipeline.files import write_csv, write_json
 from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, Report, report, table
@@ -25,6 +24,7 @@ from pipeline.progress import console
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, read_tally, write_tally
 from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
+from workflows.evaluate import figure_text, interval_text
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
 
@@ -110,7 +110,7 @@ def _partakers(workspace: Workspace) -> list[Case]:
     held_back = sorted({case.patient for case in workspace.cases if given[case.slide_id] == "test"})
     if held_back:
         console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
-    return [case for case in workspace.annotated(("train", "val", "test")) if case.patient not in held_back]
+    return [case for case in workspace.annotated(SPLITS) if case.patient not in held_back]
 
 
 def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
@@ -128,7 +128,7 @@ def _publish(workspace: Workspace, tallies: Sequence[Tally]) -> None:
     samples = config.evaluation.bootstrap_samples
     scores = report(rows, config.class_list, Mpp.square(first.mpp), first.rest, samples, config.seed)
     write_tally(output / TALLY, replace(first, rows=rows))
-    write_text(output / "metrics.json", json.dumps(scores, indent=2) + "\n")
+    write_json(output / "metrics.json", scores)
     flat = table(scores)
     write_csv(output / "metrics.csv", list(flat[0]), flat)
     for name in (TALLY, "metrics.json", "metrics.csv"):
@@ -147,11 +147,7 @@ def _table(scores: Report) -> Table:
     columns = ("class", "Dice", "95 % interval", "IoU", "precision", "recall", "patients")
     shown = Table(*columns, title="Patients held out, pooled over folds; intervals over patients", title_justify="left")
     for name, values in scores[_HELD_OUT][POOLED].items():
-        low, high = values["dice_low"], values["dice_high"]
-        interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        figures = [
-            "-" if value is None else f"{value:.3f}" for value in (values[key] for key in ("iou", "precision", "recall"))
-        ]
-        dice = "-" if values["dice"] is None else f"{values['dice']:.3f}"
+        interval = interval_text(values["dice_low"], values["dice_high"])
+        dice, *figures = (figure_text(values[key]) for key in ("dice", "iou", "precision", "recall"))
         shown.add_row(name, dice, interval, *figures, str(values["patients"]))
     return shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from rich.table import Table
 
 from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment, assess, extended, overall_error
 from pipeline.calibration import draw_reliability, reliability_rows
-from pipeline.canvas import open_canvas
+from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CanvasError
 from pipeline.export import truth_beside_prediction, write_png
-from pipeline.files import write_csv, write_text
+from pipeline.files import write_csv, write_json
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, progress
 from pipeline.slide import open_slide
@@ -25,6 +24,7 @@ from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
 from pipeline.tissue import PICTURE_PIXELS
+from pipeline.truth import Truth
 from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index, slide_job
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
@@ -49,7 +49,7 @@ def evaluate_cohort(workspace: Workspace) -> int:
     config, rows = workspace.config, list[SlideAssessment]()
     cases = workspace.annotated(config.segmentation.splits)
     for case in cases:
-        workspace.cluster.submit(case, compare, case, config)
+        workspace.cluster.submit(case, assess_case, case, config)
     missing = 0
     with progress("evaluate: slides", len(cases)) as bar:
         for outcome in workspace.cluster:
@@ -69,24 +69,27 @@ def evaluate_cohort(workspace: Workspace) -> int:
     return 1 if missing else 0
 
 
-def compare(case: Case, config: Config) -> Assessment:
-    """All that is counted over what is known of a slide; draws the picture on the way.
-
-    Raises CanvasError where the slide is not segmented.
-    """
+def assess_case(case: Case, config: Config) -> Assessment:
+    """Write a slide's truth.png, and count all that is scored. Raises CanvasError where the slide is not segmented."""
     job = slide_job(case, config)
     if not is_segmented(job):
         expected = "the finished segmentation of this slide by this model"
-        raise CanvasError(str(job.folder), "none", expected, "Run `fullfield run` with this configuration.")
+        remedy = (
+            "Run `fullfield run` with this configuration; where it says `made by another run`, delete this folder first."
+        )
+        raise CanvasError(str(job.folder), "none", expected, remedy)
     canvas, truth = open_canvas(job.folder / CANVAS), case_truth(case, config)
-    found = assess(canvas, truth, _rules(config))
+    write_png(job.folder / "truth.png", _picture(case, canvas, truth))
+    return assess(canvas, truth, _rules(config))
+
+
+def _picture(case: Case, canvas: Canvas, truth: Truth) -> np.ndarray:
+    """Slide, truth and prediction side by side, (rows, columns, 3) uint8 RGB. Raises SlideError."""
     level = next(index for index, item in enumerate(canvas.levels) if max(item.shape) <= PICTURE_PIXELS)
     lattice = canvas.levels[level]
     image = open_slide(case.slide, case.mpp).read(lattice.roi, lattice)
     labels = canvas.read_labels(lattice.roi, level)
-    picture = truth_beside_prediction(image, truth.read(lattice.roi, lattice), labels, canvas.classes)
-    write_png(job.folder / "truth.png", picture)
-    return found
+    return truth_beside_prediction(image, truth.read(lattice.roi, lattice), labels, canvas.classes)
 
 
 def _rules(config: Config) -> Rules:
@@ -103,7 +106,7 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
     scores = extended(scores, rows, canvas.classes, rest, samples, config.seed)
     splits = {split: [row for row in rows if row.split == split] for split in scores}
     errors = {split: overall_error(mine, samples, config.seed) for split, mine in splits.items()}
-    write_text(output / "metrics.json", json.dumps(scores, indent=2) + "\n")
+    write_json(output / "metrics.json", scores)
     flat = table(scores)
     write_csv(output / "metrics.csv", list(flat[0]), flat)
     pixels = tuple(row.pixels for row in rows)
@@ -113,7 +116,6 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
         metrics = {**_headline(scores), **{f"{split} ece": error["ece"] for split, error in errors.items()}}
         run.log_metrics(metrics)
         workspace.run.log_metrics(metrics)
-        run.log_table("metrics_table.csv", flat)
         for name in ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION):
             run.log_file(output / name)
         for row in rows:
@@ -121,8 +123,8 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
     console.print(_score_table(scores))
     console.print(_shape_table(scores))
     for split, error in errors.items():
-        interval = _interval(error["ece_low"], error["ece_high"])
-        console.print(f"Calibration: expected error of probabilities, {split}: {_figure(error['ece'])} ({interval})")
+        interval = interval_text(error["ece_low"], error["ece_high"])
+        console.print(f"Calibration: expected error of probabilities, {split}: {figure_text(error['ece'])} ({interval})")
 
 
 def _write_calibration(output: Path, splits: Mapping[str, Sequence[SlideAssessment]]) -> None:
@@ -148,9 +150,9 @@ def _score_table(scores: Report) -> Table:
     table = Table(*columns, title="Pooled over slides; intervals over patients", title_justify="left")
     for split, slides in scores.items():
         for name, values in slides[POOLED].items():
-            interval = _interval(values["dice_low"], values["dice_high"])
+            interval = interval_text(values["dice_low"], values["dice_high"])
             figures = (values[key] for key in ("iou", "precision", "recall"))
-            table.add_row(split, name, _figure(values["dice"]), interval, *(_figure(value) for value in figures))
+            table.add_row(split, name, figure_text(values["dice"]), interval, *(figure_text(value) for value in figures))
     return table
 
 
@@ -166,15 +168,17 @@ def _shape_table(scores: Report) -> Table:
         cells = []
         for score in columns:
             digits = 1 if score.endswith("_um") else 3
-            interval = _interval(values[f"{score}_low"], values[f"{score}_high"], digits)
-            cells.append(f"{_figure(values[score], digits)}\n{interval}")
+            interval = interval_text(values[f"{score}_low"], values[f"{score}_high"], digits)
+            cells.append(f"{figure_text(values[score], digits)}\n{interval}")
         table.add_row(split, name, *cells)
     return table
 
 
-def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
+def interval_text(low: float | None, high: float | None, digits: int = 3) -> str:
+    """The bounds of an interval; a dash where there are none."""
     return "-" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def _figure(value: float | None, digits: int = 3) -> str:
+def figure_text(value: float | None, digits: int = 3) -> str:
+    """A score; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"

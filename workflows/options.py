@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from pipeline.geometry import MPP_RANGE
+
+if TYPE_CHECKING:
+    from pipeline.config import EngineSettings
+
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`.")]
 Overrides = Annotated[
@@ -22,7 +28,9 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-ScanMpp = Annotated[float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=0.05, max=20)]
+ScanMpp = Annotated[
+    float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=MPP_RANGE[0], max=MPP_RANGE[1])
+]
 TileSize = Annotated[
     int | None,
     typer.Option(help="Pixels of a tile, without its halo; chosen by running a few.", min=32, max=16384, show_default=False),
@@ -37,3 +45,10 @@ Blend = Annotated[
     typer.Option("--blend", help="Average overlapping windows; for networks that are not local. The result is not exact."),
 ]
 Backend = Annotated[Literal["auto", "torch", "openvino"], typer.Option(help="What computes; auto: the faster one.")]
+
+
+def engine(precision: Precision, backend: Backend) -> EngineSettings:
+    """The two options of the engine as settings."""
+    from pipeline.config import EngineSettings
+
+    return EngineSettings(precision=precision, backend=backend)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pipeline import ensemble
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings
 from pipeline.geometry import Mpp
 from pipeline.progress import console
 from pipeline.registry import resolve_model
@@ -33,7 +33,7 @@ def plan(
 ) -> None:
     """Estimate in a worker such as `fullfield segment` would start, with the tissue of the model's own run, and print."""
     folder, path = resolve_model(model).absolute(), path.absolute()
-    tissue = TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
+    tissue = ensemble.load_tissue(folder)
     mpp = fallback_mpp(path, mpp)
     open_slide(path, mpp)  # before workers are started for nothing
     spec = ensemble.load_spec(folder)

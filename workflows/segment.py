@@ -19,7 +19,7 @@ import numpy as np
 from pipeline import checkpoint, ensemble
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
-from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, write_csv
 from pipeline.geometry import Mpp
@@ -97,9 +97,8 @@ def _jobs(
     engine: EngineSettings,
 ) -> list[SlideJob]:
     """A job for each slide, with the tissue and the smallest region of the run that trained the model."""
-    looked = ensemble.load_lineage(model)
-    tissue = TissueSettings(**looked.get("tissue", {}))
-    own = settings.model_copy(update={"min_region_um2": looked.get("min_region_um2", settings.min_region_um2)})
+    tissue, record = ensemble.load_tissue(model), ensemble.load_run_record(model)
+    own = settings.model_copy(update={"min_region_um2": record.get("min_region_um2", settings.min_region_um2)})
     return [
         SlideJob(slide.stem, slide, fallback_mpp(slide, mpp), model, results / slide.stem, own, tissue, engine)
         for slide in map(Path.absolute, slides)
@@ -128,7 +127,7 @@ def segment_cohort(workspace: Workspace) -> int:
     jobs = [slide_job(case, config) for case in workspace.cases if case.split in splits]
     with workspace.run.child("segment") as run:
         if config.engine.precision != "exact":
-            _hold_engine(workspace, run)
+            _approve_engine(workspace, run)
         rows = run_jobs(jobs, workspace.cluster, workspace.output, config.cluster.worker_memory_gib)
         if rows:
             run.log_file(workspace.output / "slides.csv")
@@ -143,22 +142,24 @@ def segment_cohort(workspace: Workspace) -> int:
     return report(rows, workspace.output)
 
 
-def _hold_engine(workspace: Workspace, run: Run) -> None:
-    """Hold the run's engine against exact in a worker, print and log. Raises EngineError where it strays too far."""
+def _approve_engine(workspace: Workspace, run: Run) -> None:
+    """Compare the run's engine with the exact one in a worker, print and log. Raises EngineError where it strays too far."""
     config, engine = workspace.config, settled(workspace.config.engine, workspace.config.network.architecture)
     cases = workspace.annotated(("train", "val"))
-    for found in workspace.cluster.stream(held, config, engine, cases, workspace.tiles, workspace.model):
+    for found in workspace.cluster.stream(approve_engine, config, engine, cases, workspace.tiles, workspace.model):
         console.print(f"{engine.precision} with {engine.backend} against exact: {found}")
         run.log_metrics(asdict(found))
 
 
-def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: Path, model: Path) -> Iterator[Deviation]:
-    """Yield how far an engine is from exact on validation tissue, then approve it, or raise EngineError.
+def approve_engine(
+    config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: Path, model: Path
+) -> Iterator[Deviation]:
+    """Yield how far an engine is from the exact one on validation tissue; then approve it, or raise EngineError.
 
-    Calibrates int8 where the model has none yet. What was approved before is not run again.
+    Calibrates int8 where the model has none yet. An engine that was approved before is not run again.
     """
     from pipeline.openvino_engine import quantise
-    from pipeline.precision import approval, approve, hold
+    from pipeline.precision import approval, approve, measure_deviation
     from pipeline.tissue import find_tissue
     from pipeline.workspace import open_source
 
@@ -171,7 +172,7 @@ def held(config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: P
         sources = (open_source(case, config, normalisation) for case in slides)
         tissues = (find_tissue(open_slide(case.slide, case.mpp), config.tissue) for case in slides)
         exact = open_engine(model, settled(EngineSettings(flips=engine.flips), config.network.architecture))
-        found = hold(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
+        found = measure_deviation(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
     yield found
     approve(found, engine, model)
 

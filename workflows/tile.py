@@ -12,8 +12,8 @@ import pyarrow as pa
 from pyarrow import parquet
 from rich.table import Table
 
-from pipeline.cohort import SPLITS, Case
-from pipeline.config import TILE_COLUMNS, Config
+from pipeline.cohort import Case
+from pipeline.config import SPLITS, TILE_COLUMNS, Config
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CohortError, SlideError
 from pipeline.files import replacing

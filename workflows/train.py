@@ -216,7 +216,7 @@ def _fit(
         record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
-            origins = _lineage(config, inputs, epoch.number, dice), ancestry(config, seen, took)
+            origins = _run_record(config, inputs, epoch.number, dice), ancestry(config, seen, took)
             checkpoint.save(folder, spec, averaged, *origins)
         standing = standing.after(record, trainer.seconds)
         tensors = trainer.state()
@@ -246,8 +246,8 @@ def _metrics(epoch: Epoch, dice: Mapping[str, float]) -> dict[str, float]:
     return metrics | {f"dice {name}": value for name, value in dice.items()}
 
 
-def _lineage(config: Config, inputs: str, epoch: int, dice: Mapping[str, float]) -> dict[str, object]:
-    """Where a model comes from, and how its slides were looked at, so that others can be looked at alike."""
+def _run_record(config: Config, inputs: str, epoch: int, dice: Mapping[str, float]) -> dict[str, object]:
+    """What the run hands on with its model: see `checkpoint.save`."""
     return {
         "inputs": inputs,
         "seed": config.seed,

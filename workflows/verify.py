@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from rich.table import Table
 
 from pipeline import ensemble
-from pipeline.config import EngineSettings, TissueSettings
+from pipeline.config import EngineSettings
 from pipeline.exactness import TOLERANCE, Comparison, comparisons
 from pipeline.geometry import Mpp
 from pipeline.machine import keep_memory
@@ -35,7 +35,7 @@ def verify(
     way = stitching(ensemble.load_spec(folder), blend)
     settings = with_flips(settings, folder, flips)
     engine = load_engine(folder, settings)
-    spec, looked = engine.spec, TissueSettings(**ensemble.load_lineage(folder).get("tissue", {}))
+    spec, looked = engine.spec, ensemble.load_tissue(folder)
     with _given_or_phantom(path) as scan:
         slide = open_slide(scan, fallback_mpp(scan, mpp))
         lattice, tissue = slide.base.at(Mpp.square(spec.mpp)), find_tissue(slide, looked)
@@ -43,7 +43,8 @@ def verify(
     table = Table("window (x, y, width, height)", "pixels", "largest difference", "mean difference", "labels that differ")
     for item in found:
         window = f"{item.window.x}, {item.window.y}, {item.window.width}, {item.window.height}"
-        table.add_row(window, f"{item.pixels}", f"{item.difference:.2e}", f"{item.mean_difference:.2e}", f"{item.flips}")
+        figures = f"{item.difference:.2e}", f"{item.mean_difference:.2e}", str(item.label_changes)
+        table.add_row(window, str(item.pixels), *figures)
     console.print(
         f"{scan.name}: {lattice.width} x {lattice.height} px at {spec.mpp:g} um/px; {spec.architecture}, "
         f"{way}; precision {settings.precision}, {settled(settings, spec.architecture).backend}"
@@ -59,7 +60,7 @@ def _verdict(found: Sequence[Comparison], way: Stitching) -> str:
         return "exact: tiled equals whole"
     if way.exact:
         return f"NOT exact: a probability differs by more than {TOLERANCE:g}, or a label differs"
-    share = sum(item.flips for item in found) / sum(item.pixels for item in found)
+    share = sum(item.label_changes for item in found) / sum(item.pixels for item in found)
     largest = max(item.difference for item in found)
     return f"NOT exact, as asked: blended, {share:.3%} of labels differ, and a probability by up to {largest:.3f}"
 
