@@ -117,7 +117,8 @@ def extended(
     """A report of the same slides with the scores of objects, boundaries, lesions and calibration in each of its entries.
 
     Adds SHAPE_SCORES with their intervals (`rest`, the background, has only `ece`), how many objects there are, were
-    predicted and were matched, how many lesions, and `shape_um`, the coarsest um/px at which shapes were looked at.
+    predicted and were matched, how many lesions on how many slides (`froc_slides`: those that are known throughout), and
+    `shape_um`, the coarsest um/px at which shapes were looked at.
     """
     gained: Report = {}
     for split, slides in scores.items():
@@ -144,7 +145,7 @@ def overall_error(rows: Sequence[SlideAssessment], samples: int, seed: int) -> d
 
 
 _NONE = Boundaries.gathered([])
-_COUNTS = ("objects", "objects_predicted", "objects_matched", "lesions")
+_COUNTS = ("objects", "objects_predicted", "objects_matched", "lesions", "froc_slides")
 
 
 def _present(field: Field, rest: int | None) -> list[int]:
@@ -212,8 +213,9 @@ def _columns(rows: Sequence[SlideAssessment], rest: int | None, samples: int, se
         columns[name] = pooled[name][0]
         columns[f"{name}_low"], columns[f"{name}_high"] = bounds(rounds[name], alone[name])
     lesions = [np.nan if found is None else len(found.lesions) for found in whole.detections]
+    searched = [np.nan if found is None else found.slides for found in whole.detections]
     counts = whole.objects[:, [TRUE_COUNT, CALLED_COUNT, MATCHED]].T
-    columns |= dict(zip(_COUNTS, (*counts, np.array(lesions)), strict=True))
+    columns |= dict(zip(_COUNTS, (*counts, np.array(lesions), np.array(searched)), strict=True))
     columns["shape_um"] = np.full(len(whole.objects), whole.coarsest_um)
     if rest is not None:
         for name in columns.keys() - {"ece", "ece_low", "ece_high"}:

@@ -216,8 +216,11 @@ def create_canvas(
     write_size: int,
     identity: Mapping[str, str],
     measured: Mapping[str, Any] = MappingProxyType({}),
+    slide_mpp: Mpp | None = None,
 ) -> Canvas:
     """Make an empty canvas on disk, whole or not at all.
+
+    `slide_mpp` is the scale of the slide at full resolution, on whose pixels viewers lay it; None: that of the canvas.
 
     `identity` says what the output is made from (model, configuration, slide); it is compared when the canvas is opened
     again. `measured` says what was measured on the slide, as values that JSON can hold; it is kept, and not compared. Raises
@@ -229,9 +232,10 @@ def create_canvas(
     shutil.rmtree(partial, ignore_errors=True)
     canvas = Canvas(partial, lattice, classes, write_size, dict(identity), dict(measured))
     own = {"fullfield": dict(identity), "fullfield-measured": dict(measured)}
-    _create_group(partial, {"ome": image_metadata(canvas.levels, classes), **own})
+    shown = slide_mpp or lattice.mpp
+    _create_group(partial, {"ome": image_metadata(canvas.levels, classes, shown), **own})
     _create_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["classes"]}})
-    _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes)})
+    _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes, shown)})
     for level in range(len(canvas.levels)):
         canvas.probability_shards(level).create("cyx")
         canvas.label_shards(level).create("yx")

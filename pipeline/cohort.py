@@ -157,7 +157,7 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     for case in cases:
         by_id[case.slide_id.casefold()].append(case)
         by_file[case.slide.resolve()].append(case)
-        by_patient[case.patient].append(case)
+        by_patient[case.patient.casefold()].append(case)
     for file, same in by_file.items():
         if len(same) > 1:
             problems.append(f"slide stands {len(same)} times: {file}")
@@ -165,8 +165,11 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
         if len(same) > 1 and len({case.slide.resolve() for case in same}) > 1:
             slides = ", ".join(str(case.slide) for case in same)
             problems.append(f"slide_id {same[0].slide_id!r} is shared by {slides}: add a slide_id column")
-    for patient, same in by_patient.items():
-        if len({case.split for case in same}) > 1:
+    for same in by_patient.values():
+        patient, names = same[0].patient, sorted({case.patient for case in same})
+        if len(names) > 1:
+            problems.append(f"patients {', '.join(names)} differ in capital letters alone: write one patient alike")
+        elif len({case.split for case in same}) > 1:
             places = ", ".join(f"{case.slide_id} in {case.split or 'no split'}" for case in same)
             problems.append(f"patient {patient!r} is in two splits: {places}")
     without = [case.slide_id for case in cases if not case.split]

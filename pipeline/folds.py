@@ -12,7 +12,7 @@ then examined on them, and the figures would flatter. So they are `test`, and `v
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -54,11 +54,15 @@ def fold_cases(
     content: Mapping[str, npt.NDArray[np.float64]],
     val_share: float,
     seed: int,
+    spared: Collection[str] = (),
 ) -> tuple[Case, ...]:
     """The cases of a fold with their splits: test for the patients `held` out, val for `val_share` of the others, or train.
 
-    At least one patient validates, chosen with regard to classes like a fold; none where the share is 0: the last epoch is
-    kept then. `content` is that of `deal_folds`. Raises CohortError where no patient would be left to learn from.
+    At least one patient validates; none where the share is 0: the last epoch is kept then. The others are dealt out like
+    folds, and of these parts the one validates whose classes are most like all of theirs: the parts of a small cohort are
+    single patients, and the oddest one is no measure for the rest. Those of `spared`, who validated in other folds, are
+    passed over where that can be, so that each patient is learned from in some fold. `content` is that of `deal_folds`.
+    Raises CohortError where no patient would be left to learn from.
     """
     others = {patient: extents for patient, extents in content.items() if patient not in held}
     validating = frozenset[str]()
@@ -68,6 +72,15 @@ def fold_cases(
             remedy = "Ask for more folds (--folds), or set cohort.fractions to {train: 1, val: 0, test: 0}."
             raise CohortError("patients of a fold", found, "2 or more: to train and to validate", remedy)
         parts = min(max(round(1 / val_share), 2), len(others))
-        validating = min(deal_folds(others, parts, seed), key=len)
+        dealt = deal_folds(others, parts, seed)
+        validating = min(dealt, key=lambda part: (len(part.intersection(spared)), _oddness(part, others, parts)))
     split = {patient: "test" if patient in held else "val" if patient in validating else "train" for patient in content}
     return tuple(replace(case, split=split[case.patient]) for case in cases)
+
+
+def _oddness(part: frozenset[str], content: Mapping[str, npt.NDArray[np.float64]], parts: int) -> float:
+    """By how much the share that some patients have of a class, or of all patients, is off an even one, at most."""
+    extents = {patient: np.array([*content[patient], 1]) for patient in content}
+    totals = np.sum(list(extents.values()), axis=0)
+    own = np.sum([extents[patient] for patient in part], axis=0)
+    return float(np.abs(own[totals > 0] / totals[totals > 0] - 1 / parts).max())

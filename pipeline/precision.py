@@ -116,7 +116,8 @@ def require_approval(settings: EngineSettings, model: Path) -> None:
             "one that was approved on validation tissue",
             f"Run `fullfield run CONFIG engine.precision={settings.precision} engine.backend={settings.backend} "
             f"engine.flips={str(settings.flips).lower()}` with the "
-            "configuration that the model was trained with, or say --precision exact.",
+            "configuration that the model was trained with; of a copied model, copy "
+            f"{engines_folder(model).parent.name} along. Or say --precision exact.",
         )
 
 

@@ -38,7 +38,8 @@ DIGEST = "fullfield.checkpoint"
 def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], registered: str, alias: str) -> str:
     """Stores a checkpoint's folder as a run's model, registers it and moves the alias to it.
 
-    The model is a pyfunc from code (served.py), with the signature (N, H, W, 3) uint8 to (N, classes, h, w) float32.
+    The model is a pyfunc from code (served.py), with the signature (N, H, W, 3) uint8 to (N, classes, h, w) float32, and the
+    parameter `staining`.
     A checkpoint of this run that is registered already is not stored again, and the alias stays with a later version.
     Returns `models:/NAME/VERSION`.
     Raises CheckpointError where the folder holds no checkpoint, TrackingError for an alias that MLflow keeps to itself.
@@ -97,7 +98,7 @@ def _store_model(store: Store, run_id: str, folder: Path, classes: Sequence[str]
     from mlflow import pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     client = store.client
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
@@ -110,7 +111,7 @@ def _store_model(store: Store, run_id: str, folder: Path, classes: Sequence[str]
             python_model=str(_PACKAGE / "served.py"),
             code_paths=[str(_PACKAGE)],
             artifacts={_CHECKPOINT: str(folder)},
-            signature=ModelSignature(images, probabilities),
+            signature=ModelSignature(images, probabilities, ParamSchema([ParamSpec("staining", "string", "")])),
             input_example=np.full((1, 16, 24, 3), 255, np.uint8),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _SERVED_WITH],
             metadata={"classes": list(classes)},

@@ -42,7 +42,7 @@ from pipeline.slide_job import (
 )
 from pipeline.tiling import tile_size_for
 
-_BLOCK_TILES = 2  # a block is this many tiles wide and high: neighbours share halos and the decoder's cache
+_BLOCK_TILES = 2  # a block is this many tiles wide and high: what neighbours read twice, their halos, is in memory then
 _SLIDES_AT_ONCE = 4
 
 
@@ -215,12 +215,13 @@ def plan_slide(job: SlideJob) -> Plan:
             (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
             tissue = opened.tissue()
         else:
+            tissue, lattice = opened.tissue(), opened.grid.lattice.shrink(opened.spec.output_stride)
             job.folder.mkdir(exist_ok=True)
             for name in (PROVENANCE, *MADE, *MADE_OF_SOME):
                 (job.folder / name).unlink(missing_ok=True)
-            tissue, lattice = opened.tissue(), opened.grid.lattice.shrink(opened.spec.output_stride)
             write_size = opened.grid.write_size // opened.spec.output_stride
-            canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, opened.measured(tissue))
+            measured, shown = opened.measured(tissue), opened.slide.base.mpp
+            canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, measured, shown)
         done = set(canvas.whole())
     release_memory()  # what looking for tissue took is in other pieces than tiles need
     blocks = defaultdict(list)

@@ -6,6 +6,8 @@ file sets its model at its end; torch is imported only once the model is loaded.
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,30 @@ class Segmenter(PythonModel):  # type: ignore[misc]
 
         Returns (N, classes, ceil(H / output_stride), ceil(W / output_stride)) float32, 0 to 1. A patch that is no
         multiple of the model's stride is continued with glass at its right and bottom, as a slide is. A patch does not tell
-        how its slide is stained: a model with a normalisation wants pixels as `NormalisedSlide.read` gives them. A network
-        that is not local, whose windows `fullfield segment` blends, takes the patch for one window.
+        how its slide is stained: for a model with a stain normalisation the parameter `staining` does, the JSON text of
+        `staining` in the slide's provenance.json; without it patches are taken as they are, with a warning. A network that
+        is not local, whose windows `fullfield segment` blends, takes the patch for one window.
         """
         spec = self.engine.spec
         _, height, width, _ = model_input.shape
         below, right = -height % spec.stride, -width % spec.stride
         patches = np.pad(model_input, ((0, 0), (0, below), (0, right), (0, 0)), constant_values=GLASS)
         rows, columns = -(-height // spec.output_stride), -(-width // spec.output_stride)
-        return self.engine(patches)[:, :, :rows, :columns]
+        return self.engine(self._normalised(patches, (params or {}).get("staining", "")))[:, :, :rows, :columns]
+
+    def _normalised(self, patches: np.ndarray, staining: str) -> np.ndarray:
+        """The patches as the model sees them, where it has a normalisation, of a slide of this staining."""
+        from pipeline.staining import Staining
+        from pipeline.stains import restained
+
+        normalisation = self.engine.spec.normalisation
+        if normalisation is None:
+            return patches
+        if not staining:
+            warnings.warn("no parameter `staining`: patches are not normalised, as slides are", UserWarning, stacklevel=2)
+            return patches
+        found = Staining.from_dict(json.loads(staining))
+        return np.stack([restained(patch, found, normalisation) for patch in patches])
 
 
 set_model(Segmenter())

@@ -71,8 +71,9 @@ class ShardedArray:
     def create(self, axes: Sequence[str]) -> None:
         """Make the folder and the description that Zarr readers look for; `axes` names the dimensions."""
         channels = self.shape[:-2]
-        codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}]
-        index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        zstd, checksum = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}, {"name": "crc32c"}
+        codecs = [{"name": "bytes"}, zstd, checksum]
+        index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, checksum]
         sharding = {
             "chunk_shape": [*channels, self.chunk, self.chunk],
             "codecs": codecs,
@@ -95,13 +96,13 @@ class ShardedArray:
         write_json(self.folder / "zarr.json", description)
 
     def encode(self, pixels: np.ndarray) -> bytes:
-        """One compressed chunk; pixels missing at right and bottom, past the edge of the array, become `fill`."""
+        """One compressed chunk and its checksum; pixels that `pixels` lacks, past the edge of the array, become `fill`."""
         rows, columns = pixels.shape[-2:]
         if (rows, columns) != (self.chunk, self.chunk):
             whole = np.full((*self.shape[:-2], self.chunk, self.chunk), self.fill, np.uint8)
             whole[..., :rows, :columns] = pixels
             pixels = whole
-        return bytes(imagecodecs.zstd_encode(pixels.tobytes(), level=_ZSTD_LEVEL))
+        return _signed(bytes(imagecodecs.zstd_encode(pixels.tobytes(), level=_ZSTD_LEVEL)))
 
     def store(self, place: Place, chunks: Mapping[Place, bytes]) -> None:
         """Write one shard, whole or not at all: its chunks, an index of where each is, a checksum of the index."""
@@ -117,8 +118,7 @@ class ShardedArray:
         try:
             with partial.open("wb") as file:
                 file.writelines(chunks.values())
-                file.write(index.tobytes())
-                file.write(google_crc32c.value(index.tobytes()).to_bytes(_CHECKSUM_BYTES, "little"))
+                file.write(_signed(index.tobytes()))
         except OSError:  # such as a disk that is full
             partial.unlink(missing_ok=True)
             raise
@@ -160,7 +160,7 @@ class ShardedArray:
 
     def _decode(self, payload: bytes, path: Path) -> np.ndarray:
         try:
-            flat = np.frombuffer(imagecodecs.zstd_decode(payload), np.uint8)
+            flat = np.frombuffer(imagecodecs.zstd_decode(_verified(payload, path)), np.uint8)
             return flat.reshape(*self.shape[:-2], self.chunk, self.chunk)
         except (RuntimeError, ValueError) as error:
             raise _torn(path) from error
@@ -170,10 +170,23 @@ class ShardedArray:
         across = self.shard // self.chunk
         size = across * across * 16
         file.seek(max(file.seek(0, os.SEEK_END) - size - _CHECKSUM_BYTES, 0))
-        index, checksum = file.read(size), file.read()
-        if len(index) != size or google_crc32c.value(index) != int.from_bytes(checksum, "little"):
+        index = _verified(file.read(), path)
+        if len(index) != size:
             raise _torn(path)
         return np.frombuffer(index, "<u8").reshape(across, across, 2)
+
+
+def _signed(content: bytes) -> bytes:
+    """The content and its checksum, as Zarr's codec `crc32c` writes it."""
+    return content + int(google_crc32c.value(content)).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def _verified(signed: bytes, path: Path) -> bytes:
+    """The content without its checksum. Raises CanvasError where they do not fit."""
+    content, checksum = signed[:-_CHECKSUM_BYTES], signed[-_CHECKSUM_BYTES:]
+    if google_crc32c.value(content) != int.from_bytes(checksum, "little"):
+        raise _torn(path)
+    return content
 
 
 def _torn(path: Path) -> CanvasError:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -82,9 +83,14 @@ class Store:
             return str(found.experiment_id)
 
     def fetch(self, run_id: str, name: str, folder: Path) -> Path:
-        """A copy, in `folder`, of a file of a run or of one of its stages. Raises TrackingError where none has it."""
+        """A copy, in `folder`, of a file of a run or of one of its stages, any of which may be named.
+
+        Raises TrackingError where none has it.
+        """
         with self.conversation(run_id):
             run = self.client.get_run(run_id)
+            if run.data.tags.get(STAGE) in _STAGES:
+                run = self.client.get_run(run.data.tags[PARENT])
             own = (stage for stage in self.below(run) if stage.data.tags.get(STAGE) in _STAGES)
             for found in (run, *own):
                 if any(file.path == name for file in self.client.list_artifacts(found.info.run_id)):
@@ -186,11 +192,24 @@ def open_store(address: str, create: bool) -> Store:
         if path is not None and create:  # two that make its tables at once would both fail
             with suppress(PermissionError):  # another user's lock, who has made them
                 alone.enter_context(locked(path))
+            if not path.stat().st_size:
+                _make(path)
         from mlflow import MlflowClient
 
         client = MlflowClient(address)
         client.search_experiments(max_results=1)
     return Store(address, client)
+
+
+def _make(path: Path) -> None:
+    """Make a SQLite store, whole or not at all: MLflow takes seconds for its tables, and cannot go on if it was killed."""
+    from mlflow import MlflowClient
+
+    for left in path.parent.glob(f"{path.name}.*.partial*"):  # of one that was killed, with SQLite's journal
+        left.unlink()
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # MLflow keeps stores by name while a process lasts
+    MlflowClient(_SQLITE + partial.as_posix()).search_experiments(max_results=1)
+    partial.replace(path)
 
 
 def without_password(text: str) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pyarrow import parquet
@@ -170,31 +171,40 @@ def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Sourc
     It leads to the mean of the training slides; each slide is estimated once. Training slides also teach what glass is, see
     `with_glass`. Raises TrainingError where the stain of no training slide can be told.
     """
-    sources, method = {case.slide_id: _taught(case, config) for case in cases}, config.normalisation.method
+    method, opened = config.normalisation.method, ahead(partial(_taught, config=config), cases, 2 * threads(), threads())
+    sources, stainings = dict[str, Source](), dict[str, Staining]()
+    for case, (source, staining) in opened:
+        sources[case.slide_id] = source
+        if staining is not None:
+            stainings[case.slide_id] = staining
     if method == "none":
         return sources, None
-    slides = {case.slide_id: open_slide(case.slide, case.mpp) for case in cases}
-
-    def stained(name: str) -> Staining:
-        return estimate(slides[name], find_tissue(slides[name], config.tissue), method)
-
-    found = dict(ahead(stained, slides, 2 * threads(), threads()))
-    trained = [found[case.slide_id] for case in cases if case.split == "train"]
+    trained = [stainings[case.slide_id] for case in cases if case.split == "train"]
     normalisation = reference(trained, method)
     if normalisation is None:
         problems = "; ".join(sorted({item.problem for item in trained}))
         remedy = "Say normalisation.method=none."
         raise TrainingError(f"normalisation.method {method}", problems, "a training slide whose stain can be told", remedy)
-    alike = {name: NormalisedSlide(slides[name], found[name], normalisation) for name in sources}
-    return {name: replace(source, slide=alike[name]) for name, source in sources.items()}, normalisation
+    alike = {
+        name: replace(source, slide=NormalisedSlide(source.slide, stainings[name], normalisation))
+        for name, source in sources.items()
+    }
+    return alike, normalisation
 
 
-def _taught(case: Case, config: Config) -> Source:
-    """A case as training sees it; on what a network is validated, only what was outlined counts."""
-    source = open_source(case, config)
-    if case.split != "train":
-        return source
-    return replace(source, truth=with_glass(source.truth, find_tissue(open_slide(case.slide, case.mpp), config.tissue)))
+def _taught(case: Case, config: Config) -> tuple[Source, Staining | None]:
+    """A case as training sees it, and how its slide is stained where that counts.
+
+    On what a network is validated, only what was outlined counts, and no glass.
+    """
+    source, method = open_source(case, config), config.normalisation.method
+    teaches_glass = case.split == "train" and bool(config.annotations.known)
+    if not teaches_glass and method == "none":
+        return source, None
+    slide = open_slide(case.slide, case.mpp)
+    tissue = find_tissue(slide, config.tissue)
+    taught = replace(source, truth=with_glass(source.truth, tissue)) if teaches_glass else source
+    return taught, None if method == "none" else estimate(slide, tissue, method)
 
 
 def slide_job(case: Case, config: Config) -> SlideJob:

@@ -14,7 +14,7 @@ from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.fields import KnownMap
 from pipeline.geometry import Lattice, Mpp
-from pipeline.metrics import report, table
+from pipeline.metrics import POOLED, report, table
 from pipeline.objects import object_scores, object_sums
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_phantom
 from pipeline.truth import ClassMap
@@ -143,11 +143,16 @@ def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
     truth, labels = discs(shape, (200, 250, 150)), discs(shape, (210, 250, 140), (500, 700, 60))
     canvas = canvas_of(tmp_path / "c", labels, PAIR)
     rules = Rules(0, 50.0, lesions=(1,))
-    found = assess(canvas, ArrayTruth(truth), rules).detections
+    whole = assess(canvas, ArrayTruth(truth), rules)
+    found = whole.detections
     assert found[0] is None
     assert found[1].false == found[1].lesions == pytest.approx((204 / 255,))
     truth[:100, 500:] = IGNORED
-    assert assess(canvas, ArrayTruth(truth), rules).detections == (None, None)
+    unknown = assess(canvas, ArrayTruth(truth), rules)
+    assert unknown.detections == (None, None)
+    rows = [SlideAssessment(name, name, "test", each) for name, each in (("a", whole), ("b", unknown))]
+    scores = extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0)["test"]
+    assert [scores[name]["gland"]["froc_slides"] for name in ("a", "b", POOLED)] == [1, None, 1]
 
 
 def test_pooled_scores_have_intervals_over_patients_and_are_json(tmp_path):

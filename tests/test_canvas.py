@@ -177,6 +177,17 @@ def test_levels_lie_over_each_other(tmp_path: Path) -> None:
             assert left_edge == -mpp / 2
 
 
+def test_a_canvas_of_another_scale_lies_on_its_slide(tmp_path: Path) -> None:
+    """Viewers put the centre of a slide's first pixel at 0, and so its corner at half a pixel before."""
+    lattice = Lattice(61, 33, Mpp(8.0, 4.0))
+    canvas = create_canvas(tmp_path / "heat.ome.zarr", lattice, CLASSES, 64, {}, slide_mpp=Mpp(0.5, 0.25))
+    for group in (canvas.path, canvas.path / "labels/classes"):
+        (dataset,) = zarr.open_group(group, mode="r").attrs["ome"]["multiscales"][0]["datasets"]
+        scale, shift = (list(each.values())[1][-2:] for each in dataset["coordinateTransformations"])
+        assert [corner - side / 2 for corner, side in zip(shift, scale, strict=True)] == [-0.25 / 2, -0.5 / 2]
+    assert open_canvas(canvas.path) == canvas
+
+
 def test_opening_gives_back_the_same_canvas(tmp_path: Path) -> None:
     canvas = make(tmp_path)
     assert open_canvas(canvas.path, IDENTITY) == canvas
@@ -237,6 +248,17 @@ def test_a_torn_shard_is_named(tmp_path: Path) -> None:
         with pytest.raises(CanvasError, match="damaged shard") as caught:
             canvas.read_labels(canvas.lattice.roi)
         assert str(path) == caught.value.subject
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_noticed(tmp_path: Path) -> None:
+    canvas = make(tmp_path)
+    write_all(canvas, scores(canvas))
+    path = canvas.label_shards(0).path((1, 1))
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 97, 1)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(CanvasError, match="damaged shard"):
+            canvas.read_labels(canvas.lattice.roi)
 
 
 KEEP_WRITING = """

@@ -23,6 +23,12 @@ def test_columns_have_defaults_and_paths_are_relative(tmp_path: Path) -> None:
     assert b.mpp == 0.25
 
 
+def test_a_patient_is_written_alike(tmp_path: Path) -> None:
+    text = "slide,patient,split\na.svs,P1,train\nb.svs,p1,val\n"
+    with pytest.raises(CohortError, match="P1, p1 differ in capital letters alone"):
+        read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     rows = ["a.svs,P1,train,,", "b.svs,P1,val,,", "c.svs,P2,trian,x.xml,no", "a.svs,P1,train,,", ",,train,,"]
     text = "\n".join(["slide,patient,split,annotation,mpp", *rows])

@@ -125,6 +125,23 @@ def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[s
     assert (output / "fold-2" / "model" / "weights.safetensors").read_bytes() == weights
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_slide_that_cannot_be_read_is_left_out_of_the_folds(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort = Path(shutil.copytree(config.parent / "cohort", tmp_path / "cohort"))
+    cases = [case for case in read_manifest(cohort / "cohort.csv") if case.split != "test"]
+    patients = [case.patient for case in cases]
+    broken = next(case for case in cases if patients.count(case.patient) == 1)
+    broken.slide.write_bytes(broken.slide.read_bytes()[:5000])
+    overrides = [f"output={tmp_path / 'cv'}", f"cohort.manifest={cohort / 'cohort.csv'}"]
+    assert crossval(config, [*overrides, "cohort.fractions={train: 1, val: 0, test: 0}"], 2) == 1
+    assert f"left out, as they have no tiles: {broken.slide_id}" in capsys.readouterr().out
+    found = {row.patient for row in find_tally(str(tmp_path / "cv")).rows}
+    assert found == set(patients) - {broken.patient}
+    assert (tmp_path / "cv" / "metrics.json").exists()
+
+
 def test_the_folder_of_a_run_is_not_taken(config: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for verb in (

@@ -68,6 +68,27 @@ def test_patients_that_are_alike_are_dealt_out_in_equal_numbers_and_by_the_seed(
     assert len({tuple(deal_folds(content, 3, seed)) for seed in range(5)}) > 1
 
 
+def test_the_oddest_patient_is_learned_from_and_the_plainest_validates() -> None:
+    content = {f"P{number}": np.array([10.0, 5.0 + number / 10]) for number in range(5)} | {"odd": np.array([1.0, 90.0])}
+    held = frozenset({"P0"})
+    dealt = fold_cases(cases_of(content), held, content, 0.2, 0)
+    (validating,) = {case.patient for case in dealt if case.split == "val"}
+    shares = {name: row / sum(content[other] for other in content if other not in held) for name, row in content.items()}
+    assert validating == min(content.keys() - held, key=lambda name: np.abs(shares[name] - 1 / 5).max()) != "odd"
+
+
+def test_each_patient_is_learned_from_in_some_fold() -> None:
+    content = {f"P{number}": row for number, row in enumerate(np.random.default_rng(3).gamma(0.7, size=(9, 2)))}
+    validated, learned = list[str](), set[str]()
+    for held in deal_folds(content, 9, 0):
+        dealt = fold_cases(cases_of(content), held, content, 1 / 8, 0, validated)
+        (validating,) = {case.patient for case in dealt if case.split == "val"}
+        validated.append(validating)
+        learned |= {case.patient for case in dealt if case.split == "train"}
+    assert len(set(validated)) >= 8  # the last fold may have nobody left who has not validated yet
+    assert learned == content.keys()
+
+
 def test_without_validation_all_others_train() -> None:
     content = {"a": np.array([1.0]), "b": np.array([2.0])}
     dealt = fold_cases(cases_of(content), frozenset("a"), content, 0.0, 0)

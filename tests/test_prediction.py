@@ -4,12 +4,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.engine import TorchEngine
-from pipeline.exactness import comparisons
+from pipeline.exactness import TOLERANCE, compare, comparisons
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Lattice, Mpp
 from pipeline.grid import Grid
@@ -44,6 +45,35 @@ def test_a_large_slide_is_compared_in_windows_over_tile_corners(tmp_path: Path) 
     assert all(item.exact and item.pixels > 1024**2 for item in found)
     assert found[0].window.x == found[0].window.y == 0
     assert (found[1].window.right, found[1].window.bottom) == (slide.base.width, slide.base.height)
+
+
+class Level:
+    """Two classes that are level but for `sway`, which depends on the size of the window, as rounding may."""
+
+    def __init__(self, sway: float) -> None:
+        self.spec = ModelSpec(
+            architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=64, width=4, depth=2, stride=4, halo=16
+        )
+        self.sway = sway
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        _, height, width, _ = windows.shape
+        answer = np.full((1, 3, height, width), 0.4, np.float32)
+        answer[:, 2] = 0.2
+        answer[:, 0] += self.sway * (1 if width > 200 else -1)
+        return answer
+
+
+@pytest.mark.parametrize(("sway", "exact", "changes"), [(0.4 * TOLERANCE, True, False), (5 * TOLERANCE, False, True)])
+def test_a_label_counts_as_changed_where_rounding_does_not_explain_it(
+    tmp_path: Path, sway: float, exact: bool, changes: bool
+) -> None:
+    write_slide(render(9, 401, 303, 2.0, spread=3)[0], tmp_path / "slide.tiff", 0.5)
+    slide, model = open_slide(tmp_path / "slide.tiff"), Level(sway)
+    grid = Grid(slide.base, 64, model.spec.halo, model.spec.stride)
+    found = compare(slide, grid, slide.base.roi, model, stitching(model.spec, blended=False))
+    assert found.difference == pytest.approx(2 * sway, rel=0.1)
+    assert found.exact == exact and (found.label_changes > 0) == changes
 
 
 def test_an_early_stop_leaves_no_reader(tmp_path: Path) -> None:

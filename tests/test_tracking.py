@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from pipeline import __version__
 from pipeline.errors import CheckpointError, TrackingError
 from pipeline.registry import resolve_model
+from pipeline.store import open_store
 from pipeline.tracking import Run
 
 
@@ -112,6 +115,25 @@ def moved_output_begins_anew(run, output, copy):
     assert list(copy.glob("mlartifacts/*/artifacts/note.txt"))
     assert sorted(output.rglob("*")) == before  # nothing went to the place that it was copied from
     assert Run.start(copy, "fullfield", "demo").run_id == moved.run_id
+
+
+def test_a_store_whose_making_was_killed_is_made_anew(tmp_path):
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code = (
+        "import os, pathlib, sys; from pipeline.store import open_store;"
+        "pathlib.Path.replace = lambda *names: os.kill(os.getpid(), 9);"  # it has all its tables, and no name yet
+        "open_store(sys.argv[1], create=True)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, address]).returncode == -signal.SIGKILL
+    assert (tmp_path / "mlflow.db").read_bytes() == b"" and list(tmp_path.glob("mlflow.db.*.partial"))
+    assert open_store(address, create=True).client.search_experiments()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+
+
+def test_a_stage_stands_for_its_run_where_a_file_is_looked_up(start, tmp_path):
+    with start() as run, run.child("train") as stage:
+        run.log_text("lineage.json", "{}")
+    assert run.store.fetch(stage.run_id, "lineage.json", tmp_path).read_text() == "{}"
 
 
 def test_running_again_continues_the_run_and_its_stages(start):
@@ -337,6 +359,28 @@ def test_a_model_is_served_in_as_many_views_as_its_run_had(start, trained, share
     expected = load_engine(model, EngineSettings(flips=True))(patches)
     np.testing.assert_allclose(served.predict(patches), expected, atol=1e-6)
     assert np.abs(expected - load_engine(model)(patches)).max() > 1e-3
+
+
+def test_a_served_model_with_a_normalisation_is_told_how_the_slide_is_stained(start, trained, shared_store, tmp_path):
+    import mlflow
+
+    from pipeline import checkpoint
+    from pipeline.runtime import load_engine
+    from pipeline.staining import Normalisation, Staining
+    from pipeline.stains import restained
+
+    spec, network = checkpoint.load(trained)
+    wanted = Normalisation("reinhard", ((0.4, 0.0, 0.0), (0.0, 0.6, 0.0), (0.0, 0.0, 0.5)))
+    checkpoint.save(tmp_path / "model", replace(spec, normalisation=wanted), network)
+    start().log_model(tmp_path / "model", ["rest", "gland"], "stained", "newest")
+    served = mlflow.pyfunc.load_model(str(resolve_model("models:/stained@newest", shared_store).parents[1]))
+    patches = np.random.default_rng(0).integers(0, 256, (2, 24, 36, 3), np.uint8)
+    found = Staining((240.0, 238.0, 243.0), ((0.6, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.3)))
+    expected = load_engine(trained)(np.stack([restained(patch, found, wanted) for patch in patches]))
+    answer = served.predict(patches, params={"staining": json.dumps(found.to_dict())})
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+    with pytest.warns(UserWarning, match="not normalised"):
+        np.testing.assert_allclose(served.predict(patches), load_engine(trained)(patches), atol=1e-6)
 
 
 def test_the_served_model_answers_as_the_engine_does(start, trained, shared_store):

@@ -22,7 +22,7 @@ from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console
 from pipeline.tally import FILE as TALLY
-from pipeline.tally import Tally, read_tally, write_tally
+from pipeline.tally import read_tally, write_tally
 from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
 from workflows.evaluate import figure_text, interval_text
 from workflows.run import run_stages
@@ -47,7 +47,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
             with open_within(workspace, part) as fold:
                 adopt_tiles(fold, workspace.tiles, workspace.config)
                 failures.append(run_stages(fold))
-        _publish(workspace, [read_tally(part.output / TALLY) for part in parts])
+        failures.append(_publish(workspace, [part.output for part in parts]))
         command = workspace.run.open_command()
     console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
     return 1 if any(failures) else 0
@@ -60,7 +60,10 @@ def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
     held = deal_folds(content, folds, config.seed)
     shares = config.cohort.fractions
     val_share = shares.val / (shares.train + shares.val) if shares.val else 0.0
-    cohorts = [fold_cases(cases, patients, content, val_share, config.seed) for patients in held]
+    cohorts = list[tuple[Case, ...]]()
+    for patients in held:
+        validated = {case.patient for cohort in cohorts for case in cohort if case.split == "val"}
+        cohorts.append(fold_cases(cases, patients, content, val_share, config.seed, validated))
     rows = _fold_rows(held, content, config)
     _check_folds(workspace.output, _fold_of(held))
     write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
@@ -105,12 +108,16 @@ def _fold_rows(held: Sequence[Collection[str]], content: Content, config: Config
 
 
 def _partakers(workspace: Workspace) -> list[Case]:
-    """The annotated cases, but for those that the manifest itself holds back as test."""
+    """The annotated cases with tiles, but for those that the manifest itself holds back as test."""
     given = {case.slide_id: case.split for case in read_manifest(workspace.config.cohort.manifest)}
     held_back = sorted({case.patient for case in workspace.cases if given[case.slide_id] == "test"})
     if held_back:
         console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
-    return [case for case in workspace.annotated(SPLITS) if case.patient not in held_back]
+    cases = [case for case in workspace.annotated(SPLITS) if case.patient not in held_back]
+    tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
+    if missing := sorted(case.slide_id for case in cases if case.slide_id not in tiled):
+        console.print(f"left out, as they have no tiles: {', '.join(missing)}")
+    return [case for case in cases if case.slide_id in tiled]
 
 
 def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
@@ -121,8 +128,18 @@ def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
     return {case.patient: extents[patients == case.patient].sum(axis=0) for case in cases}
 
 
-def _publish(workspace: Workspace, tallies: Sequence[Tally]) -> None:
-    """Pool what each fold counted on the patients that it held out: metrics, and the counts themselves."""
+def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
+    """Pool what each fold counted on the patients that it held out: metrics, and the counts themselves.
+
+    Returns 1 where a fold has counted nothing, since none of its slides could be segmented, else 0.
+    """
+    counted = [fold for fold in folds if (fold / TALLY).exists()]
+    for fold in folds:
+        if fold not in counted:
+            console.print(f"{fold.name} has no figures, and is left out of those of all folds")
+    if not counted:
+        return 1
+    tallies = [read_tally(fold / TALLY) for fold in counted]
     config, output, first = workspace.config, workspace.output, tallies[0]
     rows = tuple(replace(row, split=_HELD_OUT) for tally in tallies for row in tally.rows if row.split == "test")
     samples = config.evaluation.bootstrap_samples
@@ -138,6 +155,7 @@ def _publish(workspace: Workspace, tallies: Sequence[Tally]) -> None:
         {f"{_HELD_OUT} {score} {name}": values[score] for name, values in pooled.items() for score in _LOGGED}
     )
     console.print(_table(scores))
+    return 0 if len(counted) == len(folds) else 1
 
 
 _LOGGED = ("dice", "dice_low", "dice_high", "iou", "iou_low", "iou_high")

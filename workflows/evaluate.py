@@ -122,6 +122,9 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
             run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
     console.print(_score_table(scores))
     console.print(_shape_table(scores))
+    if config.evaluation.lesions and (left_out := [row.slide_id for row in rows if not any(row.found.detections)]):
+        reason = "FROC leaves out slides of which something that was examined is not known"
+        console.print(f"{reason}, {len(left_out)} of {len(rows)}: {', '.join(left_out)}")
     for split, error in errors.items():
         interval = interval_text(error["ece_low"], error["ece_high"])
         console.print(f"Calibration: expected error of probabilities, {split}: {figure_text(error['ece'])} ({interval})")

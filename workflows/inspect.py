@@ -47,6 +47,7 @@ def _open(path: Path, mpp: float | None) -> tuple[Slide, ScaleError | None]:
 
 
 def _facts(slide: Slide, tissue: Tissue | None, problem: ScaleError | None) -> dict[str, Any]:
+    tissue_um2, slide_um2 = None if tissue is None else tissue.area_um2, slide.base.roi.area * slide.base.mpp.area_um2
     return {
         "slide": str(slide.path),
         "vendor": slide.vendor,
@@ -55,8 +56,8 @@ def _facts(slide: Slide, tissue: Tissue | None, problem: ScaleError | None) -> d
         "levels": [{"width": level.width, "height": level.height} for level in slide.levels],
         "mpp": None if problem else [slide.base.mpp.x, slide.base.mpp.y],
         "objective": slide.objective,
-        "tissue_mm2": None if tissue is None else tissue.area_um2 / _UM2_PER_MM2,
-        "tissue_share": None if tissue is None else float(tissue.mask.mean()),
+        "tissue_mm2": None if tissue_um2 is None else tissue_um2 / _UM2_PER_MM2,
+        "tissue_share": None if tissue_um2 is None else min(tissue_um2 / slide_um2, 1.0),
         "problem": None if problem is None else str(problem),
         "digest": slide.digest(),
     }

@@ -27,6 +27,8 @@ from pipeline.progress import console, progress
 from pipeline.snapshot import Record, Standing
 from pipeline.workspace import Workspace, model_spec, open_sources, open_workspace, rest_index
 
+_FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
+
 if TYPE_CHECKING:
     from pipeline.patches import Patch, PatchStream, Source
     from pipeline.team import Team
@@ -69,10 +71,11 @@ def _trained(workspace: Workspace, unfinished: Path) -> str:
         else:
             if not any(case.split == "val" for case in cases):
                 console.print("train: no annotated slide validates, so the last epoch is kept")
+            if absent := _never_seen(workspace):
+                console.print(f"train: no training slide shows {', '.join(absent)}: the network will not learn it")
             _watch(workspace, run, cases, unfinished, done)
-        cost = _cost(unfinished)
-        snapshot.beside(unfinished).unlink(missing_ok=True)
-        workspace.run.log_file(_describe(workspace, cost))
+        workspace.run.log_file(_describe(workspace, _cost(unfinished)))
+        snapshot.beside(unfinished).unlink(missing_ok=True)  # last: only it says what the training took
         return run.log_model(model, config.class_list.names, config.tracking.model, config.tracking.alias)
 
 
@@ -125,6 +128,12 @@ def _cases(workspace: Workspace) -> list[Case]:
     return sorted(cases, key=lambda case: case.slide_id)  # sums over them are the same, in whatever order they are named
 
 
+def _never_seen(workspace: Workspace) -> list[str]:
+    """The classes of which the training slides show nothing."""
+    rows = parquet.read_table(workspace.tiles, filters=[("split", "=", "train")])
+    return [name for name in workspace.config.class_list.names if not np.any(rows[name].to_numpy())]
+
+
 def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
     """How many epochs an interrupted training has done. Raises TrainingError where it was another than this one."""
     state = snapshot.beside(unfinished)
@@ -157,7 +166,12 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
                 bar.advance(note=_note(record))
             records[record.epoch] = record
     unfinished.replace(workspace.model)
-    console.print(f"train: {_pace([record.metrics for record in records.values()])}")
+    epochs = [record.metrics for record in records.values()]
+    console.print(f"train: {_pace(epochs)}")
+    if "dice" not in epochs[-1] and any(case.split == "val" for case in cases):
+        console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
+    if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):
+        console.print("train: few epochs fit into training.max_minutes: a smaller training.patches_per_epoch gives more")
 
 
 def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
