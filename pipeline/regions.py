@@ -30,8 +30,8 @@ _BATCH = 60_000  # corners that are made into outlines at once
 class Region:
     """Connected pixels (by their sides) of one class, or a part of them, where their outline is too long for one polygon.
 
-    `rings` are in base pixels, the outer one and its holes; `area_um2` in square micrometres; `mean_probability`, of its
-    class, 0 to 1.
+    `rings` are in base pixels, the outer one and its holes; at the canvas's right and lower edge they may reach past the
+    slide, by less than a pixel of the canvas. `area_um2` is in square micrometres; `mean_probability`, of its class, 0 to 1.
     """
 
     class_index: int
