@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,7 +237,8 @@ def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path
         with urllib.request.urlopen(request, timeout=60) as answer:
             served = np.array(json.load(answer)["predictions"])[0]
     finally:
-        subprocess.run(["pkill", "-KILL", "-s", str(server.pid)], check=False)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert examined.any()
     assert np.abs(served - expected / 255)[:, examined].max() <= 0.5 / 255 + 1e-5

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +229,32 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
+
+
+def test_a_name_that_is_not_unicode_is_told_on_a_terminal_that_is(tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/sl\xff.tiff")
+    command = [sys.executable, "-m", "workflows", "inspect", odd]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("SlideError: ") and "sl\\udcff.tiff: found no such file" in done.stderr
+
+
+def test_what_is_noted_of_an_error_is_told_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        error = SlideError("a.tiff", "this", "that", "Mend it.")
+        error.add_note("The MLflow run could not be marked as FAILED")
+        raise error
+
+    monkeypatch.setattr("workflows.inspect.inspect", fail)
+    monkeypatch.setattr("sys.argv", ["fullfield", "inspect", "a.tiff"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    first, second = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, second) == (1, "The MLflow run could not be marked as FAILED")
+    assert first.startswith("SlideError: a.tiff")
 
 
 def test_brackets_in_a_path_are_shown(
