@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline import checksum
 from pipeline.config import Precision
 from pipeline.errors import EngineError
 from pipeline.files import file_digest, replacing
@@ -81,8 +82,8 @@ class OpenVinoEngine:
         path = self._cache / f"{'x'.join(map(str, shape))}-{self._conditions()}.blob"
         if path.is_file():
             try:
-                compiled = self._core.import_model(path.read_bytes(), "CPU", self._settings)
-            except (RuntimeError, OSError):  # a damaged file is worth no more than none
+                compiled = self._core.import_model(checksum.verified(path.read_bytes()), "CPU", self._settings)
+            except (RuntimeError, ValueError, OSError):  # a damaged file is worth no more than none
                 path.unlink(missing_ok=True)
             else:
                 with suppress(OSError):
@@ -90,7 +91,7 @@ class OpenVinoEngine:
                 return compiled
         compiled = self._compile(shape)
         with suppress(OSError), replacing(path) as partial:  # where the disk is full, the next process compiles as well
-            partial.write_bytes(compiled.export_model().getvalue())
+            partial.write_bytes(checksum.signed(compiled.export_model().getvalue()))
         self._forget_oldest()
         return compiled
 

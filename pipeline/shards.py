@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import google_crc32c
 import imagecodecs
 import numpy as np
 
+from pipeline import checksum
 from pipeline.errors import CanvasError
 from pipeline.files import write_json
 from pipeline.geometry import Roi
 
 _ZSTD_LEVEL = 1  # higher ones save some 3 % of bytes and cost twice the time
 _ABSENT = np.uint64(2**64 - 1)  # offset and length, in a shard's index, of a chunk that holds nothing but the fill value
-_CHECKSUM_BYTES = 4
 
 Place = tuple[int, int]
 """(row, column) of a shard in its array, or of a chunk in its shard."""
@@ -66,14 +65,14 @@ class ShardedArray:
         except (FileNotFoundError, CanvasError):
             return False
         payload = index[index[..., 0] != _ABSENT][:, 1].sum()
-        return size == int(payload) + across * across * 16 + _CHECKSUM_BYTES
+        return size == int(payload) + across * across * 16 + checksum.SIZE
 
     def create(self, axes: Sequence[str]) -> None:
         """Make the folder and the description that Zarr readers look for; `axes` names the dimensions."""
         channels = self.shape[:-2]
-        zstd, checksum = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}, {"name": "crc32c"}
-        codecs = [{"name": "bytes"}, zstd, checksum]
-        index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, checksum]
+        zstd, crc32c = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}, {"name": "crc32c"}
+        codecs = [{"name": "bytes"}, zstd, crc32c]
+        index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, crc32c]
         sharding = {
             "chunk_shape": [*channels, self.chunk, self.chunk],
             "codecs": codecs,
@@ -102,7 +101,7 @@ class ShardedArray:
             whole = np.full((*self.shape[:-2], self.chunk, self.chunk), self.fill, np.uint8)
             whole[..., :rows, :columns] = pixels
             pixels = whole
-        return _signed(bytes(imagecodecs.zstd_encode(pixels.tobytes(), level=_ZSTD_LEVEL)))
+        return checksum.signed(bytes(imagecodecs.zstd_encode(pixels.tobytes(), level=_ZSTD_LEVEL)))
 
     def store(self, place: Place, chunks: Mapping[Place, bytes]) -> None:
         """Write one shard, whole or not at all: its chunks, an index of where each is, a checksum of the index."""
@@ -118,7 +117,7 @@ class ShardedArray:
         try:
             with partial.open("wb") as file:
                 file.writelines(chunks.values())
-                file.write(_signed(index.tobytes()))
+                file.write(checksum.signed(index.tobytes()))
         except OSError:  # such as a disk that is full
             partial.unlink(missing_ok=True)
             raise
@@ -160,7 +159,7 @@ class ShardedArray:
 
     def _decode(self, payload: bytes, path: Path) -> np.ndarray:
         try:
-            flat = np.frombuffer(imagecodecs.zstd_decode(_verified(payload, path)), np.uint8)
+            flat = np.frombuffer(imagecodecs.zstd_decode(checksum.verified(payload)), np.uint8)
             return flat.reshape(*self.shape[:-2], self.chunk, self.chunk)
         except (RuntimeError, ValueError) as error:
             raise _torn(path) from error
@@ -169,24 +168,11 @@ class ShardedArray:
         """(rows, columns, 2) uint64: offset and length of each chunk of a shard."""
         across = self.shard // self.chunk
         size = across * across * 16
-        file.seek(max(file.seek(0, os.SEEK_END) - size - _CHECKSUM_BYTES, 0))
-        index = _verified(file.read(), path)
-        if len(index) != size:
-            raise _torn(path)
-        return np.frombuffer(index, "<u8").reshape(across, across, 2)
-
-
-def _signed(content: bytes) -> bytes:
-    """The content and its checksum, as Zarr's codec `crc32c` writes it."""
-    return content + int(google_crc32c.value(content)).to_bytes(_CHECKSUM_BYTES, "little")
-
-
-def _verified(signed: bytes, path: Path) -> bytes:
-    """The content without its checksum. Raises CanvasError where they do not fit."""
-    content, checksum = signed[:-_CHECKSUM_BYTES], signed[-_CHECKSUM_BYTES:]
-    if google_crc32c.value(content) != int.from_bytes(checksum, "little"):
-        raise _torn(path)
-    return content
+        file.seek(max(file.seek(0, os.SEEK_END) - size - checksum.SIZE, 0))
+        try:
+            return np.frombuffer(checksum.verified(file.read()), "<u8").reshape(across, across, 2)
+        except ValueError as error:
+            raise _torn(path) from error
 
 
 def _torn(path: Path) -> CanvasError:

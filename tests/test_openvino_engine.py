@@ -178,7 +178,8 @@ def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path, mo
     answer = OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows)
     (blob,) = tmp_path.iterdir()
     whole = blob.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2]):
+    flipped = whole[:-500] + bytes([whole[-500] ^ 1]) + whole[-499:]
+    for damaged in (b"", whole[: len(whole) // 2], flipped):
         blob.write_bytes(damaged)
         assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
         with monkeypatch.context() as patch:  # what is there now needs no compiling: it is whole
