@@ -3,7 +3,7 @@
     python -m benchmarks.engines [exact|fast] [SIDE]
 
 Windows of SIDE (1024) pixels, random weights, one thread, the allocator as workers have it. Prints Mpx per second of
-processor, the best of three, torch and OpenVINO.
+processor, the best of four, torch and OpenVINO.
 """
 
 from __future__ import annotations

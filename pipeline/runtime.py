@@ -36,18 +36,18 @@ EXACT = EngineSettings()
 _TORCH_IS_FASTER: frozenset[tuple[str, Precision]] = frozenset({("unet", "fast")})
 """Networks and precisions that torch computes faster than OpenVINO on a CPU.
 
-Mpx per second of processor, torch and OpenVINO, as `python -m benchmarks.engines exact` and `fast` print them: one thread,
-windows of 1024 px, allocator as workers have it, torch fused:
+Mpx per second of processor, torch and OpenVINO: one thread, windows of 1024 px, allocator as workers have it, torch fused:
 
                     fp32, AVX2    fp32, AVX-512   bf16, AMX
-    fcn             1.82  1.99    2.85  3.09       6.95  12.19
-    unet            0.70  0.75    1.37  1.40       5.79   3.05
-    heatmap         3.17  3.32    4.08  4.90      11.44  22.42
-    basic_unet      0.47  0.50    2.42  2.92       6.11   7.26
-    flexible_unet   0.45  0.49    1.32  1.41       5.31   7.23
-    classifier      1.84  1.98    1.65  1.75       5.35   8.98
+    fcn             1.57  1.67    2.85  3.09       6.95  12.19
+    unet            2.95  3.04    1.37  1.40       5.79   3.05
+    heatmap         2.73  2.90    4.08  4.90      11.44  22.42
+    basic_unet      1.92  2.01    2.42  2.92       6.11   7.26
+    flexible_unet   0.56  0.56    1.32  1.41       5.31   7.23
+    classifier      1.04  1.08    1.65  1.75       5.35   8.98
 
-Some networks had other widths on the other processor, so that only the two engines side by side are to be compared.
+The first column is what `python -m benchmarks.engines exact` prints. The others were measured earlier, some with networks of
+other widths, so that only the two engines side by side are to be compared; `fast` prints the last one where there is bf16.
 """
 
 _DIGITS = 16  # of a digest, in the name of a folder

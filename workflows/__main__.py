@@ -267,10 +267,9 @@ def verify(
 ) -> None:
     """Prove on your own slide that tiles, stitched, are what one forward pass over the whole gives.
 
-    Prints the largest and the mean difference of probability and the number of labels that differ, but where two classes are
-    level. The exit code is 1 where a difference is above 1e-5 or a label differs: so it is with --blend, which tells how far
-    off blending is. For a network that is not local, one forward pass is over the whole of a small slide, or over windows of
-    a large one.
+    Prints the largest and the mean difference of probability and the number of labels that differ. The exit code is 1 where
+    a difference is above 1e-5: so it is with --blend, which tells how far off blending is. For a network that is not local,
+    one forward pass is over the whole of a small slide, or over windows of a large one.
     Example: `fullfield verify slide.svs --model runs/demo/model`
     """
     from workflows.verify import verify as verb

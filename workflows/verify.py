@@ -29,7 +29,7 @@ from pipeline.tissue import find_tissue
 def verify(
     path: Path | None, model: str, mpp: float | None, settings: EngineSettings, blend: bool, flips: bool | None = None
 ) -> int:
-    """Compare and print; the exit code is 1 above 1e-5 or where a label differs, as it does where windows are blended."""
+    """Compare and print; the exit code is 1 above 1e-5, as it is where windows are blended."""
     keep_memory()
     folder = resolve_model(model)
     way = stitching(ensemble.load_spec(folder), blend)
@@ -56,11 +56,12 @@ def verify(
 
 
 def _verdict(found: Sequence[Comparison], way: Stitching) -> str:
+    changes = sum(item.label_changes for item in found)
     if all(item.exact for item in found):
-        return "exact: tiled equals whole"
+        return f"exact: tiled equals whole{f', but for {changes} labels where two classes are level' if changes else ''}"
     if way.exact:
-        return f"NOT exact: a probability differs by more than {TOLERANCE:g}, or a label differs"
-    share = sum(item.label_changes for item in found) / sum(item.pixels for item in found)
+        return f"NOT exact: a probability differs by more than {TOLERANCE:g}"
+    share = changes / sum(item.pixels for item in found)
     largest = max(item.difference for item in found)
     return f"NOT exact, as asked: blended, {share:.3%} of labels differ, and a probability by up to {largest:.3f}"
 
