@@ -51,6 +51,13 @@ def arena_growth() -> int:
     return psutil.Process().memory_info().rss - before
 
 
+def wake_ups_a_second() -> float:
+    """How often Dask's own periodic work interrupts what a worker computes."""
+    from distributed import get_worker
+
+    return sum(1000 / callback.callback_time for callback in get_worker().periodic_callbacks.values())
+
+
 def leave_a_mark(folder: Path) -> None:
     (folder / str(os.getpid())).touch()
 
@@ -121,6 +128,13 @@ def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.Monke
     assert int(found["environment"]["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
     if sys.platform == "linux":
         assert found["memory"] > 90_000_000
+
+
+def test_workers_are_left_to_their_work() -> None:
+    with connect(ClusterSettings(workers=1)) as cluster:
+        cluster.submit("wake-ups", wake_ups_a_second)
+        (outcome,) = cluster
+    assert 0 < outcome.value < 10
 
 
 def test_a_task_that_kills_its_workers_fails_and_no_other_does() -> None:
