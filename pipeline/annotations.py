@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from pipeline.classes import IGNORED
@@ -142,7 +143,7 @@ def _load_layers(path: Path, stamp: tuple[int, int], class_map: ClassMap, corner
     return _Layers(
         painted=tuple((value, Stencil(areas)) for value, areas in sorted(painted.items())),
         known=Stencil(known) if known else None,
-        remarks=_remarks(outlines),
+        remarks=(*_remarks(outlines), *_hidden(painted)),
     )
 
 
@@ -183,6 +184,16 @@ def _unmapped_error(path: Path, outlines: Outlines, class_map: ClassMap, unmappe
         "Add the name to a class under `classes[].annotations`, to `annotations.known` or to `annotations.ignored`; "
         "for outlines without a name, set `annotations.unnamed`.",
     )
+
+
+def _hidden(painted: dict[int, list[Area]]) -> tuple[str, ...]:
+    """A remark where outlines lie wholly under one of a later class: nothing of them is seen."""
+    count = 0
+    for value, areas in painted.items():
+        later = [area for other, over in painted.items() if value < other < IGNORED for area in over]
+        under, _ = shapely.STRtree(later).query(areas, predicate="covered_by")
+        count += len(np.unique(under))
+    return (f"outlines wholly under one of a later class, of no effect: {count}",) if count else ()
 
 
 def _remarks(outlines: Outlines) -> tuple[str, ...]:

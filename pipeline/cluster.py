@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _UNWATCHED = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "500ms"}
-"""Of Dask's settings: it would look a hundred times a second at what each worker does, for profiles that nobody sees here."""
+"""Of Dask's settings: it would look at its workers a hundred times a second, for profiles that nobody sees here."""
 _DEATHS = 2  # of local workers, before a task is tried alone, and again before it is given up
 
 _Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,17 +102,23 @@ def write_manifest(path: Path, cases: Sequence[Case]) -> None:
 
 
 def _column_problems(columns: Sequence[str]) -> list[str]:
-    problems = [f"unknown column {name!r}" for name in columns if name not in COLUMNS]
-    problems += [f"column {name!r} stands twice" for name in sorted(set(columns)) if columns.count(name) > 1]
+    if len(columns) == 1 and (mark := next((mark for mark in ";\t" if mark in columns[0]), "")):
+        return [f"values between {mark!r}: save it with commas"]
+    named = [name for name in columns if name]  # Excel may write columns that are empty throughout
+    problems = [f"unknown column {name!r}" for name in named if name not in COLUMNS]
+    problems += [f"column {name!r} stands twice" for name in sorted(set(named)) if named.count(name) > 1]
     return problems if "slide" in columns else [*problems, "no column 'slide'"]
 
 
 def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: list[Case], problems: list[str]) -> None:
-    if None in row:
+    if None in row or row.get(""):
         problems.append(f"line {line}: more values than columns")
         return
     values = {name: (value or "").strip() for name, value in row.items()}
     if not any(values.values()):
+        return
+    if broken := [name for name, value in values.items() if "\n" in value]:
+        problems.append(f"line {line}: {', '.join(broken)} with a line break; a quote may lack its other half")
         return
     if not values["slide"]:
         problems.append(f"line {line}: no slide")
@@ -149,26 +156,40 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _file(path: Path) -> Path:
+    """The file that a path leads to; the path itself where it leads nowhere."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # links that lead in a circle, or a name that no file can have
+        return path
+
+
+def _alike(name: str) -> str:
+    """What names have in common that people take for one."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
 def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     if not cases:
         return ["no slides"]
     problems = []
     by_id, by_file, by_patient = defaultdict(list), defaultdict(list), defaultdict(list)
     for case in cases:
-        by_id[case.slide_id.casefold()].append(case)
-        by_file[case.slide.resolve()].append(case)
-        by_patient[case.patient.casefold()].append(case)
+        by_id[_alike(case.slide_id)].append(case)
+        by_file[_file(case.slide)].append(case)
+        by_patient[_alike(case.patient)].append(case)
     for file, same in by_file.items():
         if len(same) > 1:
             problems.append(f"slide stands {len(same)} times: {file}")
     for same in by_id.values():
-        if len(same) > 1 and len({case.slide.resolve() for case in same}) > 1:
+        if len(same) > 1 and len({_file(case.slide) for case in same}) > 1:
             slides = ", ".join(str(case.slide) for case in same)
             problems.append(f"slide_id {same[0].slide_id!r} is shared by {slides}: add a slide_id column")
     for same in by_patient.values():
         patient, names = same[0].patient, sorted({case.patient for case in same})
         if len(names) > 1:
-            problems.append(f"patients {', '.join(names)} differ in capital letters alone: write one patient alike")
+            alike = "in capital letters, spaces or the encoding of accents alone"
+            problems.append(f"patients {', '.join(map(repr, names))} differ {alike}: write one patient alike")
         elif len({case.split for case in same}) > 1:
             places = ", ".join(f"{case.slide_id} in {case.split or 'no split'}" for case in same)
             problems.append(f"patient {patient!r} is in two splits: {places}")

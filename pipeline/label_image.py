@@ -22,6 +22,9 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _EXPECTED = "a PNG or TIFF with one channel of whole numbers"
 _PALETTE_OR_GREY = ("1", "L", "P", "I", "I;16")
+_LOSSY = ("jpeg", "webp", "jxl")  # in any spelling of GDAL's
+_DEPTH_AND_KIND = slice(24, 26)  # bytes of a PNG: bits of a value, and 0 for grey
+_SPREAD = {2: 85, 4: 17}  # by which Pillow multiplies grey values of so many bits
 _BLOCK_PIXELS = 2**26  # label pixels held at once while a coarse window is sampled
 _reading = threading.Lock()  # a GDAL data set serves one thread at a time
 
@@ -86,7 +89,10 @@ def open_label_image(path: Path) -> LabelImage:
     except Exception as error:  # a decoder raises whatever it likes
         raise _damaged(path, error) from error
     if fault:
-        remedy = "Save class numbers, not colours: for instance QuPath's LabeledImageServer without multichannelOutput."
+        remedy = (
+            "Save class numbers, not colours, with LZW or Deflate: for instance QuPath's LabeledImageServer without "
+            "multichannelOutput."
+        )
         raise AnnotationError(str(path), fault, _EXPECTED, remedy)
     return LabelImage(path, width, height)
 
@@ -100,6 +106,9 @@ def _tiff_header(path: Path) -> tuple[int, int, str]:
     """(height, width, what is wrong with it) of a TIFF's full-resolution picture."""
     with _open_tiff(path) as tiff:
         fault = "" if np.dtype(tiff.dtypes[0]).kind in "iu" else f"a TIFF of {tiff.dtypes[0]} numbers"
+        compression = str(tiff.profile.get("compress", "")).lower()
+        if any(name in compression for name in _LOSSY):
+            fault = f"a TIFF whose compression, {compression}, changes numbers"
         if tiff.count != 1:
             fault = f"a TIFF of {tiff.count} channels"
         elif len(tiff.subdatasets) > 1:  # pages that are not marked as levels of a pyramid
@@ -129,9 +138,11 @@ def _read(path: Path, stamp: tuple[int, int], window: Window) -> NDArray[Any]:
 @lru_cache(maxsize=8)
 def _png_pixels(path: Path, stamp: tuple[int, int]) -> NDArray[Any]:
     """All pixels: a PNG can only be decoded from its start."""
+    with path.open("rb") as file:
+        depth, kind = file.read(_DEPTH_AND_KIND.stop)[_DEPTH_AND_KIND]
     with Image.open(path) as image:
         pixels: NDArray[Any] = np.asarray(image)
-    return pixels
+    return pixels // _SPREAD[depth] if kind == 0 and depth in _SPREAD else pixels
 
 
 @lru_cache(maxsize=32)

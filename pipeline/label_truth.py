@@ -76,20 +76,24 @@ class LabelImageTruth:
 def fit(image: LabelImage, base: Lattice, class_map: ClassMap, label_mpp: float | None, shown: Roi) -> LabelImageTruth:
     """Lays a label image over its slide, or over what QuPath shows of it.
 
-    Raises AnnotationError where its size differs by over 1 px from that of both.
+    At `label_mpp`, a slide whose pixels are no squares may have labels that are, or that are as its own. Raises
+    AnnotationError where its size differs from that of both: at all without `label_mpp`, else by over 1 px.
     """
-    mpp = base.mpp if label_mpp is None else Mpp.square(label_mpp)
-    labels = Lattice(image.width, image.height, mpp)
-    scale_x, scale_y = base.scale_to(labels)
+    scales = [base.mpp]
+    if label_mpp is not None:
+        scales = [Mpp.square(label_mpp), Mpp(label_mpp, label_mpp * base.mpp.y / base.mpp.x)]
     slack = 1e-6 if label_mpp is None else 1 + 1e-6
-    for part in (base.roi, shown):
-        if abs(image.width - part.width * scale_x) <= slack and abs(image.height - part.height * scale_y) <= slack:
-            return LabelImageTruth(image, labels, base, class_map, part)
-    fitting = base.width * base.mpp.x / image.width
+    for mpp in scales:
+        labels = Lattice(image.width, image.height, mpp)
+        scale_x, scale_y = base.scale_to(labels)
+        for part in (base.roi, shown):
+            if abs(image.width - part.width * scale_x) <= slack and abs(image.height - part.height * scale_y) <= slack:
+                return LabelImageTruth(image, labels, base, class_map, part)
+    fitting, expected = base.width * base.mpp.x / image.width, base.at(scales[0])
     raise AnnotationError(
         str(image.path),
         f"a label image of {image.width} x {image.height} px",
-        f"{base.width * scale_x:.0f} x {base.height * scale_y:.0f} px, the slide's size at {mpp.x:g} um/px",
+        f"{expected.width} x {expected.height} px, the slide's size at {expected.mpp.x:g} um/px",
         f"Set `annotations.label_mpp` to the image's scale (its width would suit {fitting:.6g} um/px), "
         "or make sure that it belongs to this slide.",
     )

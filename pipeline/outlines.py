@@ -91,7 +91,8 @@ def read_outlines(path: Path, corner: tuple[int, int] = (0, 0)) -> Outlines:
         return _read_xml(data, book)
     if start in (b"{", b"["):
         return _read_geojson(data, book, np.array(corner, np.float64))
-    raise book.error(f"a file that starts with {data[:12]!r}" if data else "an empty file", _EXPECTED)
+    found = f"a file that starts with {data[:12]!r}" if data else "an empty file"
+    raise book.error(found, f"{_EXPECTED}, or a label image (PNG or TIFF)")
 
 
 # GeoJSON
@@ -116,15 +117,15 @@ def _read_geojson(data: bytes, book: _Sketchbook, corner: NDArray[np.float64]) -
 
 
 def _features(document: Any, book: _Sketchbook) -> Iterator[tuple[str | None, Any]]:
-    """(name, geometry) of every object of a FeatureCollection, a bare list, one Feature or one geometry."""
-    kind = document.get("type") if isinstance(document, dict) else None
-    items = document.get("features") if kind == "FeatureCollection" else document
-    for item in items if isinstance(items, list) else [document]:
+    """(name, geometry) of every object of a list, a FeatureCollection, one Feature or one geometry."""
+    for item in document if isinstance(document, list) else [document]:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "Feature":
             yield _class_name(item.get("properties")), item.get("geometry")
         elif kind in _GEOMETRIES:
             yield None, item
+        elif kind == "FeatureCollection" and isinstance(item.get("features"), list):
+            yield from _features(item["features"], book)
         else:
             found = f"JSON with an object of type {kind!r}" if isinstance(item, dict) else f"{item!r:.40} in a list"
             raise book.error(found, "a FeatureCollection, a list of Features, a Feature or a geometry of GeoJSON")

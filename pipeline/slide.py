@@ -206,11 +206,12 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     """
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise SlideError(str(path), "a folder, or no ordinary file", _READABLE, "Name the slide's own file.")
+        path.open("rb").close()  # OpenSlide calls a file that may not be read one of no known format
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        raise SlideError(str(path), found, _READABLE, "Correct the path.") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise SlideError(str(path), "a folder, or no ordinary file", _READABLE, "Name the slide's own file.")
+        raise SlideError(str(path), found, _READABLE, "Correct the path, or give access to it.") from error
     return _shared_slide(path, mpp, (status.st_size, status.st_mtime_ns))
 
 

@@ -16,9 +16,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
-        twice = {key for key in keys if keys.count(key) > 1}
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {sorted(twice)}", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {twice}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -31,8 +31,11 @@ for _kind in (_Loader, _Dumper):
 
 
 def load(text: str) -> Any:
-    """What a text says. Raises yaml.YAMLError, also for a key that is given twice."""
-    return yaml.load(text, _Loader)
+    """What a text says. Raises yaml.YAMLError, also for a key that is given twice and for a day that no calendar has."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def dump(content: object) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,16 @@ def test_painting_order(tmp_path: Path) -> None:
     )
     assert truth.read(Roi(0, 0, 9, 1), BASE).tolist() == [[X, 1, 2, 2, X, X, 0, X, X]]
     assert truth.known_roi() == Roi(1, 0, 6, 1)
+
+
+def test_outlines_of_no_effect_are_told(tmp_path: Path) -> None:
+    """As the exclusions of CAMELYON are where the class of everything else comes first."""
+    tumour, hole = feature("Tumor", shapely.box(2, 0, 12, 9)), feature("Gland", shapely.box(4, 2, 6, 4))
+    beside, ignored = feature("Gland", shapely.box(11, 2, 14, 4)), feature("Ignore*", shapely.box(0, 0, 30, 20))
+    truth = drawn(tmp_path, naming(), tumour, hole, beside)
+    assert truth.remarks == ("outlines wholly under one of a later class, of no effect: 1",)
+    assert drawn(tmp_path, naming(names={"Tumor": 1, "Gland": 2}), tumour, hole, beside).remarks == ()
+    assert drawn(tmp_path, naming(ignored=("Ignore*",)), tumour, beside, ignored).remarks == ()
 
 
 def test_glass_outside_the_known_is_rest_to_training(tmp_path: Path) -> None:
@@ -314,6 +326,20 @@ def test_palette_png_gives_its_indices(tmp_path: Path) -> None:
     np.testing.assert_array_equal(truth.read(BASE.roi, BASE), np.minimum(LABELS, 2))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_png_of_few_bits_gives_its_values(tmp_path: Path, bits: int) -> None:
+    """Written by hand, as no library here writes grey of 2 and 4 bits: rows of values packed from the left, unfiltered."""
+    values = np.random.default_rng(0).integers(0, min(1 << bits, 3), BASE.shape, np.uint8)
+    packed = np.packbits(np.unpackbits(values[..., None], axis=2)[..., -bits:].reshape(BASE.height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", BASE.width, BASE.height, bits, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    lines = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    (tmp_path / "l.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(lines))
+    truth = open_truth(tmp_path / "l.png", BASE, naming(), None)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), values)
+
+
 def test_values_stand_for_classes(tmp_path: Path) -> None:
     WRITERS["pyramid.tif"](tmp_path / "l.tif", LABELS)
     truth = open_truth(tmp_path / "l.tif", BASE, naming(values={0: X, 1: 2, 2: 0}), None)
@@ -367,6 +393,15 @@ def test_labels_must_have_the_slides_extent(tmp_path: Path, mpp: float | None, f
         open_truth(tmp_path / "l.png", BASE, naming(), mpp)
 
 
+@pytest.mark.parametrize("downsample", [2, 4])
+def test_labels_of_a_scan_whose_pixels_are_no_squares(tmp_path: Path, downsample: int) -> None:
+    base = Lattice(5120, 3814, Mpp(0.456413, 0.455063))
+    size = (base.width // downsample, base.height // downsample)
+    Image.new("L", size).save(tmp_path / "l.png")
+    truth = open_truth(tmp_path / "l.png", base, naming(), downsample * base.mpp.x)
+    assert (truth.read(Roi(base.width - 2, base.height - 2, 3, 3), base) == [[0, 0, X], [0, 0, X], [X, X, X]]).all()
+
+
 def test_unknown_values_are_listed(tmp_path: Path) -> None:
     labels = LABELS.copy()
     labels[4, 5:7] = (7, 9)
@@ -376,7 +411,9 @@ def test_unknown_values_are_listed(tmp_path: Path) -> None:
         truth.read(BASE.roi, BASE)
 
 
-@pytest.mark.parametrize("file", ["rgb.png", "rgb.tif", "float.tif", "stack.tif", "cut.png", "cut.tif", "empty.png"])
+@pytest.mark.parametrize(
+    "file", ["rgb.png", "rgb.tif", "float.tif", "jpeg.tif", "stack.tif", "cut.png", "cut.tif", "empty.png"]
+)
 def test_pictures_that_are_no_labels(tmp_path: Path, file: str) -> None:
     path, rgb = tmp_path / file, np.zeros((*BASE.shape, 3), np.uint8)
     noise = np.random.default_rng(0).integers(0, 3, BASE.shape).astype(np.uint8)
@@ -386,6 +423,8 @@ def test_pictures_that_are_no_labels(tmp_path: Path, file: str) -> None:
         tifffile.imwrite(path, rgb, photometric="rgb")
     elif file == "float.tif":
         tifffile.imwrite(path, noise.astype(np.float32))
+    elif file == "jpeg.tif":
+        tifffile.imwrite(path, noise, compression="jpeg", tile=(16, 16))
     elif file == "stack.tif":
         tifffile.imwrite(path, np.zeros((4, *BASE.shape), np.uint8), photometric="minisblack")
     else:

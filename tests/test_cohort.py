@@ -23,10 +23,20 @@ def test_columns_have_defaults_and_paths_are_relative(tmp_path: Path) -> None:
     assert b.mpp == 0.25
 
 
-def test_a_patient_is_written_alike(tmp_path: Path) -> None:
-    text = "slide,patient,split\na.svs,P1,train\nb.svs,p1,val\n"
-    with pytest.raises(CohortError, match="P1, p1 differ in capital letters alone"):
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("P1", "p1"), ("P 1", "P\u00a01"), ("M\u00fcller", "Mu\u0308ller")],
+    ids=["capitals", "spaces", "accents"],
+)
+def test_a_patient_is_written_alike(tmp_path: Path, one: str, other: str) -> None:
+    text = f"slide,patient,split\na.svs,{one},train\nb.svs,{other},val\n"
+    with pytest.raises(CohortError, match="differ in capital letters, spaces or the encoding of accents alone"):
         read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
+
+
+def test_empty_columns_of_a_spreadsheet_count_for_nothing(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "slide,patient,,\na.svs,P1,,\n,,,\n", "a.svs")
+    assert read_manifest(path) == (Case("a", "P1", tmp_path / "a.svs"),)
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
@@ -60,11 +70,16 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,352\n", "'352'"),
         ("slide\na.svs\nb/a.svs\n", "slide_id 'a' is shared"),
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
-        ('slide\n"a.svs\n' + "b/a.svs\n" * 99, "no such slide"),
+        ('slide\n"a.svs\n' + "b/a.svs\n" * 99, "a quote may lack its other half"),
+        ('slide,slide_id,patient\na.svs,a,"P1\nb/a.svs,b,P2\n', "line 3: patient with a line break"),
+        ("slide;patient\na.svs;P1\n", "values between ';': save it with commas"),
+        ("slide,patient,\na.svs,P1,P2\n", "line 2: more values than columns"),
+        ("slide,slide_id\nloop.svs,a\nno\0file.svs,b\n", "line 2: no such slide(.|\n)*line 3: no such slide"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "a quote may lack its other half"),
     ],
 )
 def test_a_bad_manifest_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "loop.svs").symlink_to("loop.svs")
     with pytest.raises(CohortError, match=part):
         read_manifest(manifest(tmp_path, text, "a.svs", "b/a.svs"))
 

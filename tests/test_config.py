@@ -114,7 +114,16 @@ def test_a_missing_key_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a: [", "broken YAML"), ("a: &x [*x]", "within themselves"), ("seed: 1\nseed: 2\n", "key given twice"), ("3", "int")],
+    [
+        ("a: [", "broken YAML"),
+        ("a: " + "[" * 20_000, "broken YAML"),
+        ("a: &x [*x]", "within themselves"),
+        ("seed: 1\nseed: 2\n", "key given twice"),
+        ("seed: 1\n1: 2\n1: 3\nseed: 2\n", "key given twice"),
+        ("[1]: 1\n[1]: 2\n", "broken YAML"),
+        ("output: 2024-31-12\n", "month must be in 1..12"),
+        ("3", "int"),
+    ],
 )
 def test_a_broken_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)

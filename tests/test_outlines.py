@@ -52,6 +52,7 @@ def asap(kind: str, group: str, points: list[tuple[int, float, float]]) -> str:
     "document",
     [
         {"type": "FeatureCollection", "features": [feature("Polygon", SQUARE)]},
+        [{"type": "FeatureCollection", "features": [feature("Polygon", SQUARE)]}],
         [feature("Polygon", SQUARE)],
         feature("Polygon", SQUARE),
         {"type": "Polygon", "coordinates": SQUARE},
@@ -150,6 +151,7 @@ def test_outlines_without_area_are_dropped_and_counted(tmp_path: Path, ring: Any
         ("[1, 2]", "1 in a list"),
         ('{"a": 1}', "None"),
         ('{"type": ["Feature"]}', "['Feature']"),
+        ('{"type": "FeatureCollection"}', "FeatureCollection"),
         (json.dumps([feature("Polygon", SQUARE), feature("Polygon", [[["x", 1], [2, 2], [3, 3]]])]), "object 2"),
         (json.dumps(feature("Polygon", [[1, 2, 3]])), "object 1"),
         (json.dumps({"type": "Feature", "geometry": {"type": "Polygon"}}), "object 1"),
