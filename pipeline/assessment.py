@@ -19,7 +19,7 @@ from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Classes
 from pipeline.fields import Field, KnownMap
 from pipeline.froc import FROC_MPP, Detections, detect, resampled_froc
-from pipeline.geometry import Roi
+from pipeline.geometry import Mpp, Roi
 from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, number
 from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, OBJECT_SUMS, TRUE_COUNT, object_scores, object_sums
 from pipeline.truth import Truth
@@ -33,7 +33,11 @@ SHAPE_SCORES = (*OBJECT_SCORES, "hd95_um", "nsd", "froc", "ece")
 
 @dataclass(frozen=True)
 class Rules:
-    """How a slide is assessed: the class of everything else, the least object, the tolerance, classes with lesions."""
+    """How a slide is assessed: the class of everything else, the least object, the tolerance, classes with lesions.
+
+    A boundary may be off by `tolerance_um`; None: by two pixels. Of a field that is looked at from a coarser level it may be
+    off by two pixels of that in any case: coarse truth and coarse labels differ by so much where the fine ones are the same.
+    """
 
     rest: int | None
     min_area_um2: float
@@ -83,8 +87,8 @@ def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
         reliability += count_reliability(true, labels, canvas.read_probabilities(roi))
         known.add(roi, true != IGNORED)
     objects, boundaries, coarsest = np.zeros((classes, OBJECT_SUMS)), [[_NONE] for _ in range(classes)], 0.0
-    tolerance = rules.tolerance_um or 2 * max(canvas.lattice.mpp.x, canvas.lattice.mpp.y)
     for field in known.fields(truth):
+        tolerance = _tolerance_um(rules, field.mpp, canvas.lattice.mpp)
         coarsest = max(coarsest, field.mpp.x, field.mpp.y)
         for index in _present(field, rules.rest):
             sums, lines = _shapes(field, index, rules, tolerance)
@@ -152,6 +156,13 @@ def _present(field: Field, rest: int | None) -> list[int]:
     """The classes, but `rest`, that a field holds in truth or prediction."""
     found = np.union1d(field.truth, field.prediction).tolist()
     return [index for index in found if index not in (rest, IGNORED)]
+
+
+def _tolerance_um(rules: Rules, mpp: Mpp, finest: Mpp) -> float:
+    two_pixels = 2 * max(mpp.x, mpp.y)
+    if rules.tolerance_um is None:
+        return two_pixels
+    return rules.tolerance_um if mpp == finest else max(rules.tolerance_um, two_pixels)
 
 
 def _shapes(field: Field, index: int, rules: Rules, tolerance_um: float) -> tuple[Floats, Boundaries]:

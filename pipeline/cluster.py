@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, WorkerError
 from pipeline.machine import cores, keep_memory, worker_environment
+from pipeline.origin import source_digest
+from pipeline.progress import console
 
 if TYPE_CHECKING:
     from distributed import KilledWorker
@@ -82,6 +84,7 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
 
     if settings.scheduler is not None:
         with silence_logging_cmgr("CRITICAL"), _client(settings.scheduler) as client:
+            _meet_workers(client, settings.scheduler)
             yield _Dask(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
     local = _local_cluster(settings.workers)
@@ -98,9 +101,23 @@ def _client(scheduler: str) -> Any:
 
     try:
         return Client(scheduler, timeout="20s")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # the last for tls:// where Dask knows no certificate
         remedy = "Start one with `dask scheduler`, or leave `cluster.scheduler` out for workers on this machine."
         raise ClusterError(f"cluster.scheduler {scheduler}", f"no answer ({error})", "a Dask scheduler", remedy) from error
+
+
+def _meet_workers(client: Any, scheduler: str) -> None:
+    """Wait until there is a worker. Raises ClusterError where one has other code than this process: labels would be of both.
+
+    What a worker has, it tells of the moment in which it was first asked, so that it has to be started again to have newer.
+    """
+    if not client.nthreads():
+        console.print(f"Waiting for a worker of {scheduler}: `dask worker {scheduler}` starts one")
+    client.wait_for_workers(1)
+    found = client.run(source_digest)
+    if others := sorted(worker for worker, digest in found.items() if digest != source_digest()):
+        remedy = "Install the same there as here, and start these workers again."
+        raise ClusterError(f"workers {', '.join(others)}", "other code of Fullfield", "that of this command", remedy)
 
 
 def _local_cluster(workers: int | None) -> Any:

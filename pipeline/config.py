@@ -200,6 +200,7 @@ class EvaluationSettings(Section):
     """How figures are reported.
 
     `boundary_tolerance_um` is how far a boundary may lie from the truth and still be right; null: two pixels of the output.
+    Of what is so large that it is looked at from a coarser level it is two pixels of that level, at the least.
     `lesions` names the classes of which the lesion FROC is computed, see froc.py.
     """
 

@@ -26,7 +26,8 @@ class Engine(Protocol):
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """Probabilities for (N, H, W, 3) uint8 RGB, H and W multiples of the model's stride.
 
-        Returns (N, classes, H / output_stride, W / output_stride) float32, 0 to 1.
+        Returns (N, classes, H / output_stride, W / output_stride) float32, 0 to 1. Raises EngineError where a GPU's memory
+        does not suffice.
         """
 
 
@@ -49,11 +50,16 @@ class TorchEngine:
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine."""
         pixels = torch.from_numpy(windows if windows.flags.writeable else windows.copy())
-        with torch.inference_mode():
-            images = normalise(pixels.to(self.device), self.spec).to(self.dtype)
-            logits = self.network(images)
-            # Class by class in memory, as tiles are cropped and stored.
-            probabilities: np.ndarray = activation(logits.to(torch.float32).contiguous()).cpu().numpy()
+        try:
+            with torch.inference_mode():
+                images = normalise(pixels.to(self.device), self.spec).to(self.dtype)
+                logits = self.network(images)
+                # Class by class in memory, as tiles are cropped and stored.
+                probabilities: np.ndarray = activation(logits.to(torch.float32).contiguous()).cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            found = f"no memory for windows of {windows.shape[2]} x {windows.shape[1]} px"
+            remedy = "Set a smaller `segmentation.tile_size` (--tile-size); what is begun has to be deleted."
+            raise EngineError(str(self.device), found, "a GPU with more", remedy) from error
         return probabilities
 
 

@@ -20,7 +20,7 @@ def write_geojson(
 ) -> dict[str, int]:
     """Write regions as a GeoJSON FeatureCollection that QuPath opens in place; `corner` is the pixel that it calls 0, 0.
 
-    Returns how many there are of each class, by name. The file appears when it is complete.
+    Returns how many whole ones there are of each class, by name. The file appears when it is complete.
     """
     counts = dict.fromkeys(classes.names, 0)
     with replacing(path) as partial, partial.open("wb") as file:
@@ -30,13 +30,14 @@ def write_geojson(
             item = classes[region.class_index]
             file.write(separator + orjson.dumps(_feature(region, item, corner), option=orjson.OPT_SERIALIZE_NUMPY))
             separator = b",\n"
-            counts[item.name] += 1
+            counts[item.name] += not region.part
         file.write(b"\n]}\n")
     return counts
 
 
 def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, object]:
     """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
+    part = {"Part of a larger region": 1} if region.part else {}
     rings = [ring - np.array(corner, ring.dtype) for ring in region.rings] if any(corner) else region.rings
     return {
         "type": "Feature",
@@ -47,6 +48,7 @@ def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, 
             "measurements": {
                 "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
                 "Mean probability": round(region.mean_probability, 4),
+                **part,
             },
         },
         "geometry": {"type": "Polygon", "coordinates": rings},

@@ -62,6 +62,15 @@ def _training_sections(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", include=sections, exclude={"training": set(SHARING)})
 
 
+def check_output(config: Config, cases: Sequence[Case]) -> None:
+    """Raise CheckpointError or TrainingError where the output has another model, or an interrupted training of another.
+
+    A larger work asks for all its parts before it writes anything.
+    """
+    check_model(config, cases)
+    _check_interrupted(config)
+
+
 def check_model(config: Config, cases: Sequence[Case]) -> None:
     """Raise CheckpointError where the output has a model of another cohort or configuration."""
     model = config.output / "model"
@@ -74,7 +83,7 @@ def check_model(config: Config, cases: Sequence[Case]) -> None:
         )
 
 
-def check_interrupted(config: Config) -> None:
+def _check_interrupted(config: Config) -> None:
     """Raise TrainingError where the output has an interrupted training of another configuration."""
     unfinished = config.output / "model.partial"
     standing = snapshot.read_standing(snapshot.beside(unfinished)) if unfinished.exists() else None

@@ -75,6 +75,20 @@ def models_facts(models: Sequence[Path]) -> list[dict[str, Any]]:
     ]
 
 
+def begin_lineage(folder: Path, anew: bool) -> None:
+    """Write who trains in a folder, before anything is learned there: whoever goes on with it may have other code.
+
+    Where a training begins `anew`, the lineage of a model that is gone is put aside as `lineage.json.old`.
+    """
+    path = folder / FILE
+    with locked(path):
+        before = _written(path)
+        if anew and "models" in before:
+            path.replace(path.with_name(f"{path.name}.old"))
+            before = {}
+        _add(path, before, {})
+
+
 def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
     """Write `facts` into FOLDER/lineage.json, beside other facts that it has already; returns its path.
 

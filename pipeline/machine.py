@@ -1,11 +1,13 @@
-"""What a process may use of this machine: processors, a GPU, and memory that its allocator keeps for the next activation."""
+"""What a process may use of this machine: processors, a GPU, memory that its allocator keeps, and a folder for its cache."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+from tempfile import gettempdir
 
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
@@ -61,3 +63,17 @@ def worker_environment(threads: int) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
         "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items()),
     }
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again; where it may not be written, this user's own among temporary files."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    usual = (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
+    with suppress(OSError):
+        usual.mkdir(parents=True, exist_ok=True)
+    if os.access(usual, os.W_OK):
+        return usual
+    temporary = Path(gettempdir()) / f"fullfield-{os.getuid()}"
+    with suppress(OSError):
+        temporary.mkdir(mode=0o700, exist_ok=True)
+    return temporary if temporary.is_dir() and temporary.stat().st_uid == os.getuid() else usual

@@ -48,7 +48,7 @@ def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
 
 
 def write_measurements(path: Path, measurements: Sequence[Measurement], regions: Mapping[str, int]) -> None:
-    """Write `class, area_mm2, tissue_share, regions` as CSV, a row a class; `regions` counts them by the class's name."""
+    """Write `class, area_mm2, tissue_share, regions` as CSV, a row a class; `regions` counts whole ones by class name."""
     rows = [
         {
             "class": item.class_name,

@@ -14,13 +14,14 @@ import logging
 import platform
 import shutil
 import sys
-import tempfile
+import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,8 +47,8 @@ class OpenVinoEngine:
     """Runs a graph that `export` or `quantise` wrote, compiled for the shape of the windows that it is given.
 
     `precision` exact computes in fp32, fast in the half precision that the processor has; fastest expects an int8 graph.
-    With `cache`, a folder, what was compiled is kept there for the next process. Raises EngineError where OpenVINO is not
-    installed, the graph is damaged, or the processor computes in no half precision.
+    With `cache`, a folder, what was compiled is kept there for the next process. Threads wait for each other. Raises
+    EngineError where OpenVINO is not installed, the graph is damaged, or the processor computes in no half precision.
     """
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
@@ -63,16 +64,18 @@ class OpenVinoEngine:
         }
         self._core = core
         self._requests: dict[tuple[int, ...], InferRequest] = {}
+        self._turn = Lock()  # a request that two threads use at once gives one of them the other's answer
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine; another shape than the last two is compiled for first."""
-        request = self._requests.pop(windows.shape, None)
-        if request is None:
-            self._requests = dict(list(self._requests.items())[-1:])
-            request = self._compiled(windows.shape).create_infer_request()
-        self._requests[windows.shape] = request  # the last one is the latest
-        # The answer is a copy: a request's own memory is written again by the next call.
-        answer: np.ndarray = request.infer({0: np.ascontiguousarray(windows)}, share_inputs=True)[0]
+        with self._turn:
+            request = self._requests.pop(windows.shape, None)
+            if request is None:
+                self._requests = dict(list(self._requests.items())[-1:])
+                request = self._compiled(windows.shape).create_infer_request()
+            self._requests[windows.shape] = request  # the last one is the latest
+            # The answer is a copy: a request's own memory is written again by the next call.
+            answer: np.ndarray = request.infer({0: np.ascontiguousarray(windows)}, share_inputs=True)[0]
         return answer
 
     def _compiled(self, shape: tuple[int, ...]) -> CompiledModel:
@@ -270,9 +273,9 @@ def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
 
     Raises EngineError where it cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     try:
+        partial.mkdir(parents=True)
         openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
         partial.rename(folder)
     except (OSError, RuntimeError) as error:

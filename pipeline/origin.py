@@ -24,7 +24,7 @@ def origin() -> dict[str, str]:
     listed = "\n".join(f"{name}=={number}" for name, number in packages().items())
     found = {
         "version": __version__,
-        "code": _source_digest(),
+        "code": source_digest(),
         "python": platform.python_version(),
         "machine": ", ".join([platform.node(), platform.platform(), _processor(), f"{os.cpu_count()} cores"]),
         "lock": hashlib.sha256(listed.encode()).hexdigest(),
@@ -39,11 +39,16 @@ def origin() -> dict[str, str]:
 @cache
 def packages() -> dict[str, str]:
     """The version of every package that is installed here, by name, in the order of names."""
-    found = {item.metadata["Name"].lower().replace("_", "-"): item.version for item in distributions()}
+    found = dict[str, str]()
+    for item in distributions():  # in the order in which Python looks for them: what comes later is never imported
+        with suppress(FileNotFoundError, AttributeError):  # an interrupted installation leaves one without a name
+            found.setdefault(item.metadata["Name"].lower().replace("_", "-"), item.version)
     return dict(sorted(found.items()))
 
 
-def _source_digest() -> str:
+@cache
+def source_digest() -> str:
+    """A SHA-256 over the sources of Fullfield, as this process first found them."""
     total = hashlib.sha256()
     for folder in (_PACKAGE, _PACKAGE.with_name("workflows")):
         for path in sorted(folder.glob("*.py")):

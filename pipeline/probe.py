@@ -26,9 +26,9 @@ from pipeline.canvas import create_canvas
 from pipeline.config import EngineSettings
 from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.machine import release_memory, threads
+from pipeline.machine import cache_folder, release_memory, threads
 from pipeline.network import ModelSpec
-from pipeline.runtime import cache_folder, describe, settled
+from pipeline.runtime import describe, settled
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
 from pipeline.stitching import Stitching

@@ -32,12 +32,14 @@ class Region:
 
     `rings` are in base pixels, the outer one and its holes; at the canvas's right and lower edge they may reach past the
     slide, by less than a pixel of the canvas. `area_um2` is in square micrometres; `mean_probability`, of its class, 0 to 1.
+    `part` says whether it is a part.
     """
 
     class_index: int
     rings: Rings
     area_um2: float
     mean_probability: float
+    part: bool
 
 
 def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()) -> Iterator[Region]:
@@ -235,7 +237,8 @@ class _Finish:
             part = slice(*np.searchsorted(block.owners, (batch[0], batch[-1] + 1)))
             own = chosen[block.owners[part]]
             outlines = trace_rings(block.owners[part][own], block.corners[part][own], self.scale)
-            yield from self._measured(outlines, block.classes[batch], block.pixels[batch], block.weights[batch])
+            parts = np.zeros(len(batch), bool)
+            yield from self._measured(outlines, block.classes[batch], block.pixels[batch], block.weights[batch], parts)
 
     def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
         """The regions of components, so many at once that their corners fit into memory."""
@@ -257,11 +260,12 @@ class _Finish:
         owners = np.repeat(np.arange(len(batch)), [component.length for component in batch])
         corners = np.concatenate([piece for component in batch for piece in component.corners])
         outlines = trace_rings(owners, corners, self.scale)
-        facts = np.array([(component.class_index, component.pixels, component.weight) for component in batch])
+        facts = np.array([(part.class_index, part.pixels, part.weight, part.cut) for part in batch])
         yield from self._measured(outlines, *facts.T)
 
     def _measured(
-        self, outlines: list[Rings], classes: np.ndarray, pixels: np.ndarray, weights: np.ndarray
+        self, outlines: list[Rings], classes: np.ndarray, pixels: np.ndarray, weights: np.ndarray, parts: np.ndarray
     ) -> Iterator[Region]:
-        means = weights / (255 * pixels)
-        return map(Region, classes.astype(int).tolist(), outlines, (pixels * self.pixel_um2).tolist(), means.tolist())
+        areas, means = pixels * self.pixel_um2, weights / (255 * pixels)
+        facts = (areas.tolist(), means.tolist(), parts.astype(bool).tolist())
+        return map(Region, classes.astype(int).tolist(), outlines, *facts)

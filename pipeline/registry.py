@@ -11,17 +11,21 @@ a stored model is not executed by Fullfield.
 from __future__ import annotations
 
 import re
+import shutil
+import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 import yaml
 
 from pipeline import checkpoint
 from pipeline.errors import TrackingError
+from pipeline.machine import cache_folder
 from pipeline.store import Store, store_for, unless_there
 
 if TYPE_CHECKING:
@@ -70,8 +74,9 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
     """The checkpoint's folder that a reference means.
 
     A folder is taken as it is. `runs:/ID`, `runs:/ID/PATH`, `models:/NAME@ALIAS` and `models:/NAME/VERSION` are looked up
-    in the store `uri`, else MLFLOW_TRACKING_URI; what lies on this machine is not copied, the rest is downloaded into a
-    temporary folder. Raises TrackingError where there is no such model.
+    in the store `uri`, else MLFLOW_TRACKING_URI; what lies on this machine is not copied, the rest is downloaded into this
+    user's cache, by its digest, where ensembles and workers find it again.
+    Raises TrackingError where there is no such model.
     """
     if not reference.startswith(("runs:/", "models:/")):
         if Path(reference).is_dir():
@@ -83,7 +88,23 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
         from mlflow.artifacts import download_artifacts
 
         place = _of_run(store, reference) if reference.startswith("runs:/") else _of_registry(store, reference)
-        return _checkpoint_in(Path(download_artifacts(place, tracking_uri=store.address)))
+        if urlsplit(place).scheme in ("", "file"):
+            return _checkpoint_in(Path(download_artifacts(place, tracking_uri=store.address)))
+        with TemporaryDirectory() as scratch:
+            return _kept(_checkpoint_in(Path(download_artifacts(place, dst_path=scratch, tracking_uri=store.address))))
+
+
+def _kept(folder: Path) -> Path:
+    """A copy of a checkpoint that stays."""
+    kept = cache_folder() / "models" / checkpoint.digest(folder)
+    if not kept.exists():
+        partial = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.partial")
+        shutil.copytree(folder, partial)
+        try:
+            partial.rename(kept)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+    return kept
 
 
 def _register(store: Store, run_id: str, folder: Path, classes: Sequence[str], registered: str, tags: dict[str, str]) -> str:

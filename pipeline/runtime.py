@@ -3,20 +3,18 @@
     MODEL/                          the checkpoint, which nothing is added to
     MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
     MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see precision.py
-    ~/.cache/fullfield/             what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles take
+    ~/.cache/fullfield/             what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles take,
+                                    models from an MLflow server
 
 DIGEST is the beginning of the model's own, so that nothing made for one model is ever used with another.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +22,7 @@ import numpy as np
 from pipeline import __version__, checkpoint, ensemble, openvino_engine
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
-from pipeline.machine import has_gpu
+from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import GRAPH
 
@@ -200,17 +198,3 @@ def int8_folder(model: Path) -> Path:
 def engines_folder(model: Path) -> Path:
     """Where a model's int8 graph and approvals are: beside the model, since a checkpoint is never added to."""
     return model.with_name(f"{model.name}.engines") / checkpoint.digest(model)[:_DIGITS]
-
-
-def cache_folder() -> Path:
-    """The folder for what can be made again; where it may not be written, this user's own among temporary files."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    usual = (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
-    with suppress(OSError):
-        usual.mkdir(parents=True, exist_ok=True)
-    if os.access(usual, os.W_OK):
-        return usual
-    temporary = Path(gettempdir()) / f"fullfield-{os.getuid()}"
-    with suppress(OSError):
-        temporary.mkdir(mode=0o700, exist_ok=True)
-    return temporary if temporary.is_dir() and temporary.stat().st_uid == os.getuid() else usual

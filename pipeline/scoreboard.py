@@ -22,7 +22,10 @@ Scores = Mapping[str, Mapping[str, float | int | None]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A combination and its scores: class name -> `dice`, `dice_low`, `dice_high`; none where it failed for a `reason`."""
+    """A combination and its scores: class name -> `dice`, `dice_low`, `dice_high`; none where it failed for a `reason`.
+
+    With both, the reason says why the scores are not those of all validation slides.
+    """
 
     name: str
     values: Mapping[str, Any]
@@ -37,8 +40,8 @@ class Entry:
 
 
 def ranked(entries: Sequence[Entry]) -> list[Entry]:
-    """The best first, by mean Dice; what has none comes last."""
-    return sorted(entries, key=lambda entry: -1.0 if entry.dice is None else entry.dice, reverse=True)
+    """The best first, by mean Dice; then those scored on fewer slides; what has no score comes last."""
+    return sorted(entries, key=lambda entry: (entry.dice is not None, not entry.reason, entry.dice or 0.0), reverse=True)
 
 
 def write_scoreboard(folder: Path, entries: Sequence[Entry]) -> None:
@@ -59,7 +62,8 @@ def _row(entry: Entry) -> dict[str, Value]:
     row: dict[str, Value] = {"name": entry.name, **entry.values, "dice": entry.dice}
     for name, fields in entry.scores.items():
         row |= {f"dice {name}{end}": fields[f"dice{end.replace(' ', '_')}"] for end in ("", " low", " high")}
-    return {**row, "status": "failed" if entry.reason else "done", "reason": entry.reason}
+    status = "done" if not entry.reason else "failed" if entry.dice is None else "incomplete"
+    return {**row, "status": status, "reason": entry.reason}
 
 
 def _cell(row: Mapping[str, Value], name: str) -> str:

@@ -23,8 +23,8 @@ from pipeline import ensemble
 from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas, open_canvas
-from pipeline.cluster import Cluster
-from pipeline.errors import CanvasError, FullfieldError
+from pipeline.cluster import Cluster, Outcome
+from pipeline.errors import CanvasError, FullfieldError, WorkerError
 from pipeline.files import locked, write_json
 from pipeline.grid import Tile
 from pipeline.machine import release_memory
@@ -95,19 +95,28 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     chosen in a worker (or `blending.TILE_SIZE` where they are blended).
 
     A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
-    ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded.
+    ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded. Where the slides
+    together kill the workers that try them, one of them by itself decides.
     """
     jobs = [replace(job, chosen_tile_size=TILE_SIZE) if job.settings.blend else job for job in jobs]
     fresh = [job for job in jobs if not _has_tile_size(job)]
     if fresh:
-        slides = [(job.slide, job.mpp) for job in fresh]
-        cluster.submit("tile size", tile_size_for, slides, fresh[0].model, memory_gib, fresh[0].tissue, fresh[0].engine)
-        cluster.prepare(get_ready, fresh[0])  # the other workers, which have nothing else to do meanwhile
-        (outcome,) = cluster
+        outcomes = (_tile_size(tried, cluster, memory_gib) for tried in [fresh, *([job] for job in fresh)])
+        outcome = next(outcomes)
+        while isinstance(outcome.error, WorkerError) and (following := next(outcomes, None)):
+            outcome = following
         if outcome.error:
             raise outcome.error
         jobs = [replace(job, chosen_tile_size=outcome.value) for job in jobs]
     return jobs
+
+
+def _tile_size(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> Outcome:
+    slides, first = [(job.slide, job.mpp) for job in jobs], jobs[0]
+    cluster.submit("tile size", tile_size_for, slides, first.model, memory_gib, first.tissue, first.engine)
+    cluster.prepare(get_ready, first)  # the other workers, which have nothing else to do meanwhile
+    (outcome,) = cluster
+    return outcome
 
 
 def _has_tile_size(job: SlideJob) -> bool:
@@ -201,8 +210,14 @@ def plan_slide(job: SlideJob) -> Plan:
     """Find the tissue, make or reopen the canvas, and list the tiles that are not done.
 
     Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
-    SlideError where the slide cannot be read, and CanvasError where the folder holds another run's output.
+    SlideError where the slide cannot be read, CanvasError where the folder holds another run's output, and EngineError where
+    the way in which this worker would run the model was never held against exact.
     """
+    if job.engine.precision != "exact":
+        from pipeline.precision import require_approval
+
+        for member in ensemble.members(job.model):
+            require_approval(job_engine(job), member)
     OpenedJob(job)  # what cannot be opened leaves no folder
     path = job.folder / CANVAS
     with locked(job.folder):

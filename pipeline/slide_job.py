@@ -58,7 +58,9 @@ def is_finished(job: SlideJob) -> bool:
     """Whether the job's folder holds all that it is to make: nothing is left to do."""
     same = _provenance(job).get("min_region_um2") == job.settings.min_region_um2
     made = (*MADE, ENTROPY) if len(ensemble.members(job.model)) > 1 else MADE
-    complete = same and all((job.folder / name).exists() for name in made) and is_segmented(job)
+    # A machine that loses power may leave a file under its own name that is empty.
+    filled = same and all(path.exists() and path.stat().st_size for path in map(job.folder.joinpath, made))
+    complete = filled and is_segmented(job)
     return complete and open_canvas(job.folder / CANVAS).has_pyramid()
 
 

@@ -33,6 +33,7 @@ _ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 6000, 36  # letters that MLflow takes
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
+_NO_PATH = re.compile(r"[#?%]")  # which MLflow puts into addresses as they are
 
 
 @dataclass
@@ -182,9 +183,12 @@ class Run:
             self.store.client.log_text(self.run_id, text, name)
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """Copies a file (a picture, say) into `folder` of the run's files; one of the same name is replaced."""
+        """Copies a file (a picture, say) into `folder` of the run's files; one of the same name is replaced.
+
+        In the folder's name, letters that a server would take for the end of an address become `_`.
+        """
         with self.store.conversation():
-            self.store.client.log_artifact(self.run_id, str(path), folder or None)
+            self.store.client.log_artifact(self.run_id, str(path), _NO_PATH.sub("_", folder) or None)
 
     def log_dataset(self, name: str, digest: str, source: str | Path, context: str) -> None:
         """Notes data that the run used: what (`digest`: MLflow keeps 36 letters), from where, and its use ("training")."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyarrow import parquet
 
+from pipeline import snapshot
 from pipeline.ahead import ahead
 from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import Cluster, connect
@@ -19,7 +20,7 @@ from pipeline.config import Config
 from pipeline.errors import CohortError, TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
-from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_interrupted, check_model, read_stamp, tile_inputs
+from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read_stamp, tile_inputs
 from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate, normalised
@@ -58,6 +59,10 @@ class Workspace:
     def model(self) -> Path:
         """The folder of the trained model."""
         return self.output / "model"
+
+    def is_interrupted(self) -> bool:
+        """Whether a training was begun here that has not become a model. Raises TrainingError where its state is broken."""
+        return snapshot.read_standing(snapshot.beside(self.output / "model.partial")) is not None
 
     def annotated(self, splits: Sequence[str]) -> list[Case]:
         """The cases of some splits of which something is known."""
@@ -108,13 +113,17 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     if manifest.absolute() == dealt and not all(case.split for case in given):
         remedy = "Call it otherwise, give it a column `split`, or choose another `output`."
         raise CohortError(str(manifest), "the manifest, where the cohort with its splits is to be", "another file", remedy)
-    cases = deal_out(given, config.cohort.fractions.model_dump(), config.seed)
-    check_model(config, cases)
-    check_interrupted(config)
+    cases = dealt_cases(config)
+    check_output(config, cases)
     config.output.mkdir(parents=True, exist_ok=True)
     write_manifest(dealt, cases)
     write_text(config.output / "config.yaml", config.to_yaml())
     return config, cases
+
+
+def dealt_cases(config: Config) -> tuple[Case, ...]:
+    """The cohort with its splits. Raises CohortError."""
+    return deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
 
 
 def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:

@@ -119,6 +119,17 @@ def test_large_fields_are_read_from_a_coarser_level(tmp_path, monkeypatch):
     assert found.boundaries[1].length == pytest.approx(whole.length, rel=0.05)
 
 
+def test_a_large_field_predicted_perfectly_has_a_perfect_surface(tmp_path, monkeypatch):
+    """From a coarser level truth and labels differ by a pixel of it, though the finest are the same."""
+    monkeypatch.setattr(fields, "CELLS", 256)
+    labels = discs((900, 1300), (400, 500, 250), (300, 900, 150))
+    canvas = canvas_of(tmp_path / "c", labels, PAIR)
+    for tolerance_um in (None, 1.5):
+        found = assess(canvas, ArrayTruth(labels), Rules(0, 50.0, tolerance_um))
+        assert found.coarsest_um == 4.0
+        assert surface_dice([found.boundaries[1]], np.ones((1, 1), int)) == 1
+
+
 def test_a_phantom_predicted_perfectly(tmp_path):
     phantom = make_phantom(tmp_path / "p.tiff", seed=3, width=801, height=643, mpp=1.0)
     canvas = canvas_of(tmp_path / "c", phantom.truth, PHANTOM_CLASSES, sure=1.0)

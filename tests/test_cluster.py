@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.cluster import connect
 from pipeline.config import ClusterSettings
-from pipeline.errors import SlideError, WorkerError
+from pipeline.errors import ClusterError, SlideError, WorkerError
 from pipeline.machine import cores
 
 
@@ -160,6 +161,35 @@ def test_an_address_is_used() -> None:
     ):
         cluster.submit("a", double, 21)
         assert [outcome.value for outcome in cluster] == [42]
+
+
+def have_other_code() -> None:
+    from pipeline import origin
+
+    origin.source_digest = lambda: "another"
+
+
+def test_workers_with_other_code_are_refused() -> None:
+    from distributed import Client, LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local:
+        with Client(local) as client:
+            client.run(have_other_code)
+        with pytest.raises(ClusterError, match=r"workers tcp://127\.0\.0\.1:\d+: found other code"):
+            connect(ClusterSettings(scheduler=local.scheduler_address)).__enter__()
+
+
+def test_who_waits_for_workers_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as local:
+        later = threading.Timer(2, local.scale, [1])
+        later.start()
+        with connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster:
+            cluster.submit("a", double, 21)
+            assert [outcome.value for outcome in cluster] == [42]
+        later.join()
+    assert f"Waiting for a worker of {local.scheduler_address}" in capsys.readouterr().out
 
 
 def test_a_stream_ends_with_its_client() -> None:

@@ -1,6 +1,7 @@
 """The combinations of a sweep, and the table that ranks them."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,22 +66,24 @@ def scored(name: str, first: float | None, second: float | None) -> Entry:
 def test_the_best_stands_first_and_a_failure_last_with_its_reason(tmp_path: Path) -> None:
     entries = [
         Entry("broken", {"network.width": 4}, {}, "the loss | is nan"),
+        replace(scored("part", 1.0, 1.0), reason="scored on a part of the validation slides"),
         scored("good", 0.9, None),
         scored("fair", 0.9, 0.5),
     ]
-    assert [entry.name for entry in ranked(entries)] == ["good", "fair", "broken"]
+    assert [entry.name for entry in ranked(entries)] == ["good", "fair", "part", "broken"]
     write_scoreboard(tmp_path, ranked(entries))
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["name"], row["dice"], row["status"]) for row in rows] == [
         ("good", "0.9", "done"),
         ("fair", "0.7", "done"),
+        ("part", "1.0", "incomplete"),
         ("broken", "", "failed"),
     ]
-    assert rows[2]["reason"] == "the loss | is nan"
+    assert rows[3]["reason"] == "the loss | is nan"
     table = (tmp_path / "sweep.md").read_text().splitlines()
     assert "| 0.900 (0.800 to 1.000) |" in table[2]
-    assert r"the loss \| is nan" in table[4]
+    assert r"the loss \| is nan" in table[5]
     assert Image.open(tmp_path / "sweep.png").width > 100
 
 

@@ -21,6 +21,7 @@ from pipeline.store import open_store
 from pipeline.tally import find_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
+from workflows.evaluate import evaluate_cohort
 from workflows.run import run
 from workflows.sweep import sweep
 from workflows.tile import tile_case, tile_cohort
@@ -100,6 +101,13 @@ def check_refusals(config: Path, output: Path) -> None:
     before = (output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()
     with pytest.raises(CheckpointError, match="patients dealt out otherwise"):
         crossval(config, [f"output={output}", "cohort.fractions={train: 1, val: 0, test: 0}"], 2)
+    files = [output / name for name in ("config.yaml", "cohort.csv", *(f"fold-{fold}/cohort.csv" for fold in (1, 2, 3)))]
+    kept = [path.read_bytes() for path in files]
+    for other in ("training.epochs=9", "cohort.fractions={train: 1, val: 0, test: 0}"):
+        with pytest.raises(CheckpointError, match="another cohort or configuration"):
+            crossval(config, [f"output={output}", other], 3)
+        assert [path.read_bytes() for path in files][2:] == kept[2:]
+        assert "9" not in other or [path.read_bytes() for path in files] == kept
     assert ((output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()) == before
     store, run_id = f"sqlite:///{output / 'mlflow.db'}", json.loads((output / "run.json").read_text())["run_id"]
     with pytest.raises(TrackingError, match="no lineage.json"):
@@ -180,7 +188,17 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
     order = [float(row["dice"]) for row in rows_of(output / "sweep.csv")]
     assert order == sorted(order, reverse=True) and len(set(order)) == 4
     assert (output / "sweep.png").stat().st_size > 0 and all(name in (output / "sweep.md").read_text() for name in names)
-    assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **dict.fromkeys(names, STAGES)}
+    stages = dict.fromkeys(names, STAGES)
+    assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **stages}
+    kept = [(output / name).read_bytes() for name in ("config.yaml", "cohort.csv", "sweep.csv")]
+    with pytest.raises(CheckpointError, match="another cohort or configuration"):
+        sweep(config, [f"output={output}", "seed=5", *values])
+    assert [(output / name).read_bytes() for name in ("config.yaml", "cohort.csv", "sweep.csv")] == kept
+    for name in ("model", "slides"):
+        shutil.rmtree(output / names[1] / name)
+    assert sweep(config, [f"output={output}", *values]) == 0
+    again = {**stages, names[1]: sorted([*STAGES, "train"])}  # the one set aside keeps its name
+    assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **again}
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -191,6 +209,15 @@ def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
     assert (good["name"], good["status"]) == ("learning_rate=0.01", "done")
     assert (failed["status"], failed["dice"]) == ("failed", "")
     assert "loss" in failed["reason"]
+
+
+def test_figures_of_a_model_that_is_gone_are_put_aside(config: Path, tmp_path: Path) -> None:
+    """Else a cross-validation would pool them with those of the models that are there."""
+    with open_workspace(load_config(config, [f"output={tmp_path / 'out'}"])) as workspace:
+        (workspace.output / "confusions.json").write_text("{}")
+        assert evaluate_cohort(workspace) == 1
+    assert not (tmp_path / "out" / "confusions.json").exists()
+    assert (tmp_path / "out" / "confusions.json.old").read_text() == "{}"
 
 
 def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_a_killed_command_takes_its_workers_along(project: Path, undisturbed: Pi
     client = command(project, tmp_path, "--workers", 1)
     await_moment(tmp_path, 100 + seed, lambda: client.poll() is not None)
     workers = workers_of(psutil.Process(client.pid))
+    assert workers or client.poll() is not None
     client.kill()
     client.communicate()
     _, alive = psutil.wait_procs(workers, timeout=PATIENCE)

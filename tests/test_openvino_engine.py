@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def test_an_answer_outlives_the_next_call(graphs: dict[str, Path]) -> None:
     kept = first.copy()
     engine(IMAGE[None, 100:164, 100:196])
     assert (first == kept).all()
+
+
+def test_threads_get_their_own_answers(graphs: dict[str, Path]) -> None:
+    """As a server's do, and those of a Dask worker with several."""
+    engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
+    windows = [IMAGE[None, y : y + 128, :160] for y in (0, 64, 128, 200)]
+    alone = [engine(window) for window in windows]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(engine, windows * 10))
+    assert all((answer == own).all() for answer, own in zip(answers, alone * 10, strict=True))
+
+
+def test_graphs_are_for_all_to_read(graphs: dict[str, Path]) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert graphs["fcn"].parent.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_graph_network_gives_the_same(graphs: dict[str, Path], tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ pytest.importorskip("openvino")
 
 from pipeline import checkpoint, runtime
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import EngineSettings, TissueSettings
+from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
 from pipeline.network import ModelSpec
 from pipeline.patches import PatchIndex, Source
-from pipeline.phantom import make_cohort, make_phantom
+from pipeline.phantom import make_cohort, make_phantom, write_slide
 from pipeline.precision import Deviation, approval, approve, calibration_patches, check, measure_deviation, require_approval
+from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
+from pipeline.slide_job import SlideJob
 from pipeline.tissue import Tissue, find_tissue
 from workflows.run import run_config
 from workflows.segment import segment
@@ -125,6 +127,24 @@ def save(folder: Path, width: int) -> Path:
     described = ModelSpec(architecture="heatmap", classes=spec(2).classes, mpp=1.0, patch_size=32, width=width, depth=1)
     checkpoint.save(folder, described, build_network(described))
     return folder
+
+
+def test_a_worker_that_computes_otherwise_than_approved_is_refused(tmp_path: Path) -> None:
+    """Whoever gave the order may have looked at another kind of machine."""
+    write_slide(np.full((64, 64, 3), 255, np.uint8), tmp_path / "slide.tiff", 1.0)
+    job = SlideJob(
+        "slide",
+        tmp_path / "slide.tiff",
+        None,
+        save(tmp_path / "model", 4),
+        tmp_path / "out",
+        SegmentationSettings(tile_size=64),
+        TissueSettings(),
+        FAST,
+    )
+    with pytest.raises(EngineError, match="never held against exact"):
+        plan_slide(job)
+    assert not job.folder.exists()
 
 
 def test_an_approval_is_the_models_own(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline import __version__
 from pipeline.canvas import open_canvas
+from pipeline.checkpoint import digest
 from pipeline.cohort import read_manifest, write_manifest
 from pipeline.config import ClusterSettings, EngineSettings
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, TrackingError
-from pipeline.lineage import add_models, read_lineage
+from pipeline.lineage import add_models, begin_lineage, read_lineage, write_lineage
 from pipeline.metrics import SlideConfusion
 from pipeline.origin import packages
 from pipeline.phantom import make_cohort
@@ -31,6 +34,7 @@ from pipeline.registry import resolve_model
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS
 from pipeline.tally import Tally, read_tally
+from pipeline.tracking import Run
 from pipeline.versions import find_version
 from workflows.promote import promote
 from workflows.reproduce import reproduce
@@ -153,6 +157,21 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     with pytest.raises(CohortError, match="no test slide that both models have never seen"):
         promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out")
     assert capsys.readouterr().out.count("was trained on") == 2
+    examined = [replace(case, patient=f"new {case.patient}", split="val") for case in cases if case.split == "test"]
+    write_manifest(tmp_path / "cohort.csv", examined)
+    assert promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out") == 0
+    tags = store.get_model_version("tissue", find_version(str(good))[1].number).tags
+    assert tags["fullfield.seen.split"] == "val" and "flatters the challenger" in tags["fullfield.seen.verdict"]
+    assert "patients for validation decide, which flatters the challenger" in capsys.readouterr().out
+    store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
+    for case in examined:
+        (tmp_path / f"{case.slide_id}.geojson").write_text("[]")
+    silent = [replace(case, annotation=tmp_path / f"{case.slide_id}.geojson") for case in examined]
+    write_manifest(tmp_path / "cohort.csv", silent)
+    unknown = {**content, "annotations": {**content.get("annotations", {}), "rest": None}}
+    (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(unknown))
+    with pytest.raises((CohortError, CheckpointError)):
+        promote(str(good), "seen", 0.01, tmp_path / "unknown.yaml", tmp_path / "unknown")
     content["classes"].reverse()
     (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(CheckpointError, match="List the model's classes"):
@@ -220,33 +239,34 @@ def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path
     pixels = open_slide(slide).read(canvas.lattice.roi, canvas.lattice)
     expected = canvas.read_probabilities(canvas.lattice.roi)
     examined = canvas.read_labels(canvas.lattice.roi) != 255
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     store, version = find_version(str(good))
     stored = resolve_model(version.reference, store.address).parents[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(stored)]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "log").open("wb") as log:
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/ping", server, tmp_path / "log")
+    with _mlflow(["models", "serve", "--model-uri", str(stored), "--env-manager", "local"], "ping", tmp_path) as address:
         body = json.dumps({"inputs": pixels[None].tolist()}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             served = np.array(json.load(answer)["predictions"])[0]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
     assert examined.any()
     assert np.abs(served - expected / 255)[:, examined].max() <= 0.5 / 255 + 1e-5
 
 
+def test_a_model_of_a_tracking_server_is_kept_where_workers_find_it(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    places = ["--backend-store-uri", f"sqlite:///{tmp_path}/store.db", "--artifacts-destination", str(tmp_path / "files")]
+    with _mlflow(["server", "--workers", "1", *places], "health", tmp_path) as address:
+        started = Run.start(tmp_path / "run", "served", "run", address)
+        reference = started.log_model(good / "model", ["Other", "Gland", "Fat"], "kept", "newest")
+        found = [resolve_model(reference, address) for _ in range(2)]
+    assert found[0] == found[1] and found[0].is_relative_to(tmp_path / "cache")
+    assert digest(found[0]) == digest(good / "model")
+    assert len(list(found[0].parent.iterdir())) == 1
+
+
 def test_what_began_a_lineage_stays_in_it(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither a run that skips everything, nor slides segmented into its folder, hide that other code began it."""
-    kept = (good / "lineage.json").read_text()
+    kept, config = (good / "lineage.json").read_text(), (good / "config.yaml").read_text()
     found = json.loads(kept)
     found["origins"][0] |= {"version": "0.0.9", "packages": {**found["origins"][0]["packages"], "torch": "1.0"}}
     (good / "lineage.json").write_text(json.dumps(found))
@@ -257,10 +277,35 @@ def test_what_began_a_lineage_stays_in_it(good: Path, tmp_path: Path, capsys: py
         capsys.readouterr()
         assert reproduce(str(good), tmp_path / "again") == 0
         assert len(json.loads((good / "lineage.json").read_text())["origins"]) == 2
+        said = capsys.readouterr().out.splitlines()
+        (good / "config.yaml").write_text(config.replace("seed: 0", "seed: 7"))
+        assert reproduce(str(good), tmp_path / "other") == 0
     finally:
         (good / "lineage.json").write_text(kept)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
-    assert [line.split(",")[0] for line in said] == ["changed: version: was 0.0.9", "changed: package torch: was 1.0"]
+        (good / "config.yaml").write_text(config)
+    changed = [line.split(",")[0] for line in said if line.startswith("changed: ")]
+    assert changed == ["changed: version: was 0.0.9", "changed: package torch: was 1.0"]
+    assert [line.split()[6] for line in said if line.startswith("gone on with: ")] == [__version__]
+    assert "changed: config.yaml: a later command" in capsys.readouterr().out
+
+
+@contextmanager
+def _mlflow(arguments: list[str], page: str, folder: Path) -> Iterator[str]:
+    """The address of a server of MLflow's, which answers at `page`; it ends with the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "log").open("wb") as log:
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/{page}", server, folder / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -280,6 +325,31 @@ def test_a_lineage_names_all_models_that_segmented_into_a_folder(good: Path, bad
     found = json.loads((tmp_path / "lineage.json").read_text())
     assert {one["path"] for one in found["segmented_with"]} == {str(run / "model") for run in (good, bad)}
     assert len(found["origins"]) == 1
+
+
+def test_a_lineage_begins_with_who_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with who ends the training, nor with who made a model that is gone."""
+    for code in ("A", "B", "C"):
+        monkeypatch.setattr("pipeline.lineage.origin", lambda code=code: {"code": code, "version": "1", "machine": "m"})
+        if code == "A":
+            begin_lineage(tmp_path, anew=True)
+        elif code == "B":  # goes on with the training, and ends it
+            begin_lineage(tmp_path, anew=False)
+            write_lineage(tmp_path, {"models": [], "slides": []})
+            assert [one["code"] for one in read_lineage(tmp_path / "lineage.json")["origins"]] == ["A", "B"]
+        else:  # the model was deleted
+            begin_lineage(tmp_path, anew=True)
+    found = json.loads((tmp_path / "lineage.json").read_text())
+    assert [one["code"] for one in found["origins"]] == ["C"] and "models" not in found
+    assert [one["code"] for one in read_lineage(tmp_path / "lineage.json.old")["origins"]] == ["A", "B"]
+
+
+def test_packages_are_those_that_python_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("numpy-0.0.1", "Metadata-Version: 2.1\nName: numpy\nVersion: 0.0.1\n"), ("rest-1", "")):
+        (tmp_path / f"{name}.dist-info").mkdir()
+        (tmp_path / f"{name}.dist-info" / "METADATA").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.__wrapped__()["numpy"] == "0.0.1"
 
 
 def test_a_damaged_lineage_is_put_aside(good: Path, tmp_path: Path) -> None:

@@ -105,9 +105,12 @@ def test_what_is_missing_of_a_finished_slide_is_made_again(models: list[Path], s
     folder = tmp_path / "slides" / "scan"
     outlines, canvas = (folder / "regions.geojson").read_bytes(), open_canvas(folder / CANVAS)
     probabilities = canvas.read_probabilities(canvas.lattice.roi)
+    measurements = (folder / "measurements.csv").read_bytes()
     (folder / "regions.geojson").unlink()
+    (folder / "measurements.csv").write_bytes(b"")  # as a machine that lost power may leave it
     assert run(scan, models[:1], tmp_path) == 0
     assert (folder / "regions.geojson").read_bytes() == outlines
+    assert (folder / "measurements.csv").read_bytes() == measurements
     canvas.probability_shards(0).path(canvas.done()[0]).unlink()
     (folder / "provenance.json").write_text("{")
     assert run(scan, models[:1], tmp_path) == 0

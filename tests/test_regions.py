@@ -150,6 +150,10 @@ def test_outlines_are_no_longer_than_allowed(tmp_path: Path, monkeypatch: pytest
     assert len(whole) == 1 and shapely.count_coordinates(polygon_of(whole[0])) > 10_000
     assert max(shapely.count_coordinates(polygon_of(part)) for part in parts) < 2 * 600
     assert sum(part.area_um2 for part in parts) == whole[0].area_um2
+    assert all(part.part for part in parts) and not whole[0].part
+    assert write_geojson(tmp_path / "r.geojson", parts, CLASSES)["Gland"] == 0
+    measured = [item["properties"]["measurements"] for item in json.loads((tmp_path / "r.geojson").read_text())["features"]]
+    assert all(item["Part of a larger region"] == 1 for item in measured)
 
 
 def test_tiles_larger_than_a_block_are_joined_within() -> None:
@@ -199,7 +203,7 @@ def test_geojson_reads_back_as_the_labels(tmp_path: Path) -> None:
     assert counts == {"Glass": 0, "Gland": 4, "Fat": 3}
     assert len(features) == 7
     again = [
-        Region(CLASSES.index(item["properties"]["classification"]["name"]), item["geometry"]["coordinates"], 0, 0)
+        Region(CLASSES.index(item["properties"]["classification"]["name"]), item["geometry"]["coordinates"], 0, 0, False)
         for item in features
     ]
     assert np.array_equal(drawn(again, canvas), np.where(labels == 0, IGNORED, labels))

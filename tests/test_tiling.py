@@ -19,10 +19,10 @@ from pipeline.architectures import build_network
 from pipeline.canvas import create_canvas
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
-from pipeline.cluster import connect
+from pipeline.cluster import Outcome, connect
 from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
 from pipeline.engine import TorchEngine
-from pipeline.errors import CanvasError, ClusterError
+from pipeline.errors import CanvasError, ClusterError, WorkerError
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid
@@ -298,6 +298,39 @@ def test_an_output_keeps_its_tile_size_and_the_user_counts_before_all(model: Pat
     other_choice = replace(old, chosen_tile_size=512)  # of another command, which began before the canvas was there
     assert plan_slide(other_choice).blocks == plan_slide(started).blocks
     assert not is_finished(new)
+
+
+class Deadly:
+    """Runs tasks here; whoever is given a slide called `deadly` is dead."""
+
+    description = "here"
+
+    def __init__(self) -> None:
+        self.outcomes = list[Outcome]()
+
+    def submit(self, key, function, slides, *arguments) -> None:
+        if any(path.stem == "deadly" for path, _ in slides):
+            self.outcomes.append(Outcome(key, error=WorkerError("tile_size_for", "deaths", "life", "Delete it.")))
+        else:
+            self.outcomes.append(Outcome(key, function(slides, *arguments)))
+
+    def prepare(self, function, *arguments) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Outcome]:
+        while self.outcomes:
+            yield self.outcomes.pop()
+
+
+def test_a_slide_that_kills_its_workers_does_not_decide(model: Path, scan: Path, tmp_path: Path) -> None:
+    settings, tissue = SegmentationSettings(), TissueSettings()
+    fatal, good = (
+        SlideJob(path.stem, path, None, model, tmp_path / path.stem, settings, tissue) for path in (Path("deadly.svs"), scan)
+    )
+    sizes = {job_tile_size(job) for job in with_tile_sizes([fatal, good], Deadly(), None)}
+    assert sizes == {job_tile_size(with_tile_sizes([good], Deadly(), None)[0])}
+    with pytest.raises(WorkerError):
+        with_tile_sizes([fatal], Deadly(), None)
 
 
 @pytest.mark.parametrize(("architecture", "tile"), product(["fcn", "heatmap"], [256, 512]))

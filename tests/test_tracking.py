@@ -282,6 +282,15 @@ def test_files_tables_and_references_are_found_in_the_run(start, tmp_path):
         run.log_file(tmp_path / "nowhere.png")
 
 
+def test_names_that_would_end_an_address_are_written_otherwise(start, tmp_path):
+    (tmp_path / "overlay.png").write_bytes(b"png")
+    with start() as run:
+        for name in ("S12 #1", "S12 #2"):
+            run.log_file(tmp_path / "overlay.png", f"slides/{name}")
+    listed = [item.path for item in run.store.client.list_artifacts(run.run_id, "slides")]
+    assert listed == ["slides/S12 _1", "slides/S12 _2"]
+
+
 def test_a_data_set_is_noted_once(start, tmp_path):
     run = start()
     for _ in range(2):

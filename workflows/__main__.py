@@ -130,8 +130,9 @@ def plan(
 ) -> None:
     """Say what segmenting a slide will take, without doing it: tile size, cost of the halo, seconds, memory, disk.
 
-    Reads the slide's tissue and runs a few tiles of it in a worker; keeps nothing. Peak memory is that of a whole worker;
-    the output is the OME-Zarr with its pyramid, at the rate at which those tiles were compressed.
+    Reads the slide's tissue and runs a few tiles of it in a worker; keeps nothing but what speeds up the next call. Peak
+    memory is that of a whole worker; the output is the OME-Zarr with its pyramid, at the rate at which those tiles were
+    compressed.
     Example: `fullfield plan slide.svs --model runs/demo/model`
     """
     from workflows.plan import plan as verb
@@ -212,9 +213,10 @@ def promote(
 ) -> None:
     """Give a registered model the alias, unless it may lose against the model that has it.
 
-    Both segment the annotated test slides that neither was trained on; the alias moves where the 95 % interval of the paired
-    difference over patients leaves out a loss larger than the margin. The evidence becomes tags of the version. The exit
-    code is 1 where the alias stays. Example: `fullfield promote runs/mine --margin 0.01`
+    Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
+    flatters MODEL; the alias moves where the 95 % interval of the paired difference over patients leaves out a loss larger
+    than the margin. The evidence becomes tags of the version. The exit code is 1 where the alias stays.
+    Example: `fullfield promote runs/mine --margin 0.01`
     """
     from workflows.promote import promote as verb
 

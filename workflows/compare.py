@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.comparison import in_words, paired, paired_difference
 from pipeline.config import EvaluationSettings
@@ -53,7 +53,8 @@ def _sentence(
 
 def _table(name: str, dice: Mapping[str, Mapping[str, float]]) -> Table:
     """A row a patient, a column a run; empty where the run has no such patient, or the patient no such class."""
-    table = Table("patient", *dice, title=f"Dice, {name}", title_justify="left")
+    columns = [Column(run, overflow="fold") for run in dice]
+    table = Table("patient", *columns, title=f"Dice, {name}", title_justify="left")
     for patient in sorted({patient for scores in dice.values() for patient in scores}):
         table.add_row(patient, *(f"{scores[patient]:.3f}" if patient in scores else "-" for scores in dice.values()))
     return table

@@ -19,6 +19,7 @@ from pipeline.errors import CheckpointError
 from pipeline.files import write_csv, write_json
 from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
+from pipeline.inputs import check_output
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console
 from pipeline.tally import FILE as TALLY
@@ -38,10 +39,12 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
     if (config.output / "model").exists():
         remedy = "Choose another `output`, for instance output=runs/crossval."
         raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
+    for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
+        check_output(_part(config, cohort.parent), read_manifest(cohort))
     with open_workspace(config) as workspace:
-        workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
         failures = [tile_cohort(workspace)]
         parts = _write_folds(workspace, folds)
+        workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
         for part in parts:
             console.print(f"\n{part.output.name} of {folds}")
             with open_within(workspace, part) as fold:
@@ -66,17 +69,22 @@ def _write_folds(workspace: Workspace, folds: int) -> list[Config]:
         cohorts.append(fold_cases(cases, patients, content, val_share, config.seed, validated))
     rows = _fold_rows(held, content, config)
     _check_folds(workspace.output, _fold_of(held))
+    parts = [_part(config, workspace.output / f"fold-{number}") for number in range(1, folds + 1)]
+    for part, fold_cohort in zip(parts, cohorts, strict=True):
+        check_output(part, fold_cohort)
     write_csv(workspace.output / "folds.csv", list(rows[0]), rows)
     workspace.run.log_file(workspace.output / "folds.csv")
-    parts = []
-    for number, (patients, cohort_cases) in enumerate(zip(held, cohorts, strict=True), 1):
+    for number, (part, patients, fold_cohort) in enumerate(zip(parts, held, cohorts, strict=True), 1):
         console.print(f"fold {number} holds out {', '.join(sorted(patients))}")
-        output = workspace.output / f"fold-{number}"
-        write_manifest(output / "cohort.csv", cohort_cases)
-        cohort = config.cohort.model_copy(update={"manifest": output / "cohort.csv"})
-        segmentation = config.segmentation.model_copy(update={"splits": ("test",)})
-        parts.append(config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation}))
+        write_manifest(part.cohort.manifest, fold_cohort)
     return parts
+
+
+def _part(config: Config, output: Path) -> Config:
+    """The configuration of the fold in a folder."""
+    cohort = config.cohort.model_copy(update={"manifest": output / "cohort.csv"})
+    segmentation = config.segmentation.model_copy(update={"splits": ("test",)})
+    return config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation})
 
 
 def _fold_of(held: Sequence[Collection[str]]) -> dict[str, int]:

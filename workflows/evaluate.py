@@ -28,6 +28,7 @@ from pipeline.truth import Truth
 from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index, slide_job
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
+_FIGURES = ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION)
 _SHAPE_COLUMNS = (
     ("object_f1", "object F1"),
     ("object_dice", "object Dice"),
@@ -65,8 +66,16 @@ def evaluate_cohort(workspace: Workspace) -> int:
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
     else:
+        _put_aside(workspace.output)
         console.print(f"evaluate: nothing to compare: no annotated slide of {config.segmentation.splits} is segmented")
     return 1 if missing else 0
+
+
+def _put_aside(output: Path) -> None:
+    """Rename the figures of an earlier call, perhaps of a model that is gone: nobody takes them for those of this one."""
+    for path in (output / name for name in _FIGURES):
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.old"))
 
 
 def assess_case(case: Case, config: Config) -> Assessment:
@@ -116,7 +125,7 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
         metrics = {**_headline(scores), **{f"{split} ece": error["ece"] for split, error in errors.items()}}
         run.log_metrics(metrics)
         workspace.run.log_metrics(metrics)
-        for name in ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION):
+        for name in _FIGURES:
             run.log_file(output / name)
         for row in rows:
             run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")

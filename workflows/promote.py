@@ -32,6 +32,8 @@ from workflows.segment import run_jobs
 
 Scores = dict[str, float]
 
+_FLATTERED = "which flatters the challenger: its epoch was chosen by them"
+
 
 def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
     """Examine both on the same patients, keep the evidence, and move the alias; 1 where it stays, else 0.
@@ -51,11 +53,13 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     _check_classes(champion, challenger)
     config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
     _check_truth(config, challenger)
-    theirs, ours = _contest(champion, challenger, config, output)
+    theirs, ours, split = _contest(champion, challenger, config, output)
     difference = paired_difference(theirs, ours, config.evaluation.bootstrap_samples, config.seed)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
-    evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin}
+    if split == "val":
+        verdict = f"{verdict} (by patients for validation, {_FLATTERED})"
+    evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin, "split": split}
     decide(store, challenger, alias, takes, {**evidence, **_figures(difference, theirs, ours)})
     console.print(f"{challenger.reference}: {verdict}", soft_wrap=True)
     if not takes:
@@ -63,13 +67,16 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     return 0 if takes else 1
 
 
-def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores]:
-    """The mean Dice of each patient, of the champion and of the challenger. Raises CohortError."""
+def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores, str]:
+    """The mean Dice of each patient, of the champion and of the challenger, and their split. Raises CohortError."""
     with connect(config.cluster) as cluster:
         cases = _unseen(config, cluster, [champion, challenger])
         theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
     shared_patients(theirs, ours)  # refuses another truth
-    return theirs.mean_dice(), ours.mean_dice()
+    if not ours.mean_dice() or not theirs.mean_dice():
+        remedy = "Annotate test slides, or set `annotations.rest`."
+        raise CohortError(str(config.cohort.manifest), "nothing known of the slides to examine", "some truth", remedy)
+    return theirs.mean_dice(), ours.mean_dice(), cases[0].split
 
 
 def _figures(difference: Difference, theirs: Scores, ours: Scores) -> dict[str, object]:
@@ -123,7 +130,7 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
     annotated = [case for case in cases if case.annotation is not None]
     split = "test" if any(case.split == "test" for case in annotated) else "val"
     if split == "val":
-        console.print(f"{manifest} has no annotated test slides: patients for validation decide")
+        console.print(f"{manifest} has no annotated test slides: patients for validation decide, {_FLATTERED}")
     for case in annotated:
         if case.split == split:
             cluster.submit(case, case_facts, case)

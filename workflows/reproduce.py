@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.cohort import write_manifest
@@ -12,6 +13,8 @@ from pipeline.files import write_text
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
+
+_LETTERS = 9  # of a commit
 
 
 def reproduce(reference: str, output: Path | None) -> int:
@@ -30,9 +33,14 @@ def reproduce(reference: str, output: Path | None) -> int:
     write_manifest(output / "cohort.csv", cases)
     write_text(output / "config.yaml", old.model_copy(update={"output": output, "cohort": cohort}).to_yaml())
     differences = list(changes(lineage, [case_facts(case) for case in cases]))
-    began = lineage["origins"][0]
-    made = f"{began['made']} with Fullfield {began['version']} on {began['machine']}"
-    console.print(f"{reference} was made {made}", soft_wrap=True)
+    if lineage.get("config_digest", old.digest()) != old.digest():
+        differences.append(
+            "config.yaml: a later command has written another configuration into the folder, and this is that"
+        )
+    began, *later = lineage["origins"]
+    console.print(f"{reference} was made {_by(began)}", soft_wrap=True)
+    for went_on in later:
+        console.print(f"gone on with: {_by(went_on)}", soft_wrap=True)
     if not differences:
         console.print("Nothing has changed since: code, packages, machine, slides and annotations are the same.")
     for line in differences:
@@ -40,3 +48,8 @@ def reproduce(reference: str, output: Path | None) -> int:
     command = shlex.join(["fullfield", "run", str(output / "config.yaml")])
     console.print(f"Run it again with\n  {command}", soft_wrap=True)
     return 0
+
+
+def _by(origin: Mapping[str, str]) -> str:
+    commit = f" ({origin['commit'][:_LETTERS]})" if "commit" in origin else ""
+    return f"{origin['made']} with Fullfield {origin['version']}{commit} on {origin['machine']}"

@@ -60,7 +60,7 @@ def segment(
     found = [member for model in models for member in _checkpoints(resolve_model(model).absolute())]
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
     stitching(spec, blend)  # refuses what is not local before anything is begun
-    if engine.precision != "exact":
+    if engine.precision != "exact" and where.scheduler is None:  # else workers decide, which may compute otherwise
         from pipeline.precision import require_approval
 
         for member in found:
@@ -144,17 +144,15 @@ def segment_cohort(workspace: Workspace) -> int:
 
 def _approve_engine(workspace: Workspace, run: Run) -> None:
     """Compare the run's engine with the exact one in a worker, print and log. Raises EngineError where it strays too far."""
-    config, engine = workspace.config, settled(workspace.config.engine, workspace.config.network.architecture)
-    cases = workspace.annotated(("train", "val"))
-    for found in workspace.cluster.stream(approve_engine, config, engine, cases, workspace.tiles, workspace.model):
-        console.print(f"{engine.precision} with {engine.backend} against exact: {found}")
+    config, cases = workspace.config, workspace.annotated(("train", "val"))
+    for backend, found in workspace.cluster.stream(approve_engine, config, cases, workspace.tiles, workspace.model):
+        console.print(f"{config.engine.precision} with {backend} against exact: {found}")
         run.log_metrics(asdict(found))
 
 
-def approve_engine(
-    config: Config, engine: EngineSettings, cases: Sequence[Case], tiles: Path, model: Path
-) -> Iterator[Deviation]:
-    """Yield how far an engine is from the exact one on validation tissue; then approve it, or raise EngineError.
+def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Path) -> Iterator[tuple[str, Deviation]]:
+    """Yield the backend that this worker runs, and how far it is from exact on validation tissue; then approve it, or raise
+    EngineError.
 
     Calibrates int8 where the model has none yet. An engine that was approved before is not run again.
     """
@@ -163,6 +161,7 @@ def approve_engine(
     from pipeline.tissue import find_tissue
     from pipeline.workspace import open_source
 
+    engine = settled(config.engine, config.network.architecture)
     if (engine.precision, engine.backend) == ("fastest", "openvino") and not has_int8(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
     found = approval(engine, model)
@@ -173,7 +172,7 @@ def approve_engine(
         tissues = (find_tissue(open_slide(case.slide, case.mpp), config.tissue) for case in slides)
         exact = open_engine(model, settled(EngineSettings(flips=engine.flips), config.network.architecture))
         found = measure_deviation(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
-    yield found
+    yield engine.backend, found
     approve(found, engine, model)
 
 

@@ -15,13 +15,14 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, FullfieldError
 from pipeline.files import locked
+from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
 from pipeline.progress import console, progress
 from pipeline.scoreboard import Entry, ranked, write_scoreboard
-from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
+from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
-from workflows.train import fit, fit_arguments
+from workflows.train import begin, fit, fit_arguments
 
 _FILES = ("sweep.csv", "sweep.md", "sweep.png")
 _SPLIT = "val"
@@ -35,12 +36,15 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
         remedy = "Choose another `output`, for instance output=runs/sweep."
         raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
     configs = [load_config(path, [*fixed, *combination.overrides]) for combination in combinations]
+    parts = [_part(config, *pair) for pair in zip(combinations, configs, strict=True)]
+    cases = dealt_cases(config)
+    for part in parts:
+        check_output(part, cases)
     with open_workspace(config) as workspace:
         if not workspace.annotated((_SPLIT,)):
             remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
             raise CohortError(str(config.cohort.manifest), "no annotated val slide", "slides to choose by", remedy)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
-        parts = [_part(workspace, *pair) for pair in zip(combinations, configs, strict=True)]
         failures = [tile_cohort(workspace)]
         failed = _train(workspace, parts)
         entries = []
@@ -55,18 +59,19 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
     return 1 if any(failures) else 0
 
 
-def _part(workspace: Workspace, combination: Combination, config: Config) -> Config:
+def _part(whole: Config, combination: Combination, config: Config) -> Config:
     """A combination's own configuration: the cohort as it was dealt out for all, and no look at test slides."""
-    cohort = config.cohort.model_copy(update={"manifest": workspace.output / "cohort.csv"})
+    folder = whole.output.absolute()
+    cohort = config.cohort.model_copy(update={"manifest": folder / "cohort.csv"})
     segmentation = config.segmentation.model_copy(update={"splits": (_SPLIT,)})
-    output = workspace.output / combination.name
+    output = folder / combination.name
     return config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation})
 
 
 def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldError]:
     """Train all that have no model, as many at once as there are workers; returns why some failed, by output folder.
 
-    What is trained waits as an interrupted training that has no epoch left to do; the epochs are in each run at once.
+    What is trained waits as an interrupted training that has no epoch left to do; its epochs are told at once.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(open_within(whole, part)) for part in parts]
@@ -81,7 +86,8 @@ def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldErr
 
 def _watch(parts: Mapping[Path, Workspace], cluster: Cluster) -> dict[Path, FullfieldError]:
     tasks = {output: (fit, fit_arguments(part)) for output, part in parts.items()}
-    logged = {output: part.run.steps("loss") for output, part in parts.items()}
+    runs = {output: begin(part, anew=not part.is_interrupted()) for output, part in parts.items()}
+    logged = {output: run.steps("loss") for output, run in runs.items()}
     failed, planned = dict[Path, FullfieldError](), {output: part.config.training.epochs for output, part in parts.items()}
     with progress("sweep: epochs of all", sum(planned.values())) as bar:
         for outcome in cluster.streams(tasks):
@@ -91,7 +97,7 @@ def _watch(parts: Mapping[Path, Workspace], cluster: Cluster) -> dict[Path, Full
             elif outcome.error is not None:
                 raise outcome.error
             elif record.epoch not in logged[output]:
-                parts[output].run.log_metrics(record.metrics, step=record.epoch)
+                runs[output].log_metrics(record.metrics, step=record.epoch)
                 logged[output].add(record.epoch)
                 bar.grow(record.planned - planned[output])
                 planned[output] = record.planned
@@ -114,7 +120,8 @@ def _finish(whole: Workspace, combination: Combination, part: Config, error: Ful
     if not metrics.exists():
         return Entry(combination.name, combination.values, {}, "no validation slide was segmented"), 1
     scores = json.loads(metrics.read_text(encoding="utf-8"))
-    return Entry(combination.name, combination.values, scores[_SPLIT][POOLED]), failure
+    reason = "scored on a part of the validation slides" if failure else ""
+    return Entry(combination.name, combination.values, scores[_SPLIT][POOLED], reason), failure
 
 
 def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
@@ -128,5 +135,7 @@ def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
         workspace.run.set_tags({"fullfield.best": best.name})
     shown = Table("combination", "mean Dice", title="Validation slides, the best first", title_justify="left")
     for entry in entries:
-        shown.add_row(entry.name, "failed" if entry.dice is None else f"{entry.dice:.3f}")
+        shown.add_row(
+            entry.name, "failed" if entry.dice is None else f"{entry.dice:.3f}{entry.reason and ', ' + entry.reason}"
+        )
     console.print(shown)

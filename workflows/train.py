@@ -19,7 +19,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.files import locked
 from pipeline.inputs import check_model, read_stamp, tile_inputs, training_facts, training_inputs
-from pipeline.lineage import ancestry, case_facts, models_facts, other_ways, ways, write_lineage
+from pipeline.lineage import ancestry, begin_lineage, case_facts, models_facts, other_ways, ways, write_lineage
 from pipeline.machine import has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.processes import together
@@ -62,7 +62,7 @@ def _trained(workspace: Workspace, unfinished: Path) -> str:
     _check_tiles(workspace)
     cases = _cases(workspace)
     done = 0 if model.exists() else _interrupted(unfinished, training_facts(config, cases))
-    with workspace.run.child("train", anew=not (model.exists() or done)) as run:
+    with begin(workspace, anew=not (model.exists() or done)) as run:
         run.log_params({"training": config.training.model_dump(), "network": config.network.model_dump()})
         if model.exists():
             console.print("train: done already")
@@ -112,6 +112,12 @@ def fit_arguments(workspace: Workspace) -> tuple[Config, Sequence[Case], Path, P
     config, cases, unfinished = workspace.config, _cases(workspace), workspace.output / "model.partial"
     _interrupted(unfinished, training_facts(config, cases))
     return config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases)
+
+
+def begin(workspace: Workspace, anew: bool) -> Run:
+    """The MLflow run of a training that begins `anew`, or goes on; the lineage says by whom."""
+    begin_lineage(workspace.output, anew)
+    return workspace.run.child("train", anew)
 
 
 def _check_tiles(workspace: Workspace) -> None:
