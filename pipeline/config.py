@@ -130,7 +130,8 @@ class AugmentationSettings(Section):
 class TrainingSettings(Section):
     """The optimisation. An epoch is `patches_per_epoch` patches, not a pass over the cohort.
 
-    `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1.
+    `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1. Pixels
+    within 3 px of another class count 1 + `boundary_weight` times as much.
 
     `optimiser` muon learns the filters with Muon, all else with AdamW; adamw learns everything with AdamW. See muon.py.
     Every step takes the share `learning_rate` x `weight_decay` of each weight away.
@@ -150,6 +151,7 @@ class TrainingSettings(Section):
     warmup_epochs: NotNegative = 1.0
     weight_average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     class_weights: dict[str, Positive] = {}
+    boundary_weight: NotNegative = 5.0
     max_minutes: Positive | None = None
     precision: Literal["fast", "exact"] = "fast"
     devices: PositiveInt = 1

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from monai.losses.dice import DiceLoss
+from scipy import ndimage
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -35,6 +36,7 @@ from pipeline.network import ModelSpec, normalise
 from pipeline.team import Alone, Team
 
 _CALIBRATION_BATCHES = 12
+_REACH = 3  # pixels on either side of a boundary
 
 Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
 """epoch -> batches of images (N, S, S, 3) uint8 RGB and masks (N, S, S) uint8, IGNORED where nothing is known.
@@ -75,8 +77,8 @@ class Trainer:
         self.optimisers = _optimisers(self.network, settings, len(spec.classes))
         self._learner = self.team.learner(self.network)
         self.dice = DiceLoss(batch=True)
-        weights = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
-        self.class_weights = torch.tensor(weights, device=self.device)
+        self.class_weights = np.zeros(IGNORED + 1, np.float32)
+        self.class_weights[: len(spec.classes)] = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
         self.recent = deque[np.ndarray](maxlen=_CALIBRATION_BATCHES)
         self._done, self._started = 0, time.monotonic()
 
@@ -188,8 +190,9 @@ class Trainer:
         if logits.ndim == 2:  # a classifier's, whose answer is one pixel for the whole patch
             logits = logits[:, :, None, None]
         truth = _at_output(masks, masks.shape[1] // logits.shape[2])
-        known = torch.from_numpy(truth).to(self.device, torch.long)
-        loss = self._loss(self.team.whole(logits), self.team.whole(known))
+        classes = torch.from_numpy(truth).to(self.device, torch.long)
+        weights = torch.from_numpy(self._weights(truth)).to(self.device)
+        loss = self._loss(self.team.whole(logits), self.team.whole(classes), self.team.whole(weights))
         self.network.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
@@ -209,16 +212,33 @@ class Trainer:
         fast = self.settings.precision == "fast" and _multiplies_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
 
-    def _loss(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    def _weights(self, truth: np.ndarray) -> np.ndarray:
+        """How much each pixel counts in the cross-entropy, (N, h, w) float32 for (N, h, w) uint8; 0 where nothing is known.
+
+        Pixels near another class count more (Ronneberger et al. 2015, U-Net, where a map of distances does so).
+        """
+        weights: np.ndarray = self.class_weights[truth]
+        if self.settings.boundary_weight:
+            weights *= 1 + np.float32(self.settings.boundary_weight) * near_boundary(truth)
+        return weights
+
+    def _loss(self, logits: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Dice and cross-entropy over the known pixels, (N, C, h, w) against (N, h, w)."""
         known = truth != IGNORED
         if not known.any():
             return logits.sum() * 0
-        entropy = functional.cross_entropy(logits, truth, self.class_weights, ignore_index=IGNORED)
+        entropy = (functional.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none") * weights).sum()
         one_hot = truth[:, None] == torch.arange(logits.shape[1], device=truth.device)[:, None, None]  # IGNORED is no class
         overlap = self.dice(logits.softmax(1) * known[:, None], one_hot.to(logits.dtype))
-        total: torch.Tensor = entropy + overlap
+        total: torch.Tensor = entropy / weights.sum() + overlap
         return total
+
+
+def near_boundary(truth: np.ndarray) -> np.ndarray:
+    """Which known pixels have one of another class within 3 px along rows and columns: (N, h, w) uint8 to bool."""
+    window, known = (1, 2 * _REACH + 1, 2 * _REACH + 1), truth != IGNORED
+    highest = ndimage.maximum_filter(truth * known, window)
+    return np.asarray(known & (highest > ndimage.minimum_filter(truth, window)))
 
 
 class _Awaited:
