@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def shared_data() -> Path:
     if not _SHARED.is_dir():
         pytest.skip(f"no real slides at {_SHARED}")
     return _SHARED
+
+
+@pytest.fixture(autouse=True)
+def _imports_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow puts the code of a model that it loads first on the path, where workers of later tests would find it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture(scope="module")
