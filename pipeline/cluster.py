@@ -107,17 +107,18 @@ def _client(scheduler: str) -> Any:
 
 
 def _meet_workers(client: Any, scheduler: str) -> None:
-    """Wait until there is a worker. Raises ClusterError where one has other code than this process: labels would be of both.
+    """Wait until there is a worker. Raises ClusterError where one has other code than this process, or none: labels would be
+    of both.
 
     What a worker has, it tells of the moment in which it was first asked, so that it has to be started again to have newer.
     """
     if not client.nthreads():
         console.print(f"Waiting for a worker of {scheduler}: `dask worker {scheduler}` starts one")
     client.wait_for_workers(1)
-    found = client.run(source_digest)
+    found = client.run(source_digest, on_error="return")  # an ImportError of those that have no Fullfield
     if others := sorted(worker for worker, digest in found.items() if digest != source_digest()):
         remedy = "Install the same there as here, and start these workers again."
-        raise ClusterError(f"workers {', '.join(others)}", "other code of Fullfield", "that of this command", remedy)
+        raise ClusterError(f"workers {', '.join(others)}", "other code of Fullfield, or none", "this command's", remedy)
 
 
 def _local_cluster(workers: int | None) -> Any:

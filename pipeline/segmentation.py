@@ -101,10 +101,10 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     jobs = [replace(job, chosen_tile_size=TILE_SIZE) if job.settings.blend else job for job in jobs]
     fresh = [job for job in jobs if not _has_tile_size(job)]
     if fresh:
-        outcomes = (_tile_size(tried, cluster, memory_gib) for tried in [fresh, *([job] for job in fresh)])
-        outcome = next(outcomes)
-        while isinstance(outcome.error, WorkerError) and (following := next(outcomes, None)):
-            outcome = following
+        for tried in (fresh, *([job] for job in fresh if len(fresh) > 1)):
+            outcome = _tile_size(tried, cluster, memory_gib)
+            if not isinstance(outcome.error, WorkerError):
+                break
         if outcome.error:
             raise outcome.error
         jobs = [replace(job, chosen_tile_size=outcome.value) for job in jobs]

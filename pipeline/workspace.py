@@ -109,8 +109,7 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     manifest, dealt = config.cohort.manifest, config.output / "cohort.csv"
-    given = read_manifest(manifest)
-    if manifest.absolute() == dealt and not all(case.split for case in given):
+    if manifest.absolute() == dealt and not all(case.split for case in read_manifest(manifest)):
         remedy = "Call it otherwise, give it a column `split`, or choose another `output`."
         raise CohortError(str(manifest), "the manifest, where the cohort with its splits is to be", "another file", remedy)
     cases = dealt_cases(config)

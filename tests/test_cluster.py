@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -169,12 +169,17 @@ def have_other_code() -> None:
     origin.source_digest = lambda: "another"
 
 
-def test_workers_with_other_code_are_refused() -> None:
+def have_no_code() -> None:
+    sys.modules["pipeline.origin"] = None  # type: ignore[assignment]  # importing it fails
+
+
+@pytest.mark.parametrize("make_other", [have_other_code, have_no_code])
+def test_workers_with_other_code_are_refused(make_other: Callable[[], None]) -> None:
     from distributed import Client, LocalCluster
 
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local:
         with Client(local) as client:
-            client.run(have_other_code)
+            client.run(make_other)
         with pytest.raises(ClusterError, match=r"workers tcp://127\.0\.0\.1:\d+: found other code"):
             connect(ClusterSettings(scheduler=local.scheduler_address)).__enter__()
 

@@ -164,13 +164,14 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     assert tags["fullfield.seen.split"] == "val" and "flatters the challenger" in tags["fullfield.seen.verdict"]
     assert "patients for validation decide, which flatters the challenger" in capsys.readouterr().out
     store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
-    for case in examined:
-        (tmp_path / f"{case.slide_id}.geojson").write_text("[]")
-    silent = [replace(case, annotation=tmp_path / f"{case.slide_id}.geojson") for case in examined]
+    square = {"type": "Polygon", "coordinates": [[[-9, -9], [99999, -9], [99999, 99999], [-9, 99999], [-9, -9]]]}
+    outline = {"type": "Feature", "geometry": square, "properties": {"classification": {"name": "Ignore*"}}}
+    (tmp_path / "nothing.geojson").write_text(json.dumps(outline))
+    silent = [replace(case, annotation=tmp_path / "nothing.geojson") for case in examined]
     write_manifest(tmp_path / "cohort.csv", silent)
-    unknown = {**content, "annotations": {**content.get("annotations", {}), "rest": None}}
+    unknown = {**content, "annotations": {**content["annotations"], "ignored": ["Ignore*"]}}
     (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(unknown))
-    with pytest.raises((CohortError, CheckpointError)):
+    with pytest.raises(CohortError, match="nothing known of the slides to examine"):
         promote(str(good), "seen", 0.01, tmp_path / "unknown.yaml", tmp_path / "unknown")
     content["classes"].reverse()
     (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(content))

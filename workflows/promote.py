@@ -13,7 +13,7 @@ from pipeline.assessment import count_pixels
 from pipeline.canvas import open_canvas
 from pipeline.checkpoint import load_spec
 from pipeline.cluster import Cluster, connect
-from pipeline.cohort import Case, deal_out, read_manifest
+from pipeline.cohort import Case
 from pipeline.comparison import Difference, paired_difference
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -27,7 +27,7 @@ from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.store import Store
 from pipeline.tally import FILE, Tally, shared_patients, write_tally
 from pipeline.versions import Version, decide, find_version, version_with
-from pipeline.workspace import case_truth, rest_index, slide_job
+from pipeline.workspace import case_truth, dealt_cases, rest_index, slide_job
 from workflows.segment import run_jobs
 
 Scores = dict[str, float]
@@ -126,8 +126,7 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
     Raises CohortError where no case remains.
     """
     manifest = config.cohort.manifest
-    cases = deal_out(read_manifest(manifest), config.cohort.fractions.model_dump(), config.seed)
-    annotated = [case for case in cases if case.annotation is not None]
+    annotated = [case for case in dealt_cases(config) if case.annotation is not None]
     split = "test" if any(case.split == "test" for case in annotated) else "val"
     if split == "val":
         console.print(f"{manifest} has no annotated test slides: patients for validation decide, {_FLATTERED}")
