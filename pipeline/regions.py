@@ -142,7 +142,8 @@ class _Block:
         for index in skip:
             labels[labels == index] = IGNORED
         runs = find_runs(labels)
-        confidence = canvas.read_probabilities(roi).max(axis=0).ravel()
+        # Of blocks of the rest alone, which are most of many a slide, nobody asks how sure they are.
+        confidence = canvas.read_probabilities(roi).max(axis=0).ravel() if runs.count else np.zeros(labels.size, np.uint8)
         sums = np.add.reduceat(confidence, runs.starts, dtype=np.uint32)
         owners, count = runs.components + 1, runs.count + 1  # what is of no component counts for one before the first
         pixels, weights = (np.bincount(owners, values, minlength=count) for values in (runs.lengths, sums))
