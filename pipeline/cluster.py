@@ -4,10 +4,12 @@ Tasks return numbers, never pixels. Workers of this machine share its cores: tor
 Two of Dask's defaults for worker processes are overridden, since together they cost a forward pass half its speed: one
 thread for numerical libraries, and an allocator that gives every activation back to the kernel. And workers are not woken
 156 times a second, by which Dask watches itself, but seven times (`wake_ups_a_second` in tests/test_cluster.py).
+They are forked, where that is safe, so that they are ready sooner: see forking.py.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import uuid
 from collections import deque
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, WorkerError
+from pipeline.forking import METHOD, start_forking, uninterrupted
 from pipeline.machine import cores, keep_memory, worker_environment
 from pipeline.origin import source_digest
 from pipeline.progress import console
@@ -79,6 +82,8 @@ def connect(settings: ClusterSettings) -> Iterator[Cluster]:
         keep_memory()
         yield _Here()
         return
+    if settings.scheduler is None:
+        start_forking(worker_environment(1))  # its imports go on beside those of this process
     from distributed import Client
     from distributed.utils import silence_logging_cmgr
 
@@ -126,8 +131,12 @@ def _local_cluster(workers: int | None) -> Any:
     from distributed import LocalCluster
 
     count = workers or 1
-    environment = {"distributed.nanny.pre-spawn-environ": worker_environment(max(cores() // count, 1))}
-    with dask.config.set({**environment, **_UNWATCHED}):
+    start = {
+        "distributed.worker.multiprocessing-method": METHOD,  # of the first; those that replace them start by themselves
+        "distributed.nanny.environ": dict(os.environ),  # the fork server may be older than some of it
+        "distributed.nanny.pre-spawn-environ": worker_environment(max(cores() // count, 1)),
+    }
+    with dask.config.set({**start, **_UNWATCHED}), uninterrupted():
         # No limit of memory: tasks return numbers, so there is nothing to spill, and a worker that keeps its memory for the
         # next activation would be paused for ever.
         return LocalCluster(

@@ -52,7 +52,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
-        core = _openvino().Core()
+        core = library().Core()
         self.spec, self._graph, self._cache = spec, graph, cache
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
@@ -142,7 +142,7 @@ def export(spec: ModelSpec, network: torch.nn.Module, folder: Path) -> Path:
 
     The folder appears whole; one that is there already, perhaps from another process, is left as it is.
     """
-    openvino = _openvino()
+    openvino = library()
     if not (folder / GRAPH).is_file():
         _write_folder(folder, _converted(spec, network), openvino)
     return folder / GRAPH
@@ -154,7 +154,7 @@ def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
     Its scales are calibrated once on `patches`, (H, W, 3) uint8 RGB, and fixed: they depend on no window, so tiled equals
     whole. Raises EngineError where nncf is not installed.
     """
-    openvino = _openvino()
+    openvino = library()
     if find_spec("nncf") is None:
         raise _missing("nncf")
     import nncf
@@ -180,8 +180,8 @@ def graph_digest(graph: Path) -> str:
     return hashlib.sha256((_sha256(graph) + _sha256(graph.with_name(_WEIGHTS))).encode()).hexdigest()
 
 
-def _openvino() -> Any:
-    """The library, which otherwise would report each conversion to its maker over the network."""
+def library() -> Any:
+    """OpenVINO, kept from reporting to its maker over the network. Raises EngineError where it is not installed."""
     if not installed():
         raise _missing("openvino")
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "errors ahead origin checksum whole_batch machine yaml_text",
+    "errors ahead origin checksum whole_batch machine yaml_text forking",
     "team classes geometry files progress contours polygons density staining bootstrap sampling",
     "config jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
     "components halving slide grid cohort cluster ngff store snapshot config_file",
@@ -25,7 +25,7 @@ FLOORS = [
     "workers",
     "finishing slide_job",
     "segmentation",
-    "workspace",
+    "workspace preloaded",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 OWNERS = {"openslide": {"slide"}, "lightning_fabric": {"team"}, "mlflow": {"tracking", "served", "store", "registry"}}

@@ -108,8 +108,17 @@ def await_moment(output: Path, seed: int, over: Callable[[], bool]) -> None:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    children = process.children(recursive=True)
-    return [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    """Workers that were forked, and those that replaced them, which start by themselves."""
+    forked = [child for server in fork_servers_of(process) for child in server.children()]
+    return forked + [child for child in process.children() if runs(child, "spawn_main")]
+
+
+def fork_servers_of(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children() if runs(child, "forkserver")]
+
+
+def runs(process: psutil.Process, function: str) -> bool:
+    return any(function in word for word in process.cmdline())
 
 
 @contextmanager
@@ -150,6 +159,20 @@ def test_a_killed_worker_is_replaced(project: Path, undisturbed: Picture, tmp_pa
     ended.set()
     killer.join()
     assert killed
+    assert same(picture(tmp_path), undisturbed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
+@pytest.mark.parametrize("seed", MOMENTS)
+def test_a_killed_fork_server_is_done_without(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
+    client = command(project, tmp_path, "--workers", 1)
+    await_moment(tmp_path, 300 + seed, lambda: client.poll() is not None)
+    servers = fork_servers_of(psutil.Process(client.pid))
+    assert servers or client.poll() is not None
+    for server in servers:
+        server.kill()
+    log, _ = client.communicate(timeout=PATIENCE)
+    assert client.returncode == 0, log
     assert same(picture(tmp_path), undisturbed)
 
 

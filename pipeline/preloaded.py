@@ -1,0 +1,21 @@
+"""What the fork server imports, so that its workers have it: for it alone to import, see forking.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which then ends its workers
+for name in ("PYTHONPATH", "PYTHONSAFEPATH"):  # these imports find their modules by them, and nothing later shall
+    os.environ.pop(name, None)
+
+import distributed.nanny  # noqa: E402, F401
+import distributed.worker  # noqa: E402, F401
+
+import pipeline.finishing  # noqa: E402, F401
+import pipeline.segmentation  # noqa: E402, F401
+from pipeline import openvino_engine  # noqa: E402
+from pipeline.machine import has_gpu  # noqa: E402
+
+if openvino_engine.installed() and not has_gpu():
+    openvino_engine.library()

@@ -1,0 +1,70 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster import connect
+from pipeline.config import ClusterSettings
+from pipeline.forking import uninterrupted
+from pipeline.origin import source_digest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
+
+COMMAND = """
+import os
+from pipeline.cluster import connect
+from pipeline.config import ClusterSettings
+from pipeline.origin import source_digest
+
+if __name__ == "__main__":
+    with connect(ClusterSettings(workers=1)) as cluster:
+        cluster.submit("parent", os.getppid)
+        cluster.submit("code", source_digest)
+        found = {outcome.key: outcome.value for outcome in cluster}
+    print(found["parent"] == os.getpid(), found["code"])
+"""
+
+
+def test_workers_are_forked_with_this_code_in_a_folder_that_has_a_package_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(COMMAND)
+    other = tmp_path / "analysis" / "pipeline" / "__init__.py"
+    other.parent.mkdir(parents=True)
+    other.write_text("raise SystemExit('another pipeline')")
+    command = [sys.executable, tmp_path / "command.py"]
+    done = subprocess.run(command, cwd=tmp_path / "analysis", capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", source_digest()]
+    assert done.stderr == ""
+
+
+def test_workers_have_the_environment_of_the_moment_in_which_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("one", "two"):
+        monkeypatch.setenv("FULLFIELD_TEST", value)
+        with connect(ClusterSettings(workers=1)) as cluster:
+            cluster.submit("set", os.getenv, "FULLFIELD_TEST")
+            cluster.submit("imports", os.getenv, "PYTHONSAFEPATH", "none")
+            assert {outcome.key: outcome.value for outcome in cluster} == {"set": value, "imports": "none"}
+
+
+def test_workers_import_no_library_that_their_tasks_may_not_need() -> None:
+    with connect(ClusterSettings(workers=1)) as cluster:
+        cluster.submit("imported", imported)
+        (outcome,) = cluster
+    assert "pipeline.finishing" in outcome.value
+    assert {"torch", "monai", "mlflow"}.isdisjoint(outcome.value)
+
+
+def imported() -> set[str]:
+    return set(sys.modules)
+
+
+def test_ctrl_c_waits_until_workers_are_started() -> None:
+    started = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        started.append(True)
+    assert started
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
