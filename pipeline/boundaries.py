@@ -83,7 +83,8 @@ def measure_boundaries(truth: Mask, prediction: Mask, known: Mask, mpp: Mpp, tol
     one, other = (mask & ndimage.binary_dilation(known & ~mask) for mask in (truth, prediction))
     there, back = _distances(one, other, mpp), _distances(other, one, mpp)
     size, reach = math.sqrt(mpp.area_um2), tolerance_um * (1 + _ROUNDING)
-    within = size * float((there <= reach).sum() + (back <= reach).sum())
+    near = (there <= reach).sum() + (back <= reach).sum()
+    within = size * float(near) if one.any() and other.any() else 0.0  # else `there` is a field's diagonal, however short
     return Boundaries(_spread(there, size), _spread(back, size), within)
 
 

@@ -74,12 +74,15 @@ def draw_reliability(path: Path, splits: Mapping[str, Counts]) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     for split, counts in splits.items():
+        if not counts[:, 0].any():  # nothing of it is known and examined
+            continue
         pixels, confidence, correct = counts[counts[:, 0] > 0].T
         label = f"{split}: ECE {float(calibration_error(counts)):.3f}"
         (line,) = upper.plot(confidence / pixels / 255, correct / pixels, marker="o", markersize=4, label=label)
         lower.stairs(counts[:, 0] / counts[:, 0].sum(), np.linspace(0, 1, BINS + 1), color=line.get_color())
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right", title="How right, by how sure")
     lower.set(xlabel="probability of the class that won", ylabel="share of pixels")
-    upper.legend(loc="upper left")
+    if upper.get_legend_handles_labels()[1]:
+        upper.legend(loc="upper left")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

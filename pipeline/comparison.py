@@ -1,25 +1,26 @@
 """Which of two is better: the difference over the patients that both were examined on, with its interval.
 
 Patients differ far more from each other than two networks do on one patient. So the difference is taken patient by
-patient, and patients are drawn as pairs. References: see bootstrap.py.
+patient, and the interval is Student's, of the mean of paired differences: rounds drawn from a handful of patients, as
+bootstrap.py draws them for scores, would call equal models different twice as often as one time in twenty for nine
+patients, and every other time for two. Reference: Student 1908, Biometrika 6:1, doi:10.1093/biomet/6.1.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-
-from pipeline.bootstrap import bounds, draw_patients
-from pipeline.metrics import number
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
 class Difference:
     """How much a score of the second exceeds that of the first: `mean` over `patients`, in [-1, 1].
 
-    `low` and `high` bound its 95 % interval over patients; None where there are fewer than two.
+    `low` and `high` bound its 95 % interval over patients, in [-1, 1]; None where there are fewer than two.
     """
 
     patients: tuple[str, ...]
@@ -28,33 +29,20 @@ class Difference:
     high: float | None
 
 
-def paired_difference(
-    first: Mapping[str, float], second: Mapping[str, float], samples: int = 1000, seed: int = 0
-) -> Difference:
-    """The mean of second minus first over the patients (keys) of both, with a percentile bootstrap interval of 95 %.
+def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
+    """The mean of second minus first over the patients (keys) of both, with Student's interval of 95 %.
 
-    With few patients the interval is honest about those patients only, and too narrow for others. Raises ValueError where
-    the two share no patient.
+    Raises ValueError where the two share no patient.
     """
     patients = tuple(sorted(first.keys() & second.keys()))
     if not patients:
         raise ValueError("the two share no patient")
     differences = np.array([second[patient] - first[patient] for patient in patients])
-    rounds = draw_patients(len(patients), samples, seed) @ differences / len(patients)
-    low, high = bounds(rounds, differences)
-    return Difference(patients, float(differences.mean()), number(low), number(high))
-
-
-def paired(
-    patients: Collection[str], first: Mapping[str, float], second: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The scores of a class for those of the patients of whom one run has any.
-
-    A patient of whom neither the truth nor a run has the class has no score; where the other run invents it, and so has 0,
-    saying nothing is right, and has 1.
-    """
-    told = [patient for patient in patients if patient in first or patient in second]
-    return {patient: first.get(patient, 1.0) for patient in told}, {patient: second.get(patient, 1.0) for patient in told}
+    count, mean = len(patients), float(differences.mean())
+    if count < 2:
+        return Difference(patients, mean, None, None)
+    reach = float(stdtrit(count - 1, 0.975) * differences.std(ddof=1)) / math.sqrt(count)
+    return Difference(patients, mean, max(mean - reach, -1.0), min(mean + reach, 1.0))
 
 
 def in_words(difference: Difference, first: str, second: str, score: str) -> str:

@@ -79,6 +79,14 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def put_aside(path: Path) -> Path:
+    """Rename a file, if it is there, to NAME.old, and return that: nobody takes it for what it no longer is."""
+    aside = path.with_name(f"{path.name}.old")
+    with suppress(FileNotFoundError):
+        path.replace(aside)
+    return aside
+
+
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file's content, as hexadecimal digits. Raises OSError where it cannot be read."""
     with path.open("rb") as file:

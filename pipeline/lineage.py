@@ -19,7 +19,7 @@ from pipeline import checkpoint
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import CohortError, FullfieldError
-from pipeline.files import file_digest, locked, write_json
+from pipeline.files import file_digest, locked, put_aside, write_json
 from pipeline.origin import origin, packages
 from pipeline.slide import open_slide
 
@@ -84,7 +84,7 @@ def begin_lineage(folder: Path, anew: bool) -> None:
     with locked(path):
         before = _written(path)
         if anew and "models" in before:
-            path.replace(path.with_name(f"{path.name}.old"))
+            put_aside(path)
             before = {}
         _add(path, before, {})
 
@@ -121,7 +121,7 @@ def _written(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        path.replace(path.with_name(f"{path.name}.old"))
+        put_aside(path)
         return {}
     return found
 

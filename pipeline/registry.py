@@ -65,7 +65,10 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
 
 
 def check_alias(alias: str) -> None:
-    """Raises TrackingError for an alias that MLflow keeps to itself."""
+    """Raises TrackingError for an alias that MLflow does not take, or keeps to itself."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-]*", alias):
+        expected = "letters, digits, _ and -, and a letter first"
+        raise TrackingError(f"alias {alias!r}", "other characters", expected, "Say `champion`, perhaps.")
     if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
         raise TrackingError(f"alias {alias!r}", "a word that MLflow keeps to itself", "another", "Say `newest`, perhaps.")
 

@@ -49,28 +49,31 @@ def write_scoreboard(folder: Path, entries: Sequence[Entry]) -> None:
     rows = [_row(entry) for entry in entries]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     write_csv(folder / "sweep.csv", columns, [{name: row.get(name) for name in columns} for row in rows])
-    shown = [name for name in columns if not name.endswith((" low", " high"))]
+    shown = [name for name in columns if not name.startswith(("dice_low ", "dice_high "))]
     lines = [_line(shown), _line(["---"] * len(shown))]
     lines += [_line([_cell(row, name) for name in shown]) for row in rows]
     write_text(folder / "sweep.md", "\n".join(lines) + "\n")
     scored = [entry for entry in entries if entry.dice is not None]
     if scored:
         _draw(folder / "sweep.png", scored)
+    else:
+        (folder / "sweep.png").unlink(missing_ok=True)  # of an earlier call
 
 
 def _row(entry: Entry) -> dict[str, Value]:
     row: dict[str, Value] = {"name": entry.name, **entry.values, "dice": entry.dice}
     for name, fields in entry.scores.items():
-        row |= {f"dice {name}{end}": fields[f"dice{end.replace(' ', '_')}"] for end in ("", " low", " high")}
+        row |= {f"{figure} {name}": fields[figure] for figure in ("dice", "dice_low", "dice_high")}
     status = "done" if not entry.reason else "failed" if entry.dice is None else "incomplete"
     return {**row, "status": status, "reason": entry.reason}
 
 
 def _cell(row: Mapping[str, Value], name: str) -> str:
-    """A figure with its interval, if it has one."""
-    value, low, high = row.get(name), row.get(f"{name} low"), row.get(f"{name} high")
-    if not name.startswith("dice") or value is None:
+    """A figure, with its interval if it is that of a class and has one."""
+    value, figure, label = row.get(name), *name.partition(" ")[::2]
+    if figure != "dice" or value is None:
         return "" if value is None else str(value).replace("|", r"\|").replace("\n", " ")
+    low, high = (row.get(f"dice_{end} {label}") if label else None for end in ("low", "high"))
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 

@@ -19,7 +19,7 @@ from pipeline.store import run_file
 
 FILE = "confusions.json"
 
-_AREA_TOLERANCE = 0.05  # by how much the known area of a slide may differ between two scales
+_AREA_TOLERANCE, _FEW_PIXELS = 0.05, 30  # by how much a class of a slide may differ between two scales
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,11 @@ class Tally:
     def dice(self, name: str) -> dict[str, float]:
         """Dice of a class for each patient, slides summed; left out where neither side has the class."""
         index = self.classes.index(name)
-        found = {patient: number(ratios(counts, self.rest)["dice"][index]) for patient, counts in self._sums().items()}
+        found = {patient: number(ratios(counts, self.rest)["dice"][index]) for patient, counts in self.patients().items()}
         return {patient: dice for patient, dice in found.items() if dice is not None}
 
-    def mean_dice(self) -> dict[str, float]:
-        """Mean Dice for each patient, slides summed, over the classes that its truth has, the background among them.
-
-        So two models are scored on the same classes of a patient; what is invented costs the class that it is taken from.
-        """
-        known = {patient: counts for patient, counts in self._sums().items() if counts.any()}
-        return {
-            patient: float(ratios(counts, self.rest)["dice"][counts.any(axis=1)].mean()) for patient, counts in known.items()
-        }
-
-    def _sums(self) -> dict[str, np.ndarray]:
-        """The counts of each patient."""
+    def patients(self) -> dict[str, np.ndarray]:
+        """The counts of each patient, slides summed, as a confusion of the tally's classes."""
         sums: dict[str, np.ndarray] = {}
         for row in self.rows:
             sums[row.patient] = sums.get(row.patient, np.int64(0)) + row.confusion
@@ -59,16 +49,49 @@ class Tally:
         """The slides that the network did not learn from: those of any split but train."""
         return replace(self, rows=tuple(row for row in self.rows if row.split != "train"))
 
+    @property
+    def chosen_by(self) -> frozenset[str]:
+        """The patients by whom the network's epoch was chosen."""
+        return frozenset(row.patient for row in self.rows if row.split == "val")
+
     def of(self, patients: frozenset[str]) -> Tally:
         """The slides of some patients."""
         return replace(self, rows=tuple(row for row in self.rows if row.patient in patients))
+
+
+def paired_dice(name: str, first: Tally, second: Tally) -> tuple[dict[str, float], dict[str, float]]:
+    """Dice of a class for each patient whose truth has it in both tallies, and for those of whom a run invents it.
+
+    A patient of whom neither the truth nor a run has the class has no score; where one run invents it, and so has 0, saying
+    nothing is right, and has 1. At two scales the truth may have a class at one of them alone: that tells nothing.
+    """
+    index = first.classes.index(name)
+    has, other = ({key: bool(sums[index].any()) for key, sums in tally.patients().items()} for tally in (first, second))
+    ours, theirs = first.dice(name), second.dice(name)
+    told = [key for key in has if key in other and has[key] == other[key] and (key in ours or key in theirs)]
+    return {key: ours.get(key, 1.0) for key in told}, {key: theirs.get(key, 1.0) for key in told}
+
+
+def paired_means(first: Tally, second: Tally) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean Dice of each patient of both, over the classes that the truth has in both, the background among them.
+
+    So both are scored on the same classes of a patient; what is invented costs the class that it is taken from.
+    """
+    ours, theirs = first.patients(), second.patients()
+    known = {key: ours[key].any(axis=1) & theirs[key].any(axis=1) for key in ours if key in theirs}
+
+    def means(sums: Mapping[str, np.ndarray], rest: int | None) -> dict[str, float]:
+        return {key: float(ratios(sums[key], rest)["dice"][has].mean()) for key, has in known.items() if has.any()}
+
+    return means(ours, first.rest), means(theirs, second.rest)
 
 
 def shared_patients(first: Tally, second: Tally) -> frozenset[str]:
     """The patients whose slides were held against the same truth in both.
 
     Raises CohortError where there is none, where the classes differ, or where the slides of a shared patient or what is
-    known of them differ: exactly at the same scale, by more than 5 % of the known area at two scales.
+    known of them differ: exactly at the same scale; at two scales where the area of a class differs by more than 5 %, and by
+    more than thirty pixels of the coarser one.
     """
     remedy = "Compare runs on the same slides, annotations and classes."
     if (first.classes, first.rest) != (second.classes, second.rest):
@@ -85,6 +108,11 @@ def shared_patients(first: Tally, second: Tally) -> frozenset[str]:
     return shared
 
 
+def scale_remark(first: Tally, second: Tally) -> str:
+    """What is to be said where two are counted at two scales."""
+    return f"each is scored at its own scale, {first.mpp:g} and {second.mpp:g} um/px"
+
+
 def _patients(tally: Tally) -> str:
     return ", ".join(sorted({row.patient for row in tally.rows})) or "nobody"
 
@@ -98,8 +126,9 @@ def _strangers(first: Tally, second: Tally) -> list[str]:
         if ours == theirs:
             same = bool((one[slide] == two[slide]).all())
         else:
-            known, other = one[slide].sum() * ours, two[slide].sum() * theirs
-            same = abs(known - other) <= _AREA_TOLERANCE * max(known, other)
+            known, other = one[slide] * ours, two[slide] * theirs
+            margin = _AREA_TOLERANCE * np.maximum(known, other) + _FEW_PIXELS * max(ours, theirs)
+            same = bool((np.abs(known - other) <= margin).all())
         if not same:
             differing.add(slide)
     return sorted(differing)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 import posixpath
 import re
 import shlex
@@ -163,12 +164,20 @@ class Run:
         self.log_text("config.yaml", without_password(text))
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
-        """Logs numbers at a step; None is passed over. Letters that MLflow forbids in names become `_`."""
+        """Logs numbers at a step. Letters that MLflow forbids in names become `_`.
+
+        None is passed over, and NaN where the run has a number of that name, since MLflow forgets none.
+        """
         from mlflow.entities import Metric
 
-        now = time.time_ns() // 1_000_000
-        found = [Metric(_key(key), float(value), now, step) for key, value in metrics.items() if value is not None]
+        now, values = time.time_ns() // 1_000_000, {_key(key): value for key, value in metrics.items()}
         with self.store.conversation():
+            known = self.store.client.get_run(self.run_id).data.metrics if None in values.values() else {}
+            found = [
+                Metric(key, math.nan if value is None else float(value), now, step)
+                for key, value in values.items()
+                if value is not None or key in known
+            ]
             for start in range(0, len(found), _MOST_METRICS):
                 self.store.client.log_batch(self.run_id, metrics=found[start : start + _MOST_METRICS])
 

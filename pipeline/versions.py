@@ -66,13 +66,17 @@ def version_with(store: Store, name: str, alias: str) -> Version | None:
 
 
 def decide(store: Store, version: Version, alias: str, takes: bool, evidence: Mapping[str, object]) -> None:
-    """Keep the evidence as tags of a version, and then, if it `takes` the alias, point the alias to it."""
+    """Keep the evidence as tags of a version, in place of any before, and then, if it `takes` the alias, point it there."""
+    mark, client = f"fullfield.{alias}.", store.client
+    tags = {f"{mark}{key}": value if isinstance(value, str) else json.dumps(value) for key, value in evidence.items()}
     with store.conversation(version.reference):
-        for key, value in evidence.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            store.client.set_model_version_tag(version.name, version.number, f"fullfield.{alias}.{key}", text)
+        for tag in client.get_model_version(version.name, version.number).tags:
+            if tag.startswith(mark) and tag not in tags:
+                client.delete_model_version_tag(version.name, version.number, tag)
+        for tag, text in tags.items():
+            client.set_model_version_tag(version.name, version.number, tag, text)
         if takes:
-            store.client.set_registered_model_alias(version.name, alias, version.number)
+            client.set_registered_model_alias(version.name, alias, version.number)
 
 
 def _version(store: Store, name: str, number: str, folder: Path) -> Version:

@@ -94,6 +94,13 @@ def test_what_is_missed_is_as_far_as_the_field_allows_and_nothing_has_no_score()
     assert np.isnan(score([measure_boundaries(nothing, nothing, np.ones_like(truth), MPP, 3.0)])).all()
 
 
+def test_what_is_missed_in_a_field_smaller_than_the_tolerance_is_missed():
+    truth = np.zeros((6, 8), bool)
+    truth[2:4, 2:4] = True
+    found = measure_boundaries(truth, np.zeros_like(truth), np.ones_like(truth), Mpp(0.5, 0.5), 6.0)
+    assert surface_dice([found], np.ones((1, 1), int)) == 0
+
+
 def test_pooled_distances_are_those_of_all_patients_as_often_as_they_are_drawn():
     rng = np.random.default_rng(8)
     shape = (70, 90)

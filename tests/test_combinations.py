@@ -87,6 +87,32 @@ def test_the_best_stands_first_and_a_failure_last_with_its_reason(tmp_path: Path
     assert Image.open(tmp_path / "sweep.png").width > 100
 
 
+def test_a_class_may_be_called_like_a_bound_of_another(tmp_path: Path) -> None:
+    scores = {
+        "Tumour": {"dice": 0.9, "dice_low": 0.8, "dice_high": 1.0, "pixels": 9},
+        "Tumour low": {"dice": 0.4, "dice_low": None, "dice_high": None, "pixels": 9},
+    }
+    write_scoreboard(tmp_path, [Entry("one", {}, scores)])
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["dice Tumour"], row["dice_low Tumour"], row["dice Tumour low"]) == ("0.9", "0.8", "0.4")
+    head, _, line = (tmp_path / "sweep.md").read_text().splitlines()
+    assert head.split(" | ")[1:4] == ["dice", "dice Tumour", "dice Tumour low"]
+    assert line.split(" | ")[1:4] == ["0.650", "0.900 (0.800 to 1.000)", "0.400"]
+
+
+def test_a_class_that_the_truth_does_not_have_has_no_part_in_the_mean() -> None:
+    entry = scored("one", 0.8, 0.0)
+    assert entry.dice == 0.4
+    assert replace(entry, scores={**entry.scores, "Gland": {**entry.scores["Gland"], "pixels": 0}}).dice == 0.8
+
+
+def test_a_picture_of_an_earlier_sweep_does_not_stay(tmp_path: Path) -> None:
+    write_scoreboard(tmp_path, [scored("good", 0.9, None)])
+    write_scoreboard(tmp_path, [Entry("broken", {}, {}, "the loss is nan")])
+    assert not (tmp_path / "sweep.png").exists()
+
+
 def test_a_date_is_a_name_like_any_other() -> None:
     fixed, found = combine(["output=2026-11-29", "network.width=8,16"])
     assert fixed == ['output="2026-11-29"']

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from pipeline.comparison import paired, paired_difference
+from pipeline.comparison import Difference, in_words, paired_difference
 from pipeline.errors import CohortError, TrackingError
 from pipeline.metrics import SlideConfusion
-from pipeline.tally import Tally, find_tally, read_tally, shared_patients, write_tally
+from pipeline.tally import Tally, find_tally, paired_dice, paired_means, read_tally, shared_patients, write_tally
 from pipeline.tracking import Run
 from workflows.compare import compare
 
@@ -23,22 +24,52 @@ def test_a_difference_that_each_patient_shows_is_certain_and_what_patients_have_
     np.testing.assert_allclose([found.mean, found.low, found.high], 0.02)
 
 
-def test_the_interval_is_that_of_the_rounds_drawn_one_by_one() -> None:
+def test_the_interval_is_students_of_the_differences() -> None:
     rng = np.random.default_rng(5)
-    first = {str(number): float(rng.random()) for number in range(12)}
+    first = {str(number): float(rng.random()) for number in range(6)}
     second = {name: dice + float(rng.normal(0.05, 0.1)) for name, dice in first.items()}
-    found = paired_difference(first, second, samples=4000)
-    differences = [second[name] - first[name] for name in first]
-    slow = [np.mean(rng.choice(differences, len(differences))) for _ in range(4000)]
-    assert found.low is not None and found.high is not None
-    np.testing.assert_allclose([found.low, found.high], np.percentile(slow, [2.5, 97.5]), atol=0.01)
+    found = paired_difference(first, second)
+    expected = stats.ttest_rel(list(second.values()), list(first.values())).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    found = paired_difference({"a": 0.2, "b": 0.3}, {"a": 0.9, "b": 0.2})
+    assert (found.low, found.high) == (-1.0, 1.0)  # a Dice differs by no more
+
+
+@pytest.mark.parametrize("patients", [3, 9])
+def test_equal_models_are_told_apart_once_in_twenty_times(patients: int) -> None:
+    rng, told = np.random.default_rng(0), 0
+    for differences in rng.normal(0, 0.05, (2000, patients)):
+        second = {str(number): 0.5 + value for number, value in enumerate(differences)}
+        told += "No difference" not in in_words(paired_difference(dict.fromkeys(second, 0.5), second), "A", "B", "Dice")
+    assert 0.035 < told / 2000 < 0.065
+
+
+def counts_of(patient: str, *rows: list[int]) -> SlideConfusion:
+    return SlideConfusion(f"slide of {patient}", patient, "test", np.array(rows))
 
 
 def test_saying_nothing_is_right_where_the_other_invents_a_class() -> None:
-    first, second = {"has it": 0.8, "not ours": 0.5}, {"has it": 0.7, "invented": 0.0}
-    ours, theirs = paired(["has it", "invented", "without"], first, second)
-    assert ours == {"has it": 0.8, "invented": 1.0}
-    assert theirs == {"has it": 0.7, "invented": 0.0}
+    has, none, invented = [[6, 2, 0], [1, 3, 0]], [[9, 0, 0], [0, 0, 0]], [[7, 2, 0], [0, 0, 0]]
+    first, second = (
+        Tally(("Rest", "Gland"), 0, 1.0, (counts_of("has", *has), counts_of("healthy", *own), counts_of("without", *none)))
+        for own in (none, invented)
+    )
+    ours, theirs = paired_dice("Gland", first, second)
+    assert (ours, theirs) == ({"has": 2 / 3, "healthy": 1.0}, {"has": 2 / 3, "healthy": 0.0})
+
+
+def test_a_class_that_the_truth_has_at_one_scale_alone_favours_nobody() -> None:
+    fine = Tally(
+        ("Rest", "Tumour"), 0, 1.0, (counts_of("a", [39994, 0, 0], [1, 5, 0]), counts_of("b", [99, 1, 0], [50, 50, 0]))
+    )
+    coarse = Tally(
+        ("Rest", "Tumour"), 0, 4.0, (counts_of("a", [2500, 0, 0], [0, 0, 0]), counts_of("b", [7, 0, 0], [3, 3, 0]))
+    )
+    for ours, theirs in (paired_dice("Tumour", fine, coarse), paired_dice("Tumour", coarse, fine)):
+        assert ours.keys() == theirs.keys() == {"b"}
+    ours, theirs = paired_means(fine, coarse)
+    assert ours["a"] == pytest.approx(2 * 39994 / (2 * 39994 + 1))  # of the rest alone, as the coarse one
+    assert theirs["a"] == 1.0
 
 
 def test_one_patient_has_no_interval_and_none_is_an_error() -> None:
@@ -100,8 +131,38 @@ def test_compare_says_in_a_sentence_what_was_made_so(tmp_path: Path, capsys: pyt
     assert f"{better} is better than {first} by 0.050 Dice for Gland (95 % interval 0.050 to 0.050, 3 patients)." in said
     assert f"No difference can be told between {first} and {mixed} by Dice for Gland: it is +0.000" in said
     assert "left out, as only one has them: left out" in said
+    assert f"{first}, {better}: a, b, c chose the epoch of {better} alone, which flatters it" in said
+    assert said.count("flatters") == 1
     assert compare([better, first]) == 0
     assert f"{first} is worse than {better} by 0.050 Dice for Gland" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "said"),
+    [
+        (
+            0.02,
+            -0.01,
+            0.05,
+            "No difference can be told between A and B by Dice: it is +0.020 for B (95 % interval -0.010 to 0.050",
+        ),
+        (
+            -0.02,
+            -0.05,
+            0.01,
+            "No difference can be told between A and B by Dice: it is -0.020 for B (95 % interval -0.050 to 0.010",
+        ),
+        (0.02, 0.01, 0.04, "B is better than A by 0.020 Dice (95 % interval 0.010 to 0.040, 2 patients)."),
+        (-0.02, -0.04, -0.01, "B is worse than A by 0.020 Dice (95 % interval 0.010 to 0.040, 2 patients)."),
+    ],
+)
+def test_one_is_better_where_the_interval_leaves_out_none(mean: float, low: float, high: float, said: str) -> None:
+    assert in_words(Difference(("a", "b"), mean, low, high), "A", "B", "Dice").startswith(said)
+
+
+def test_one_patient_tells_nothing() -> None:
+    said = in_words(Difference(("a",), 0.2, None, None), "A", "B", "Dice")
+    assert said == "No difference can be told between A and B by Dice: it is +0.200 for B, on 1 patient."
 
 
 def test_what_a_run_learned_from_is_not_compared(tmp_path: Path) -> None:
@@ -130,6 +191,9 @@ def test_two_scales_may_differ_by_what_a_border_takes() -> None:
     assert shared_patients(fine, replace(fine, mpp=2.0, rows=rows)) == set(BASE)
     with pytest.raises(CohortError, match="another truth"):
         shared_patients(fine, replace(fine, mpp=2.3, rows=rows))
+    other = tuple(replace(row, confusion=row.confusion[::-1]) for row in rows)  # as much of the slide is known
+    with pytest.raises(CohortError, match="another truth"):
+        shared_patients(fine, replace(fine, mpp=2.0, rows=other))
 
 
 def test_a_run_of_mlflow_is_found_with_the_counts_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

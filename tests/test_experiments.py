@@ -12,13 +12,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.assessment import SHAPE_SCORES
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.store import open_store
-from pipeline.tally import find_tally
+from pipeline.tally import Tally, find_tally, write_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
 from workflows.evaluate import evaluate_cohort
@@ -182,7 +183,8 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
         tally = find_tally(str(output / name))
         assert {one.split for one in tally.rows} == {"val"}
         dice = ratios(np.sum([one.confusion for one in tally.rows], axis=0), tally.rest)["dice"]
-        assert float(row["dice"]) == pytest.approx(np.nanmean(dice))
+        known = np.sum([one.confusion for one in tally.rows], axis=0).any(axis=1)
+        assert float(row["dice"]) == pytest.approx(dice[known].mean())
         assert [float(row[f"dice {label}"] or "nan") for label in tally.classes] == pytest.approx(list(dice), nan_ok=True)
         assert (output / name / "model" / "weights.safetensors").is_file()
     order = [float(row["dice"]) for row in rows_of(output / "sweep.csv")]
@@ -203,21 +205,40 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(config: Path, tmp_path: Path) -> None:
+    """One that lacks a slide to learn from is scored on all validation slides, and done."""
+    cohort = Path(shutil.copytree(config.parent / "cohort", tmp_path / "cohort"))
+    broken = [case.slide for case in read_manifest(cohort / "cohort.csv") if case.split == "train"][-1]
+    broken.write_bytes(broken.read_bytes()[:5000])
     values = ["training.learning_rate=1e-2,1e30", "training.epochs=2", "training.warmup_epochs=0"]
-    assert sweep(config, [f"output={tmp_path / 'out'}", *values]) == 1
+    assert sweep(config, [f"output={tmp_path / 'out'}", f"cohort.manifest={cohort / 'cohort.csv'}", *values]) == 1
     good, failed = rows_of(tmp_path / "out" / "sweep.csv")
     assert (good["name"], good["status"]) == ("learning_rate=0.01", "done")
     assert (failed["status"], failed["dice"]) == ("failed", "")
     assert "loss" in failed["reason"]
 
 
-def test_figures_of_a_model_that_is_gone_are_put_aside(config: Path, tmp_path: Path) -> None:
+def test_figures_of_a_model_that_is_gone_are_put_aside(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a cross-validation would pool them with those of the models that are there."""
     with open_workspace(load_config(config, [f"output={tmp_path / 'out'}"])) as workspace:
-        (workspace.output / "confusions.json").write_text("{}")
+        figures = {"val": {"pooled": {"Gland": {"dice": 0.8, "iou": 0.7, **dict.fromkeys(SHAPE_SCORES)}}}}
+        write_tally(workspace.output / "confusions.json", Tally(("Rest", "Gland"), 0, 1.0, ()))
+        (workspace.output / "metrics.json").write_text(json.dumps(figures))
+        with workspace.run.child("evaluate") as stage:
+            for run in (workspace.run, stage):
+                run.log_metrics({"val dice Gland": 0.8})
+            stage.log_file(workspace.output / "confusions.json")
+        run_id, store = workspace.run.run_id, workspace.run.store
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.address)
+        assert find_tally(f"runs:/{run_id}").rows == ()
         assert evaluate_cohort(workspace) == 1
-    assert not (tmp_path / "out" / "confusions.json").exists()
-    assert (tmp_path / "out" / "confusions.json.old").read_text() == "{}"
+    for name in ("confusions.json", "metrics.json"):
+        assert not (tmp_path / "out" / name).exists()
+        assert (tmp_path / "out" / f"{name}.old").exists()
+    with pytest.raises(TrackingError, match="no confusions.json"):
+        find_tally(f"runs:/{run_id}")
+    assert np.isnan(store.client.get_run(run_id).data.metrics["val dice Gland"])
 
 
 def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from pipeline.phantom import make_cohort
 from pipeline.registry import resolve_model
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS
-from pipeline.tally import Tally, read_tally
+from pipeline.tally import Tally, paired_means, read_tally
 from pipeline.tracking import Run
 from pipeline.versions import find_version
 from workflows.promote import promote
@@ -47,12 +47,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cohort of which two patients are for test, and a configuration that takes seconds, with a store for all runs."""
+    """A cohort of which six patients are for test, and a configuration that takes seconds, with a store for all runs."""
     folder = tmp_path_factory.mktemp("promotion")
-    manifest = make_cohort(folder / "cohort", seed=7, slides=5, width=901, height=703, mpp=1.0)
+    manifest = make_cohort(folder / "cohort", seed=7, slides=9, width=901, height=703, mpp=1.0)
     content = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
     lines = manifest.read_text().splitlines()
-    splits = ("train", "train", "val", "test", "test")
+    splits = ("train", "train", "val", *["test"] * 6)
     rows = [
         line.rsplit(",", 2)[0] + f",P{number},{split}"
         for number, (line, split) in enumerate(zip(lines[1:], splits, strict=True))
@@ -108,13 +108,11 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     tallies = {number: read_tally(output / f"tissue-{number}" / "confusions.json") for number in (worse, better)}
     tested = {case.patient for case in read_manifest(home / "cohort" / "cohort.csv") if case.split == "test"}
     assert set(json.loads(tags["fullfield.champion.patients"])) == tested
-    dice = {}
-    for number, tally in tallies.items():
-        assert {row.patient for row in tally.rows} == tested
-        dice[number] = tally.mean_dice()
-    differences = [dice[better][patient] - dice[worse][patient] for patient in tested]
+    assert all({row.patient for row in tally.rows} == tested for tally in tallies.values())
+    before, now = paired_means(tallies[worse], tallies[better])
+    differences = [now[patient] - before[patient] for patient in tested]
     assert float(tags["fullfield.champion.difference"]) == pytest.approx(np.mean(differences))
-    assert min(differences) - 1e-9 <= float(tags["fullfield.champion.low"]) <= np.mean(differences)
+    assert float(tags["fullfield.champion.low"]) < np.mean(differences)
     assert tags["fullfield.champion.against"] == f"models:/tissue/{worse}"
 
     assert promote(str(bad), "champion", 0.01, None, output) == 1
@@ -126,13 +124,19 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     assert promote(str(bad), "champion", min(loss + 0.01, 1.0), None, output) == 0
     assert champion(store) == worse
 
+    store.delete_registered_model_alias("tissue", "champion")
+    assert promote(str(bad), "champion", 0.01, None, output) == 0
+    kept = {tag for tag in store.get_model_version("tissue", worse).tags if tag.startswith("fullfield.champion.")}
+    assert kept == {"fullfield.champion.verdict", "fullfield.champion.when"}  # nothing of the contests before
+
 
 def test_what_is_invented_costs_the_class_that_it_is_taken_from() -> None:
     healthy = np.array([[900, 0, 0, 0], [0, 100, 0, 0], [0, 0, 0, 0]])
     invented = np.array([[90, 0, 810, 0], [0, 100, 0, 0], [0, 0, 0, 0]])
     for rest in (0, None):
         rows = [SlideConfusion(name, name, "test", counts) for name, counts in (("a", healthy), ("b", invented))]
-        scores = Tally(("Other", "Gland", "Tumour"), rest, 1.0, tuple(rows)).mean_dice()
+        tally = Tally(("Other", "Gland", "Tumour"), rest, 1.0, tuple(rows))
+        scores, _ = paired_means(tally, tally)
         assert scores["a"] == 1.0
         assert scores["b"] == pytest.approx((2 * 90 / (900 + 90) + 1) / 2)
 
@@ -182,6 +186,8 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     number = find_version(str(good))[1].number
     for reference in (str(good / "model"), f"runs:/{run_id}", f"models:/tissue/{number}"):
         assert find_version(reference)[1].number == number
+    with pytest.raises(TrackingError, match="letters, digits, _ and -"):
+        promote(str(good), "my alias", 0.01, None, tmp_path / "out")
     with pytest.raises(TrackingError, match="keeps to itself"):
         promote(str(good), "latest", 0.01, None, tmp_path / "out")
     with pytest.raises(TrackingError, match="no run"):

@@ -258,6 +258,8 @@ def test_metrics_keep_their_steps_under_names_that_mlflow_allows(start):
         run.log_metrics({"dice Region*": step / 4, "absent": None, "N/A": 1, "../up": 2, "Drüse": 3}, step)
     assert history(run, "dice Region_") == [(0, 0.0), (1, 0.25), (2, 0.5)]
     assert set(look(run).data.metrics) == {"dice Region_", "N/A", "___up", "Drüse"}
+    run.log_metrics({"Drüse": None}, 3)
+    assert np.isnan(look(run).data.metrics["Drüse"])
     run.log_metrics({f"m{i}": np.float32(i) for i in range(1200)})
     assert len(look(run).data.metrics) == 1204
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Column, Table
 
-from pipeline.comparison import in_words, paired, paired_difference
-from pipeline.config import EvaluationSettings
+from pipeline.comparison import in_words, paired_difference
 from pipeline.errors import CohortError
 from pipeline.progress import console
-from pipeline.tally import Tally, find_tally, shared_patients
+from pipeline.tally import Tally, find_tally, paired_dice, scale_remark, shared_patients
 
 
 def compare(references: Sequence[str]) -> int:
@@ -19,36 +18,34 @@ def compare(references: Sequence[str]) -> int:
         raise CohortError("fullfield compare", " ".join(references), "two runs or more, each once", "Name another run.")
     tallies = {reference: find_tally(reference).unseen for reference in references}
     first, *others = references
-    shared = dict[str, frozenset[str]]()
     for other in others:
-        shared[other] = shared_patients(tallies[first], tallies[other])
-        _remark(shared[other], first, tallies[first], other, tallies[other])
+        for remark in _remarks(first, tallies[first], other, tallies[other]):
+            console.print(f"{first}, {other}: {remark}")
     for name in tallies[first].classes:
         dice = {reference: tally.dice(name) for reference, tally in tallies.items()}
         console.print(_table(name, dice))
         for other in others:
-            console.print(_sentence(name, first, dice[first], other, dice[other], shared[other]))
+            console.print(_sentence(name, first, tallies[first], other, tallies[other]))
     return 0
 
 
-def _remark(shared: frozenset[str], first: str, ours: Tally, other: str, theirs: Tally) -> None:
-    """Say what a reader of the figures has to know: who is left out, and that scales differ."""
-    alone = sorted({row.patient for row in (*ours.rows, *theirs.rows)} - shared)
-    if alone:
-        console.print(f"{first}, {other}: left out, as only one has them: {', '.join(alone)}")
+def _remarks(first: str, ours: Tally, other: str, theirs: Tally) -> Iterator[str]:
+    """What a reader of the figures has to know: who is left out, whom they flatter, and that scales differ."""
+    shared = shared_patients(ours, theirs)
+    if alone := sorted({row.patient for row in (*ours.rows, *theirs.rows)} - shared):
+        yield f"left out, as only one has them: {', '.join(alone)}"
+    for name, chosen in ((first, ours.chosen_by - theirs.chosen_by), (other, theirs.chosen_by - ours.chosen_by)):
+        if chosen & shared:
+            yield f"{', '.join(sorted(chosen & shared))} chose the epoch of {name} alone, which flatters it"
     if ours.mpp != theirs.mpp:
-        scales = f"{ours.mpp:g} and {theirs.mpp:g} um/px"
-        console.print(f"{first}, {other}: each is scored at its own scale, {scales}")
+        yield scale_remark(ours, theirs)
 
 
-def _sentence(
-    name: str, first: str, ours: Mapping[str, float], other: str, theirs: Mapping[str, float], shared: Collection[str]
-) -> str:
-    ours, theirs = paired(shared, ours, theirs)
-    if not ours:
+def _sentence(name: str, first: str, ours: Tally, other: str, theirs: Tally) -> str:
+    one, two = paired_dice(name, ours, theirs)
+    if not one:
         return f"No difference can be told between {first} and {other} by Dice for {name}: no patient of both has any."
-    samples = EvaluationSettings().bootstrap_samples
-    return in_words(paired_difference(ours, theirs, samples), first, other, f"Dice for {name}")
+    return in_words(paired_difference(one, two), first, other, f"Dice for {name}")
 
 
 def _table(name: str, dice: Mapping[str, Mapping[str, float]]) -> Table:

@@ -16,7 +16,7 @@ from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import SPLITS, Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
-from pipeline.files import write_csv, write_json
+from pipeline.files import put_aside, write_csv, write_json
 from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
@@ -146,6 +146,8 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
         if fold not in counted:
             console.print(f"{fold.name} has no figures, and is left out of those of all folds")
     if not counted:
+        for name in _POOLED:
+            put_aside(workspace.output / name)
         return 1
     tallies = [read_tally(fold / TALLY) for fold in counted]
     config, output, first = workspace.config, workspace.output, tallies[0]
@@ -156,7 +158,7 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     write_json(output / "metrics.json", scores)
     flat = table(scores)
     write_csv(output / "metrics.csv", list(flat[0]), flat)
-    for name in (TALLY, "metrics.json", "metrics.csv"):
+    for name in _POOLED:
         workspace.run.log_file(output / name)
     pooled = scores[_HELD_OUT][POOLED]
     workspace.run.log_metrics(
@@ -166,6 +168,7 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     return 0 if len(counted) == len(folds) else 1
 
 
+_POOLED = (TALLY, "metrics.json", "metrics.csv")
 _LOGGED = ("dice", "dice_low", "dice_high", "iou", "iou_low", "iou_high")
 
 

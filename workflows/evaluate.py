@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CanvasError
 from pipeline.export import truth_beside_prediction, write_png
-from pipeline.files import write_csv, write_json
+from pipeline.files import put_aside, write_csv, write_json
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, progress
 from pipeline.slide import open_slide
@@ -66,16 +67,19 @@ def evaluate_cohort(workspace: Workspace) -> int:
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
     else:
-        _put_aside(workspace.output)
+        _put_aside(workspace)
         console.print(f"evaluate: nothing to compare: no annotated slide of {config.segmentation.splits} is segmented")
     return 1 if missing else 0
 
 
-def _put_aside(output: Path) -> None:
-    """Rename the figures of an earlier call, perhaps of a model that is gone: nobody takes them for those of this one."""
-    for path in (output / name for name in _FIGURES):
-        if path.exists():
-            path.replace(path.with_name(f"{path.name}.old"))
+def _put_aside(workspace: Workspace) -> None:
+    """Rename the figures of an earlier call, perhaps of a model that is gone, and take them out of the MLflow run."""
+    if (metrics := workspace.output / _FIGURES[0]).exists():
+        workspace.run.log_metrics(dict.fromkeys(_headline(json.loads(metrics.read_text(encoding="utf-8")))))
+        with workspace.run.child("evaluate", anew=True):
+            pass
+    for name in _FIGURES:
+        put_aside(workspace.output / name)
 
 
 def assess_case(case: Case, config: Config) -> Assessment:

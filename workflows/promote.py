@@ -25,7 +25,7 @@ from pipeline.registry import check_alias
 from pipeline.runtime import EXACT, with_flips
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.store import Store
-from pipeline.tally import FILE, Tally, shared_patients, write_tally
+from pipeline.tally import FILE, Tally, paired_means, scale_remark, shared_patients, write_tally
 from pipeline.versions import Version, decide, find_version, version_with
 from pipeline.workspace import case_truth, dealt_cases, rest_index, slide_job
 from workflows.segment import run_jobs
@@ -54,7 +54,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
     _check_truth(config, challenger)
     theirs, ours, split = _contest(champion, challenger, config, output)
-    difference = paired_difference(theirs, ours, config.evaluation.bootstrap_samples, config.seed)
+    difference = paired_difference(theirs, ours)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
     if split == "val":
@@ -73,10 +73,13 @@ def _contest(champion: Version, challenger: Version, config: Config, output: Pat
         cases = _unseen(config, cluster, [champion, challenger])
         theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
     shared_patients(theirs, ours)  # refuses another truth
-    if not ours.mean_dice() or not theirs.mean_dice():
+    if theirs.mpp != ours.mpp:
+        console.print(f"{champion.reference}, {challenger.reference}: {scale_remark(theirs, ours)}")
+    before, now = paired_means(theirs, ours)
+    if not now:
         remedy = "Annotate test slides, or set `annotations.rest`."
         raise CohortError(str(config.cohort.manifest), "nothing known of the slides to examine", "some truth", remedy)
-    return theirs.mean_dice(), ours.mean_dice(), cases[0].split
+    return before, now, cases[0].split
 
 
 def _figures(difference: Difference, theirs: Scores, ours: Scores) -> dict[str, object]:

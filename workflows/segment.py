@@ -21,7 +21,7 @@ from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings
 from pipeline.errors import CheckpointError, CohortError
-from pipeline.files import as_unicode, locked, write_csv
+from pipeline.files import as_unicode, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
 from pipeline.lineage import add_models
 from pipeline.network import ModelSpec
@@ -254,7 +254,5 @@ def _read_rows(path: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
             return {row["slide_id"]: row for row in rows}
     except (UnicodeDecodeError, csv.Error):
         pass
-    aside = path.with_name(f"{path.name}.old")
-    path.replace(aside)
-    console.print(f"{path} was not as Fullfield writes it: now {aside}")
+    console.print(f"{path} was not as Fullfield writes it: now {put_aside(path)}")
     return {}

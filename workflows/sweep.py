@@ -113,15 +113,16 @@ def _finish(whole: Workspace, combination: Combination, part: Config, error: Ful
                 raise error
             failure = run_stages(workspace)
             workspace.run.log_params({"sweep": combination.values})
+            wanted = {case.slide_id for case in workspace.annotated((_SPLIT,))}
     except FullfieldError as trouble:
         console.print(f"failed: {combination.name}: {trouble}")
         return Entry(combination.name, combination.values, {}, str(trouble)), 1
     metrics = part.output / "metrics.json"
     if not metrics.exists():
         return Entry(combination.name, combination.values, {}, "no validation slide was segmented"), 1
-    scores = json.loads(metrics.read_text(encoding="utf-8"))
-    reason = "scored on a part of the validation slides" if failure else ""
-    return Entry(combination.name, combination.values, scores[_SPLIT][POOLED], reason), failure
+    scores = json.loads(metrics.read_text(encoding="utf-8"))[_SPLIT]
+    reason = "" if wanted <= scores.keys() else "scored on a part of the validation slides"
+    return Entry(combination.name, combination.values, scores[POOLED], reason), failure
 
 
 def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
