@@ -14,7 +14,7 @@ from pipeline.canvas import open_canvas
 from pipeline.checkpoint import load_spec
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case
-from pipeline.comparison import Difference, paired_difference
+from pipeline.comparison import ENOUGH, SURE, Difference, paired_difference
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError
@@ -38,7 +38,8 @@ _FLATTERED = "which flatters the challenger: its epoch was chosen by them"
 def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
     """Examine both on the same patients, keep the evidence, and move the alias; 1 where it stays, else 0.
 
-    The alias moves where the 95 % interval of the paired difference leaves out a loss larger than `margin` (mean Dice).
+    The alias moves where the interval of the paired difference leaves out a loss larger than `margin` (mean Dice); of fewer
+    than six patients that is less than 95 % sure, and the verdict says so.
     """
     check_alias(alias)
     store, challenger = find_version(reference)
@@ -200,8 +201,12 @@ def count(case: Case, config: Config, job: SlideJob) -> SlideConfusion:
 def _verdict(difference: Difference, champion: Version, margin: float, takes: bool) -> str:
     against = f"mean Dice {difference.mean:+.3f} against {champion.reference}"
     if difference.low is None or difference.high is None:
-        return f"refused: {against}, but one patient cannot tell; examine two or more"
-    interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}, {len(difference.patients)} patients"
+        return f"refused: {against}, but one patient cannot tell; examine {ENOUGH} or more"
+    interval = f"{difference.low:+.3f} to {difference.high:+.3f}, {len(difference.patients)} patients"
+    if difference.confidence >= SURE:
+        interval = f"95 % interval {interval}"
+    else:
+        interval = f"{difference.confidence:.0%} interval {interval}, too few to be 95 % sure"
     if takes:
         return f"taken: {against} ({interval}) leaves out a loss of more than {margin:g}"
     return f"refused: {against} ({interval}) does not leave out a loss of more than {margin:g}"
