@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from pipeline.assessment import SHAPE_SCORES, Rules, SlideAssessment, assess, ex
 from pipeline.boundaries import hd95, measure_boundaries, surface_dice
 from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes
+from pipeline.config_file import load_config
 from pipeline.fields import KnownMap
 from pipeline.geometry import Lattice, Mpp
 from pipeline.metrics import POOLED, report, table
 from pipeline.objects import object_scores, object_sums
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_phantom
 from pipeline.truth import ClassMap
+from workflows.evaluate import _rules
 
 PAIR = Classes((Class("rest", (0, 0, 0)), Class("gland", (255, 0, 0))))
 ONCE = np.ones((1, 1), np.int64)
@@ -68,14 +71,16 @@ def test_blocks_give_what_the_whole_gives(tmp_path, small_blocks):
     labels = discs(shape, (255, 262, 84), (120, 520, 66), (60, 60, 20))
     truth[:60, 600:] = IGNORED
     labels[384:500, 512:640] = IGNORED
-    found = assess(canvas_of(tmp_path / "c", labels, PAIR), ArrayTruth(truth), Rules(rest=0, min_area_um2=50.0))
+    canvas = canvas_of(tmp_path / "c", labels, PAIR)
     known = truth != IGNORED
     true, called = truth == 1, (labels == 1) & known
-    mpp = Mpp(1.0, 1.0)
-    np.testing.assert_allclose(found.objects[1], object_sums(true, called, mpp, 50.0))
-    whole = measure_boundaries(true, called, known, mpp, 2.0)
-    assert hd95([found.boundaries[1]], ONCE) == hd95([whole], ONCE)
-    assert surface_dice([found.boundaries[1]], ONCE) == surface_dice([whole], ONCE)
+    mpp, least = Mpp(1.0, 1.0), 2000.0  # more than the smallest disc has
+    for tolerance_um, expected in ((None, 2.0), (7.0, 7.0)):
+        found = assess(canvas, ArrayTruth(truth), Rules(0, least, tolerance_um))
+        whole = measure_boundaries(true, called, known, mpp, expected)
+        assert hd95([found.boundaries[1]], ONCE) == hd95([whole], ONCE)
+        assert surface_dice([found.boundaries[1]], ONCE) == surface_dice([whole], ONCE)
+    np.testing.assert_allclose(found.objects[1], object_sums(true, called, mpp, least))
     assert found.confusion.sum() == known.sum()
     assert found.reliability[..., 0].sum() == (known & (labels != IGNORED)).sum()
     assert found.coarsest_um == 1.0
@@ -103,6 +108,17 @@ def test_what_lies_between_two_fields_is_in_neither(tmp_path):
     bent, block = known.fields(ArrayTruth(truth))
     assert bent.truth.shape == (180, 240) and not (bent.truth == 1).any()  # its box covers part of the other field
     assert (block.truth == 1).all()
+
+
+def test_a_field_holds_all_that_is_known_and_what_touches_by_a_corner(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields, "CELLS", 128)  # cells of 2 x 2 pixels
+    truth = np.full((130, 170), IGNORED, np.uint8)
+    truth[11:52, 21:72], truth[52:93, 72:121] = 0, 1
+    canvas = canvas_of(tmp_path / "c", np.ones(truth.shape, np.uint8), PAIR)
+    known = KnownMap(canvas)
+    known.add(canvas.lattice.roi, truth != IGNORED)
+    (field,) = known.fields(ArrayTruth(truth))
+    assert [(field.truth == index).sum() for index in (0, 1)] == [41 * 51, 41 * 49]
 
 
 def test_large_fields_are_read_from_a_coarser_level(tmp_path, monkeypatch):
@@ -166,6 +182,16 @@ def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
     assert [scores[name]["gland"]["froc_slides"] for name in ("a", "b", POOLED)] == [1, None, 1]
 
 
+def test_lesions_are_looked_at_on_the_level_of_8_um_per_pixel(tmp_path):
+    labels = np.zeros((100, 4200), np.uint8)
+    for side in (1, 2, 4, 8, 16):
+        labels[32 : 32 + side, 256 * side : 257 * side] = 1  # gone from where a pixel is more than `side` um wide
+    canvas, nothing = canvas_of(tmp_path / "c", labels, PAIR), ArrayTruth(np.zeros_like(labels))
+    assert canvas.levels[-1].mpp.x == 16
+    for least, count in ((0.0, 2), (65.0, 1)):
+        assert len(assess(canvas, nothing, Rules(0, least, lesions=(1,))).detections[1].false) == count
+
+
 def test_pooled_scores_have_intervals_over_patients_and_are_json(tmp_path):
     shape = (200, 260)
     truth = discs(shape, (90, 100, 50))
@@ -206,3 +232,33 @@ def test_a_class_that_one_patient_has_has_no_interval(tmp_path):
     for name in ("dice", "object_dice", "object_f1", "object_hausdorff_um", "hd95_um", "nsd"):
         assert pooled[name] is not None and pooled[f"{name}_low"] is pooled[f"{name}_high"] is None
     assert overall_error(rows, 200, 1)["ece_low"] < overall_error(rows, 200, 1)["ece_high"]
+
+
+def test_slides_of_a_patient_are_summed_and_those_of_other_splits_left_out(tmp_path):
+    """One patient's two slides score as one slide would on which both lie."""
+    shape = (200, 260)
+    gland, gap = discs(shape, (90, 100, 50)), np.full((200, 4), IGNORED, np.uint8)
+    labels = [discs(shape, (90, 100 + shift, 50 - shift)) for shift in (2, 9, 5, 14)]
+    slides = [(gland, called) for called in labels]
+    slides.append((np.hstack([gland, gap, gland]), np.hstack([labels[0], 0 * gap, labels[1]])))
+    one, two, third, other, both = (
+        assess(canvas_of(tmp_path / str(number), called, PAIR), ArrayTruth(truth), Rules(0, 50.0))
+        for number, (truth, called) in enumerate(slides)
+    )
+    alone, elsewhere = SlideAssessment("third", "P2", "val", third), SlideAssessment("other", "P3", "test", other)
+    apart = [SlideAssessment("one", "P1", "val", one), SlideAssessment("two", "P1", "val", two), alone]
+    as_one = [SlideAssessment("both", "P1", "val", both), alone]
+    scores, expected = (
+        extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0, samples=200)["val"][POOLED]
+        for rows in ([*apart, elsewhere], as_one)
+    )
+    assert scores == expected
+    assert overall_error(apart, 200, 0) == overall_error(as_one, 200, 0)
+
+
+def test_a_configuration_says_how_slides_are_assessed():
+    path = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+    asked = ["annotations.rest=Stroma", "segmentation.min_region_um2=70"]
+    assert _rules(load_config(path, asked)) == Rules(1, 70.0, None, ())
+    asked += ["evaluation.boundary_tolerance_um=3.5", "evaluation.lesions=[Tumour, Gland]"]
+    assert _rules(load_config(path, asked)) == Rules(1, 70.0, 3.5, (3, 2))

@@ -8,7 +8,6 @@ import pytest
 
 from pipeline.cluster import connect
 from pipeline.config import ClusterSettings
-from pipeline.forking import uninterrupted
 from pipeline.origin import source_digest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
@@ -61,10 +60,13 @@ def imported() -> set[str]:
 
 
 def test_ctrl_c_waits_until_workers_are_started() -> None:
-    started = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        os.kill(os.getpid(), signal.SIGINT)
-        started.append(True)
-    assert started
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+    lines = (
+        "import os, signal",
+        "from pipeline.forking import uninterrupted",
+        "with uninterrupted():",
+        "    os.kill(os.getpid(), signal.SIGINT)",
+        "    print('started', flush=True)",
+        "print('not reached')",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "started\n")

@@ -1,13 +1,16 @@
-"""Lesion FROC: lesions that are found, missed, merged or too small, and the average over rates by hand."""
+"""Lesion FROC: lesions that are found, missed, merged or too small, the challenge's own code, and rates by hand."""
 
 import numpy as np
 import pytest
+from scipy import ndimage
+from skimage.measure import label, regionprops
 
 from pipeline.froc import RATES, Detections, detect, resampled_froc, sensitivities
 from pipeline.geometry import Mpp
 
 MPP = Mpp(8.0, 8.0)
 SHAPE = (300, 400)
+PIXEL_UM = 0.243 * 2**5  # of the challenge's masks
 
 
 def disc(row, column, radius):
@@ -69,6 +72,35 @@ def test_a_detection_stands_where_it_is_surest():
     probability = levels((150, 190, 40, 150), (150, 160, 6, 230))
     assert found(truth, probability) == Detections((), (230 / 255,), 1)
     assert found(truth, probability, min_area_um2=1e7) == Detections((), (0.0,), 1)
+
+
+def camelyon16(truth, prediction, probability, min_area_um2):
+    """False positives and lesions as the challenge's evaluation code finds them; a region stands at its highest pixel."""
+    near = ndimage.distance_transform_edt(~truth) < 75 / (PIXEL_UM * 2)
+    mask = label(ndimage.binary_fill_holes(near), connectivity=2)
+    lesions = {part.label: 0.0 for part in regionprops(mask) if part.axis_major_length >= 275 / PIXEL_UM}
+    false = []
+    for part in regionprops(label(prediction, connectivity=2)):
+        if part.area * PIXEL_UM**2 >= min_area_um2:
+            depth = ndimage.distance_transform_edt(np.pad(part.image, 1))[1:-1, 1:-1][part.image]
+            heights = np.stack([probability[tuple(part.coords.T)] / 255, depth], axis=-1)
+            top = max(heights.tolist())  # where several are as high, at the deepest of them
+            (hit,) = set(mask[tuple(part.coords[(heights == top).all(axis=-1)].T)])  # seeds are such that it is one
+            if hit == 0:
+                false.append(top[0])
+            elif hit in lesions:
+                lesions[hit] = max(lesions[hit], top[0])
+    return sorted(false), sorted(lesions.values())
+
+
+@pytest.mark.parametrize("seed", range(11, 26))
+def test_detections_are_those_of_the_challenge(seed):
+    noise = np.random.default_rng(seed).normal(size=(2, 150, 190))
+    coarse, fine = (field / field.std() for field in map(ndimage.gaussian_filter, noise, (12, 3)))
+    truth = abs(coarse - 1.2) < 0.2  # bands, many of them closed
+    probability = np.uint8(25 * np.clip(np.rint(5 + 2.5 * (coarse + fine)), 0, 10))
+    one = detect(truth, probability > 127, probability, Mpp(PIXEL_UM, PIXEL_UM), 2000.0)
+    assert (sorted(one.false), sorted(one.lesions)) == camelyon16(truth, probability > 127, probability, 2000.0)
 
 
 def test_rounds_pool_the_slides_of_the_patients_that_are_drawn():

@@ -1,0 +1,116 @@
+"""What decides a promotion, and whose slides may: with random networks, and what they are said to have learned from."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+import yaml
+
+from pipeline.architectures import build_network
+from pipeline.checkpoint import save
+from pipeline.classes import Classes
+from pipeline.cohort import read_manifest, write_manifest
+from pipeline.errors import CheckpointError, CohortError
+from pipeline.network import ModelSpec
+from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_cohort
+from pipeline.store import open_store
+from workflows.promote import promote
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Annotated test slides of P0, P1 and P2, their configuration `config.yaml`, and a store."""
+    folder = tmp_path_factory.mktemp("contest")
+    manifest = make_cohort(folder, seed=7, slides=3, width=401, height=303, mpp=2.0)
+    cases = read_manifest(manifest)
+    write_manifest(manifest, [replace(case, patient=f"P{number}", split="test") for number, case in enumerate(cases)])
+    content = {**yaml.safe_load(DEMO.read_text()), "cohort": {"manifest": str(manifest)}, "cluster": {"workers": 0}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(home: Path) -> Iterator[mlflow.MlflowClient]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store.db")
+        client = open_store(f"sqlite:///{home}/store.db", create=True).client
+        client.create_registered_model("tissue")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def register(home: Path, store: mlflow.MlflowClient) -> Callable[..., str]:
+    """Makes a version of a random network, which `saw` other slides of some patients, each (patient, split).
+
+    One with an alias is of other weights than one without.
+    """
+    numbers, run = count(), store.create_run(store.create_experiment("contest", f"{home.as_uri()}/runs"))
+
+    def registered(
+        alias: str | None = None, classes: Classes = PHANTOM_CLASSES, mpp: float = 4.0, saw: tuple[tuple[str, str], ...] = ()
+    ) -> str:
+        torch.manual_seed(0 if alias else 1)
+        spec = ModelSpec(
+            architecture="fcn", classes=classes, mpp=mpp, patch_size=32, width=4, depth=2, stride=4, halo=16, rest=GLASS
+        )
+        slides = [{"slide_digest": "another", "patient": patient, "split": split} for patient, split in saw]
+        folder = home / f"model-{next(numbers)}"
+        save(folder, spec, build_network(spec), ancestry={"slides": slides})
+        number = str(store.create_model_version("tissue", folder.as_uri(), run.info.run_id).version)
+        if alias:
+            store.set_registered_model_alias("tissue", alias, number)
+        return number
+
+    return registered
+
+
+def test_the_lower_bound_decides(home: Path, store: mlflow.MlflowClient, register: Callable[..., str]) -> None:
+    champion, challenger = register("best"), register()
+
+    def holder(margin: float) -> str:
+        promote(f"models:/tissue/{challenger}", "best", margin, home / "config.yaml", home / "out")
+        return str(store.get_registered_model("tissue").aliases["best"])
+
+    assert holder(-1.0) == champion  # nobody wins by so much
+    tags = store.get_model_version("tissue", challenger).tags
+    mean, low = (float(tags[f"fullfield.best.{name}"]) for name in ("difference", "low"))
+    assert low < mean and holder(-(low + mean) / 2) == champion
+    assert holder(-low) == challenger
+
+
+def test_patients_that_either_has_seen_do_not_decide(
+    home: Path, store: mlflow.MlflowClient, register: Callable[..., str]
+) -> None:
+    register("known", saw=(("P0", "val"),))
+    challenger = register(saw=(("P1", "train"),))
+    promote(f"models:/tissue/{challenger}", "known", 0.01, home / "config.yaml", home / "out")
+    assert json.loads(store.get_model_version("tissue", challenger).tags["fullfield.known.patients"]) == ["P2"]
+
+
+def test_a_champion_with_other_classes_is_no_rival(home: Path, register: Callable[..., str]) -> None:
+    register("other", classes=Classes((*PHANTOM_CLASSES,)[::-1]))
+    with pytest.raises(CheckpointError, match="Choose another alias"):
+        promote(f"models:/tissue/{register()}", "other", 0.01, home / "config.yaml", home / "out")
+
+
+def test_scales_at_which_the_truth_differs_are_refused(home: Path, tmp_path: Path, register: Callable[..., str]) -> None:
+    """Stripes of 4 um every 16 um: at 16 um/px no pixel's centre lies in one."""
+    stripes = [[[[x, 0], [x + 2, 0], [x + 2, 303], [x, 303], [x, 0]]] for x in range(0, 401, 8)]
+    kind = {"classification": {"name": "Gland"}}
+    outline = {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": stripes}, "properties": kind}
+    (tmp_path / "stripes.geojson").write_text(json.dumps(outline))
+    case, *_ = read_manifest(home / "cohort.csv")
+    write_manifest(tmp_path / "cohort.csv", [replace(case, annotation=tmp_path / "stripes.geojson")])
+    content = yaml.safe_load((home / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, "cohort": {"manifest": str(tmp_path / "cohort.csv")}}))
+    register("coarse", mpp=16.0)
+    with pytest.raises(CohortError, match="another truth"):
+        promote(f"models:/tissue/{register()}", "coarse", 0.01, tmp_path / "config.yaml", tmp_path / "out")
