@@ -24,6 +24,9 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
 Precision = Literal["exact", "fast", "fastest"]
 Backend = Literal["auto", "torch", "openvino"]
+ALIAS, RESERVED_ALIAS = r"[A-Za-z][A-Za-z0-9_\-]*", r"latest|v\d+"
+"""Patterns of what MLflow takes as an alias, and of what it keeps to itself, in letters of either case."""
+
 SHARING = frozenset({"devices", "nodes", "strategy"})
 """Keys of `training` that say who does the work; on them its result does not depend."""
 
@@ -229,12 +232,12 @@ class TrackingSettings(Section):
     uri: str | None = None
     experiment: str = "fullfield"
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\- ]+$")] = "fullfield"
-    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$")] = "newest"
+    alias: Annotated[str, Field(pattern=f"^{ALIAS}$")] = "newest"
 
     @field_validator("alias")
     @classmethod
     def _not_reserved(cls, alias: str) -> str:
-        if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        if re.fullmatch(RESERVED_ALIAS, alias, re.IGNORECASE):
             raise ValueError("should not be `latest` or a version such as `v1`, which MLflow keeps to itself")
         return alias
 

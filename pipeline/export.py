@@ -19,10 +19,11 @@ from pipeline.classes import IGNORED, Classes
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.slide import Slide
+from pipeline.tissue import PICTURE_PIXELS
 
 _TILE = 512  # pixels; where the canvas's own chunks do not suit TIFF, whose tiles are multiples of 16
 _CLASSIC_TIFF_BYTES = 2**31  # of pixels before compression: a margin of two below what a classic TIFF can hold
-_PICTURE, _PANEL, _NARROWEST = 2048, 1024, 640  # pixels: longer side of a picture, of a panel; least width
+_PANEL, _NARROWEST = 1024, 640  # pixels: longer side of a panel, least width of a picture
 _LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
 _TINT, _DIM, _LINES, _BETWEEN = np.array([97, 128, 115, 13], np.uint8)  # of 255: cover by colour, white, grey lines, gaps
 _PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
@@ -81,7 +82,7 @@ def overlay(slide: Slide, canvas: Canvas) -> np.ndarray:
     Returns (rows, columns, 3) uint8 RGB, at most 2048 pixels on the longer side; what was not examined is hatched.
     """
     base = slide.base
-    shrink = max(base.width / _PICTURE, base.height / (_PICTURE - _LEGEND_SPACE), 1)
+    shrink = max(base.width / PICTURE_PIXELS, base.height / (PICTURE_PIXELS - _LEGEND_SPACE), 1)
     lattice = base.at(Mpp(base.mpp.x * shrink, base.mpp.y * shrink))
     labels = _labels_at(canvas, lattice)
     picture = _hatched(_painted(slide.read(lattice.roi, lattice), labels, canvas.classes), labels == IGNORED)

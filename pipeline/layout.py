@@ -27,7 +27,7 @@ def quicken(network: nn.Module) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, SkipConnection) and child.mode == "cat" and child.dim == 1:
-                setattr(module, name, _Skip(child.submodule))
+                module.add_module(name, _Skip(child.submodule))
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.out_channels < _FEW:
             module.register_forward_hook(_as_rows)
 

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from pipeline import __version__, ensemble
+from pipeline import ensemble
 from pipeline.canvas import create_canvas
 from pipeline.config import EngineSettings
 from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import cache_folder, release_memory, threads
 from pipeline.network import ModelSpec
+from pipeline.origin import source_digest
 from pipeline.runtime import describe, settled
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
@@ -98,7 +99,7 @@ def known_probe(slide: Slide, engine: Engine, way: Stitching, path: Path) -> Pro
 def kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSettings) -> Path:
     """Where a probe is kept: a file of its own for everything that may change what it finds."""
     engine, scale = settled(settings, spec.architecture), Mpp.square(spec.mpp)
-    versions = [__version__, *(version(library) for library in ("numpy", engine.backend))]
+    versions = [source_digest(), *(version(library) for library in ("numpy", engine.backend))]
     shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
     facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), threads(), shrink]
     return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"

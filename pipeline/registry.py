@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from pipeline import checkpoint
+from pipeline.config import ALIAS, RESERVED_ALIAS
 from pipeline.errors import TrackingError
 from pipeline.machine import cache_folder
 from pipeline.store import Store, store_for, unless_there
@@ -66,10 +67,10 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
 
 def check_alias(alias: str) -> None:
     """Raises TrackingError for an alias that MLflow does not take, or keeps to itself."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-]*", alias):
+    if not re.fullmatch(ALIAS, alias):
         expected = "letters, digits, _ and -, and a letter first"
         raise TrackingError(f"alias {alias!r}", "other characters", expected, "Say `champion`, perhaps.")
-    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+    if re.fullmatch(RESERVED_ALIAS, alias, re.IGNORECASE):
         raise TrackingError(f"alias {alias!r}", "a word that MLflow keeps to itself", "another", "Say `newest`, perhaps.")
 
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import __version__, checkpoint, ensemble, openvino_engine
+from pipeline import checkpoint, ensemble, openvino_engine
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
 from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import GRAPH
+from pipeline.origin import source_digest
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -166,9 +167,10 @@ def _half(backend: Backend) -> str:
 
 def fp32_graph(model: Path) -> Path:
     """A model as an OpenVINO graph, from the cache, else made from the checkpoint and left there for the next process."""
-    versions = f"fullfield-{__version__}-openvino-{openvino_engine.library_version()}"
-    name = f"{checkpoint.digest(model)[:_DIGITS]}-{versions}"
-    folder = cache_folder() / "graphs" / name
+    made_by = (
+        f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_engine.library_version()}"  # other code, another graph
+    )
+    folder = cache_folder() / "graphs" / f"{checkpoint.digest(model)[:_DIGITS]}-{made_by}"
     if not (folder / GRAPH).is_file():
         openvino_engine.export(*checkpoint.load(model), folder)
     return folder / GRAPH

@@ -61,7 +61,7 @@ def _trained(workspace: Workspace, unfinished: Path) -> str:
     check_model(config, workspace.cases)  # again, since another may have trained it meanwhile
     _check_tiles(workspace)
     cases = _cases(workspace)
-    done = 0 if model.exists() else _interrupted(unfinished, training_facts(config, cases))
+    done = 0 if model.exists() else _taken_up(unfinished, training_facts(config, cases))
     with begin(workspace, anew=not (model.exists() or done)) as run:
         run.log_params({"training": config.training.model_dump(), "network": config.network.model_dump()})
         if model.exists():
@@ -104,13 +104,13 @@ def _describe(workspace: Workspace, cost: Mapping[str, Any]) -> Path:
 
 
 def fit_arguments(workspace: Workspace) -> tuple[Config, Sequence[Case], Path, Path, str]:
-    """What `fit` is called with for a workspace whose tiles are there; it goes on where an interrupted one stopped.
+    """What `fit` is called with for a workspace whose tiles are there; an interrupted training is taken up, and said so.
 
     Raises TrainingError where the tiles are those of another configuration.
     """
     _check_tiles(workspace)
     config, cases, unfinished = workspace.config, _cases(workspace), workspace.output / "model.partial"
-    _interrupted(unfinished, training_facts(config, cases))
+    _taken_up(unfinished, training_facts(config, cases))
     return config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases)
 
 
@@ -140,8 +140,11 @@ def _never_seen(workspace: Workspace) -> list[str]:
     return [name for name in workspace.config.class_list.names if not np.any(rows[name].to_numpy())]
 
 
-def _interrupted(unfinished: Path, facts: Mapping[str, str]) -> int:
-    """How many epochs an interrupted training has done. Raises TrainingError where it was another than this one."""
+def _taken_up(unfinished: Path, facts: Mapping[str, str]) -> int:
+    """Make ready what an interrupted training left, and return how many epochs it has done; say so if there is any.
+
+    What is left of one whose model is gone is deleted. Raises TrainingError where it was another training than this one.
+    """
     state = snapshot.beside(unfinished)
     standing = snapshot.read_standing(state)
     if standing is None:
