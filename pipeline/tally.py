@@ -34,10 +34,10 @@ class Tally:
     def dice(self, name: str) -> dict[str, float]:
         """Dice of a class for each patient, slides summed; left out where neither side has the class."""
         index = self.classes.index(name)
-        found = {patient: number(ratios(counts, self.rest)["dice"][index]) for patient, counts in self.patients().items()}
+        found = {patient: number(ratios(counts, self.rest)["dice"][index]) for patient, counts in self.by_patient().items()}
         return {patient: dice for patient, dice in found.items() if dice is not None}
 
-    def patients(self) -> dict[str, np.ndarray]:
+    def by_patient(self) -> dict[str, np.ndarray]:
         """The counts of each patient, slides summed, as a confusion of the tally's classes."""
         sums: dict[str, np.ndarray] = {}
         for row in self.rows:
@@ -66,7 +66,7 @@ def paired_dice(name: str, first: Tally, second: Tally) -> tuple[dict[str, float
     nothing is right, and has 1. At two scales the truth may have a class at one of them alone: that tells nothing.
     """
     index = first.classes.index(name)
-    has, other = ({key: bool(sums[index].any()) for key, sums in tally.patients().items()} for tally in (first, second))
+    has, other = ({key: bool(sums[index].any()) for key, sums in tally.by_patient().items()} for tally in (first, second))
     ours, theirs = first.dice(name), second.dice(name)
     told = [key for key in has if key in other and has[key] == other[key] and (key in ours or key in theirs)]
     return {key: ours.get(key, 1.0) for key in told}, {key: theirs.get(key, 1.0) for key in told}
@@ -77,7 +77,7 @@ def paired_means(first: Tally, second: Tally) -> tuple[dict[str, float], dict[st
 
     So both are scored on the same classes of a patient; what is invented costs the class that it is taken from.
     """
-    ours, theirs = first.patients(), second.patients()
+    ours, theirs = first.by_patient(), second.by_patient()
     known = {key: ours[key].any(axis=1) & theirs[key].any(axis=1) for key in ours if key in theirs}
 
     def means(sums: Mapping[str, np.ndarray], rest: int | None) -> dict[str, float]:
