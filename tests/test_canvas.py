@@ -250,6 +250,20 @@ def test_a_torn_shard_is_named(tmp_path: Path) -> None:
         assert str(path) == caught.value.subject
 
 
+@pytest.mark.parametrize("kind", ["label_shards", "probability_shards"])
+def test_a_tile_is_done_with_both_of_its_files_and_whole_with_all_their_bytes(tmp_path: Path, kind: str) -> None:
+    canvas = make(tmp_path)
+    write_all(canvas, scores(canvas))
+    damaged, *others = canvas.done()
+    path = getattr(canvas, kind)(0).path(damaged)
+    content = path.read_bytes()
+    for left in (b"", content[: len(content) // 2], content[1:]):  # the last with an index that is sound
+        path.write_bytes(left)
+        assert canvas.done() == [damaged, *others] and canvas.whole() == others
+    path.unlink()
+    assert canvas.done() == canvas.whole() == others
+
+
 def test_a_flipped_bit_anywhere_in_a_shard_is_noticed(tmp_path: Path) -> None:
     canvas = make(tmp_path)
     write_all(canvas, scores(canvas))

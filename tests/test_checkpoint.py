@@ -113,6 +113,13 @@ def test_the_digest_is_that_of_the_content(saved: Path, tmp_path: Path) -> None:
     assert len({first, *(checkpoint.digest(tmp_path / name) for name in ("weights", "spec", "copy"))}) == 4
 
 
+def test_the_digest_does_not_depend_on_who_made_the_model(saved: Path, tmp_path: Path) -> None:
+    for maker in ("one", "another"):
+        checkpoint.save(tmp_path / maker, spec(), network(spec()), LINEAGE, {"machine": maker})
+        assert checkpoint.load_ancestry(tmp_path / maker) == {"machine": maker}
+        assert checkpoint.digest(tmp_path / maker) == checkpoint.digest(saved)
+
+
 def test_saving_again_replaces_all_of_it(saved: Path) -> None:
     checkpoint.save(saved, spec(mpp=2.0), network(spec(), seed=1))
     assert checkpoint.load_spec(saved).mpp == 2.0 and checkpoint.load_run_record(saved) == {}

@@ -34,6 +34,19 @@ def test_a_patient_is_written_alike(tmp_path: Path, one: str, other: str) -> Non
         read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
 
 
+def test_a_scan_under_two_names_is_one_scan(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "slide,patient,split\na.svs,P1,train\nb.svs,P2,test\n", "a.svs")
+    (tmp_path / "b.svs").symlink_to("a.svs")
+    with pytest.raises(CohortError, match=r"slide stands 2 times: .*a\.svs"):
+        read_manifest(path)
+
+
+def test_ids_that_differ_in_capitals_alone_are_one_folder_on_some_disks(tmp_path: Path) -> None:
+    text = "slide,slide_id,patient\na.svs,Left,P1\nb.svs,left,P2\n"
+    with pytest.raises(CohortError, match=r"slide_id 'Left' is shared by .*a\.svs, .*b\.svs"):
+        read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
+
+
 def test_empty_columns_of_a_spreadsheet_count_for_nothing(tmp_path: Path) -> None:
     path = manifest(tmp_path, "slide,patient,,\na.svs,P1,,\n,,,\n", "a.svs")
     assert read_manifest(path) == (Case("a", "P1", tmp_path / "a.svs"),)
@@ -96,6 +109,10 @@ def test_patients_are_dealt_out_by_fractions(patients: int, sizes: tuple[int, ..
     found = [len({case.patient for case in dealt if case.split == split}) for split in ("train", "val", "test")]
     assert tuple(found) == sizes
     assert all(len({case.split for case in dealt if case.patient == f"P{p}"}) == 1 for p in range(patients))
+
+
+def test_the_only_patient_is_learned_from_whatever_the_fractions() -> None:
+    assert {case.split for case in deal_out(cohort(1), {"train": 0.1, "val": 0.1, "test": 0.8}, seed=0)} == {"train"}
 
 
 def test_a_seed_decides_the_splits() -> None:

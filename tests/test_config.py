@@ -139,7 +139,28 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_digest_ignores_where_and_by_whom() -> None:
     config = parse_config(minimal(), "test")
     assert config.digest() == parse_config(minimal(), "test", ["output=elsewhere", "cluster.workers=3"]).digest()
-    assert config.digest() != parse_config(minimal(), "test", ["seed=1"]).digest()
+    for same in ("tracking.alias=mine", "training.devices=2"):
+        assert config.digest() == parse_config(minimal(), "test", [same]).digest(), same
+
+
+def test_the_digest_depends_on_all_else() -> None:
+    changes = {
+        "seed": "1",
+        "cohort": "{manifest: other.csv}",
+        "classes": "[{name: Other, color: '#fffffe'}, {name: Gland, color: '#008000'}]",
+        "annotations": "{rest: Other}",
+        "tissue": "{mpp: 4.0}",
+        "normalisation": "{method: macenko}",
+        "network": "{mpp: 2.0}",
+        "tiles": "{min_tissue: 0.5}",
+        "training": "{epochs: 3}",
+        "segmentation": "{blend: true}",
+        "engine": "{flips: true}",
+        "evaluation": "{lesions: [Gland]}",
+    }
+    assert set(changes) == set(Config.model_fields) - {"output", "cluster", "tracking"}
+    overrides = [[], *([f"{name}={value}"] for name, value in changes.items())]
+    assert len({parse_config(minimal(), "test", override).digest() for override in overrides}) == len(overrides)
 
 
 def test_words_that_look_like_numbers_come_back_as_words() -> None:

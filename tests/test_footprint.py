@@ -261,6 +261,8 @@ def test_what_nan_does_not_show_the_cross_check_finds(build: Callable[[], nn.Mod
     network = build()
     with pytest.raises(NetworkError, match="differ from one forward pass"):
         assert_exact(network, measure(network))
+    with pytest.raises(NetworkError, match="differ from one forward pass"):
+        with_footprint(spec("fcn"), network)
 
 
 @pytest.mark.parametrize("wrong", [Footprint(24, 8, 1), Footprint(32, 4, 1), Footprint(0, 8, 1)], ids=str)

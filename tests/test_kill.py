@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,11 @@ def await_moment(output: Path, seed: int, over: Callable[[], bool]) -> None:
     time.sleep(delay)
 
 
+def moments(seed: int) -> range:
+    """A moment, and others in its place: one may come after the end of a run, where a kill proves nothing."""
+    return range(seed, seed + 50_000, 10_000)
+
+
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
     """Workers that were forked, and those that replaced them, which start by themselves."""
     forked = [child for server in fork_servers_of(process) for child in server.children()]
@@ -118,7 +124,26 @@ def fork_servers_of(process: psutil.Process) -> list[psutil.Process]:
 
 
 def runs(process: psutil.Process, function: str) -> bool:
-    return any(function in word for word in process.cmdline())
+    with suppress(psutil.NoSuchProcess):  # it may have ended since it was listed
+        return any(function in word for word in process.cmdline())
+    return False
+
+
+def kill_a_worker(output: Path, seed: int, over: Callable[[], bool]) -> bool:
+    """Kill a worker of this process at a moment drawn at random; returns whether another one took its place."""
+    here, workers = psutil.Process(), list[psutil.Process]()
+    with suppress(psutil.NoSuchProcess):  # it came too late
+        while not workers and not over():
+            time.sleep(0.01)
+            workers = workers_of(here)
+        await_moment(output, seed, over)
+        workers[0].kill()
+        workers[0].wait(PATIENCE)
+        while not over():
+            if any(other.pid != workers[0].pid for other in workers_of(here)):
+                return True
+            time.sleep(0.01)
+    return False
 
 
 @contextmanager
@@ -144,62 +169,76 @@ def test_two_workers_give_what_one_process_gives(project: Path, undisturbed: Pic
 
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_worker_is_replaced(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    ended, killed = threading.Event(), []
-
-    def kill() -> None:
-        while not (workers := workers_of(psutil.Process())):
-            time.sleep(0.01)
-        await_moment(tmp_path, seed, ended.is_set)
-        workers[0].kill()
-        killed.append(workers[0].wait(PATIENCE))
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert run_here(project, tmp_path, workers=1) == 0
-    ended.set()
-    killer.join()
-    assert killed
-    assert same(picture(tmp_path), undisturbed)
+    for moment in moments(seed):
+        output, ended = tmp_path / str(moment), threading.Event()
+        with ThreadPoolExecutor() as killer:
+            replaced = killer.submit(kill_a_worker, output, moment, ended.is_set)
+            try:
+                assert run_here(project, output, workers=1) == 0
+            finally:
+                ended.set()
+        assert same(picture(output), undisturbed)
+        if replaced.result():
+            return
+    pytest.fail("every kill came too late")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_fork_server_is_done_without(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    client = command(project, tmp_path, "--workers", 1)
-    await_moment(tmp_path, 300 + seed, lambda: client.poll() is not None)
-    servers = fork_servers_of(psutil.Process(client.pid))
-    assert servers or client.poll() is not None
-    for server in servers:
-        server.kill()
-    log, _ = client.communicate(timeout=PATIENCE)
-    assert client.returncode == 0, log
-    assert same(picture(tmp_path), undisturbed)
+    for moment in moments(300 + seed):
+        output = tmp_path / str(moment)
+        client = command(project, output, "--workers", 1)
+        await_moment(output, moment, lambda own=client: own.poll() is not None)
+        servers = list[psutil.Process]()
+        with suppress(psutil.NoSuchProcess):  # it came too late
+            servers = fork_servers_of(psutil.Process(client.pid))
+            for server in servers:
+                server.kill()
+        log, _ = client.communicate(timeout=PATIENCE)
+        assert client.returncode == 0, log
+        assert same(picture(output), undisturbed)
+        if servers:
+            return
+    pytest.fail("every kill came too late")
 
 
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_command_takes_its_workers_along(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    client = command(project, tmp_path, "--workers", 1)
-    await_moment(tmp_path, 100 + seed, lambda: client.poll() is not None)
-    workers = workers_of(psutil.Process(client.pid))
-    assert workers or client.poll() is not None
-    client.kill()
-    client.communicate()
-    _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
-    assert not alive
-    assert run_here(project, tmp_path) == 0
-    assert same(picture(tmp_path), undisturbed)
+    for moment in moments(100 + seed):
+        output = tmp_path / str(moment)
+        client = command(project, output, "--workers", 1)
+        await_moment(output, moment, lambda own=client: own.poll() is not None)
+        workers = list[psutil.Process]()
+        with suppress(psutil.NoSuchProcess):  # it came too late
+            workers = workers_of(psutil.Process(client.pid))
+        client.kill()
+        client.communicate()
+        _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
+        assert not alive
+        assert run_here(project, output) == 0
+        assert same(picture(output), undisturbed)
+        if workers and client.returncode:
+            return
+    pytest.fail("every kill came too late")
 
 
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_scheduler_is_told_at_once(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    with a_scheduler(tmp_path) as (scheduler, address):
-        client = command(project, tmp_path, "--scheduler", address)
-        await_moment(tmp_path, 200 + seed, lambda: client.poll() is not None)
-        scheduler.kill()
-        log, _ = client.communicate(timeout=PATIENCE)
-    late = "1 slides done" in log
-    assert client.returncode == (0 if late else 1)
-    assert late or "ClusterError" in log
-    assert "Traceback" not in log
-    assert run_here(project, tmp_path) == 0
-    assert same(picture(tmp_path), undisturbed)
+    for moment in moments(200 + seed):
+        output = tmp_path / str(moment)
+        output.mkdir()
+        with a_scheduler(output) as (scheduler, address):
+            client = command(project, output, "--scheduler", address)
+            await_moment(output, moment, lambda own=client: own.poll() is not None)
+            scheduler.kill()
+            log, _ = client.communicate(timeout=PATIENCE)
+        late = "1 slides done" in log
+        assert client.returncode == (0 if late else 1)
+        assert late or "ClusterError" in log
+        assert "Traceback" not in log
+        assert run_here(project, output) == 0
+        assert same(picture(output), undisturbed)
+        if not late:
+            return
+    pytest.fail("every kill came too late")

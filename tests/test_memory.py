@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.annotations import open_truth
 from pipeline.geometry import Mpp, Roi
 from pipeline.memory import remembered
 from pipeline.patches import Source
-from pipeline.phantom import render, write_slide
+from pipeline.phantom import PHANTOM_CLASSES, make_phantom, render, write_slide
 from pipeline.slide import open_slide
+from pipeline.truth import ClassMap
 
 
 class Counted:
@@ -56,3 +58,16 @@ def test_small_fields_count_with_all_that_is_kept_of_them(source: Source, monkey
     held = sum(block.nbytes for block in kept._blocks.values()) * 4 // 3  # and the truth
     monkeypatch.setattr("pipeline.memory._MOST_BYTES", held - 1)
     assert remembered({"a": small})["a"].slide is small.slide
+
+
+def test_the_truth_stays_where_it_is_in_the_image(tmp_path: Path) -> None:
+    phantom = make_phantom(tmp_path / "slide.tiff", 6, 1201, 903, 1.0)
+    slide = open_slide(phantom.slide)
+    classes = ClassMap(PHANTOM_CLASSES, {name: index for index, name in enumerate(PHANTOM_CLASSES.names)}, rest=0)
+    plain = Source(slide, open_truth(phantom.annotation, slide.base, classes, None), slide.base.at(Mpp.square(1.7)))
+    kept = remembered({"a": plain})["a"]
+    roi = Roi(-20, 190, 600, 280)
+    for lattice in (plain.lattice, plain.lattice.at(Mpp.square(4))):
+        assert (kept.truth.read(roi, lattice) == plain.truth.read(roi, lattice)).all()
+    assert len(set(plain.truth.read(roi, plain.lattice).flat)) > 3
+    assert (kept.truth.known_roi(), kept.truth.base) == (plain.truth.known_roi(), plain.truth.base)

@@ -204,6 +204,8 @@ def test_a_patch_that_hangs_over_comes_back_inside(x: int, y: int, width: int, h
         else:
             assert 0 <= start <= length - size
             assert start == before or not 0 <= before <= length - size
+            there_and_back = 2 * (length - size) or 1
+            assert 0 in ((start - before) % there_and_back, (start + before) % there_and_back), "mirrored"
 
 
 def test_image_and_truth_agree_on_every_patch(sources: dict[str, Source]) -> None:
@@ -232,6 +234,21 @@ def test_every_patch_is_changed_in_its_own_way(sources: dict[str, Source]) -> No
     patches = [stream.patch(epoch, position) for epoch in (0, 1) for position in range(15)]
     darkest = [image[..., 2].min() for image, _ in patches]
     assert len(set(darkest)) > 20
+
+
+def test_how_a_patch_is_turned_has_nothing_to_do_with_where_it_is(sources: dict[str, Source]) -> None:
+    both = cells(sources)
+    index = replace(both, fractions=np.eye(2)[both.slides])  # all of a class on one slide
+    stream = PatchStream(index, sources, Augmentation(flips=True), SIZE, seed=3, threads=1)
+    seen = {name: set[int]() for name in sources}
+    for position in range(100):
+        place = index.draw(SIZE, 3, 0, position)
+        source = sources[place.slide_id]
+        plain, _ = source.read(inside(place.roi, source.lattice))
+        views = [np.rot90(image, turns) for image in (plain, plain[:, ::-1]) for turns in range(4)]
+        patch, _ = stream.patch(0, position)
+        seen[place.slide_id].update(number for number, view in enumerate(views) if np.array_equal(patch, view))
+    assert seen == {name: set(range(8)) for name in sources}
 
 
 def test_patches_on_a_real_slide(shared_data: Path, tmp_path: Path) -> None:

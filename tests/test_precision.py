@@ -17,7 +17,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
 from pipeline.network import ModelSpec
-from pipeline.patches import PatchIndex, Source
+from pipeline.patches import PatchIndex, Source, inside
 from pipeline.phantom import make_cohort, make_phantom, write_slide
 from pipeline.precision import Deviation, approval, approve, calibration_patches, check, measure_deviation, require_approval
 from pipeline.segmentation import plan_slide
@@ -192,6 +192,11 @@ def test_patches_for_calibration_are_the_slides_own(sources: list[tuple[Source, 
     assert len(patches) == 100 and {patch.shape for patch in patches} == {(64, 64, 3)}
     assert all((one == other).all() for one, other in zip(patches, again, strict=True))
     assert len({patch.tobytes() for patch in patches}) > 90
+    images = {name: one.slide.read(one.lattice.roi, one.lattice) for name, one in source.items()}
+    for position, patch in enumerate(patches):
+        place = index.draw(64, 0, 0, position)
+        roi = inside(place.roi, source[place.slide_id].lattice)
+        assert np.array_equal(patch, images[place.slide_id][roi.slices()])
 
 
 @pytest.fixture(scope="module")

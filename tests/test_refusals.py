@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 
@@ -84,6 +85,37 @@ def test_tiles_of_a_model_that_took_another_s_place_are_not_mixed_in(models: lis
     assert set(open_canvas(job.folder / CANVAS).done()) == set(first)
 
 
+def test_what_was_begun_by_another_version_at_another_scale_or_with_other_tissue_is_refused(
+    models: list[Path], scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, models[0], tmp_path / "scan", settings, TissueSettings(), TORCH)
+    plan_slide(job)
+
+    def refused(other: SlideJob) -> list[str]:
+        """The names of what differs."""
+        with pytest.raises(CanvasError, match="made by another run") as caught:
+            plan_slide(other)
+        return [told.split()[0] for told in str(caught.value.found).split(", ")]
+
+    assert refused(replace(job, mpp=1.0001)) == ["slide_mpp"]
+    assert "tissue" in refused(replace(job, tissue=TissueSettings(max_hole_um2=0)))
+    monkeypatch.setattr("pipeline.slide_job.__version__", "another")
+    assert refused(job) == ["fullfield"]
+
+
+def test_tissue_and_smallest_region_are_those_of_the_model_s_own_run(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    model, own = Path(shutil.copytree(models[0], tmp_path / "model")), TissueSettings(mpp=16.0, max_hole_um2=0)
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    content["lineage"] = {"tissue": own.model_dump(), "min_region_um2": 1e9}
+    (model / "model.yaml").write_text(yaml.safe_dump(content))
+    assert run(scan, [model], tmp_path) == 0
+    folder = tmp_path / "slides" / "scan"
+    identity = json.loads((folder / "provenance.json").read_text())["identity"]
+    assert TissueSettings(**json.loads(identity["tissue"])) == own
+    assert json.loads((folder / "regions.geojson").read_text())["features"] == []
+
+
 def test_an_output_of_other_models_is_refused_and_stays_as_it_was(
     models: list[Path], scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,19 +157,22 @@ def test_a_damaged_tile_is_made_again_and_no_other(
     assert run(scan, models[:1], tmp_path) == 0
     folder = tmp_path / "slides" / "scan"
     canvas = open_canvas(folder / CANVAS)
-    labels, shards = canvas.read_labels(canvas.lattice.roi), canvas.label_shards(0)
-    damaged, sound, *_ = (shards.path(place) for place in canvas.done())
-    content, before = damaged.read_bytes(), sound.stat()
-    if damage == "gone":
-        damaged.unlink()
-    else:
-        damaged.write_bytes(content[: len(content) // 2] if damage == "short" else b"")
+    labels, (first, second, third, *_) = canvas.read_labels(canvas.lattice.roi), canvas.done()
+    shards = canvas.label_shards(0), canvas.probability_shards(0)
+    damaged = {path: path.read_bytes() for path in (shards[0].path(first), shards[1].path(second))}
+    sound = [each.path(third) for each in shards]
+    before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sound]
+    for path, content in damaged.items():
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content[: len(content) // 2] if damage == "short" else b"")
     if not finished:
         (folder / "provenance.json").unlink()
     assert run(scan, models[:1], tmp_path) == 0
-    assert damaged.read_bytes() == content
+    assert {path: path.read_bytes() for path in damaged} == damaged
     assert np.array_equal(canvas.read_labels(canvas.lattice.roi), labels)
-    assert (sound.stat().st_ino, sound.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sound] == before
 
 
 def test_a_damaged_pyramid_is_made_again(models: list[Path], tmp_path: Path) -> None:
@@ -165,10 +200,10 @@ def test_a_name_that_is_not_unicode_has_one_row(models: list[Path], scan: Path, 
 def test_a_missing_entropy_map_is_made_again(models: list[Path], scan: Path, tmp_path: Path) -> None:
     assert run(scan, models[:2], tmp_path) == 0
     entropy = tmp_path / "slides" / "scan" / "entropy.ome.tif"
-    content = entropy.read_bytes()
+    pixels = tifffile.imread(entropy)
     entropy.unlink()
     assert run(scan, models[:2], tmp_path) == 0
-    assert len(entropy.read_bytes()) == len(content)
+    assert np.ptp(pixels) > 0 and np.array_equal(tifffile.imread(entropy), pixels)
 
 
 def test_another_smallest_region_is_followed(models: list[Path], scan: Path, tmp_path: Path) -> None:

@@ -156,6 +156,16 @@ def test_outlines_are_no_longer_than_allowed(tmp_path: Path, monkeypatch: pytest
     assert all(item["Part of a larger region"] == 1 for item in measured)
 
 
+def test_what_a_part_is_joined_to_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.ones((16, 48), np.uint8)
+    labels[1:15:2, 1:15:2] = 0  # a sieve in the first tile, whose outlines are too long to be joined to the second tile
+    monkeypatch.setattr("pipeline.regions._LONGEST", 200)
+    canvas = make(tmp_path, labels, 16)
+    regions = list(find_regions(canvas, base_of(canvas), skip=[0]))
+    assert sorted(region.area_um2 / OUTPUT.area_um2 for region in regions) == [16 * 16 - 49, 2 * 16 * 16]
+    assert all(region.part for region in regions)
+
+
 def test_tiles_larger_than_a_block_are_joined_within() -> None:
     rng = np.random.default_rng(5)
     noise = np.stack([ndimage.gaussian_filter(rng.random((1500, 2300)), 20) for _ in range(3)])

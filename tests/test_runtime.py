@@ -101,6 +101,13 @@ def test_auto_becomes_one_of_the_two(architecture: str, monkeypatch: pytest.Monk
     assert settled(EngineSettings(precision="fastest"), architecture).backend == "openvino"
 
 
+def test_auto_takes_torch_on_a_processor_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    ways = itertools.product(FAMILIES, ("exact", "fast"))
+    found = {way for way in ways if settled(EngineSettings(precision=way[1]), way[0]).backend == "torch"}
+    assert found == {("unet", "fast")}
+
+
 def test_auto_takes_torch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "has_gpu", lambda: True)
     assert settled(EngineSettings(), "fcn").backend == "torch"

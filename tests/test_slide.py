@@ -225,6 +225,8 @@ def test_a_large_reduction_is_an_average_too(reduction: float) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (found.length, 2, 3), np.uint8)
     start = round(3 * reduction) - found.start
     whole = resample_rows(rows, found)
+    exact = np.tensordot(weights.astype(int), rows, 1) / 256
+    assert np.array_equal(whole, np.floor(exact + 0.5))
     if reduction == round(reduction):
         means = rows[start : start + 4 * round(reduction)].reshape(4, round(reduction), 2, 3).mean(axis=1)
         spread = 0.5 + 255 * np.sqrt(reduction) / 256  # of rounding that is as often up as down

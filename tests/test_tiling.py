@@ -20,7 +20,7 @@ from pipeline.canvas import create_canvas
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
 from pipeline.cluster import Outcome, connect
-from pipeline.config import ClusterSettings, SegmentationSettings, TissueSettings
+from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.engine import TorchEngine
 from pipeline.errors import CanvasError, ClusterError, WorkerError
 from pipeline.footprint import with_footprint
@@ -28,7 +28,7 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid
 from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
-from pipeline.probe import Probe, probe
+from pipeline.probe import Probe, kept_probe, probe
 from pipeline.segmentation import plan_slide, with_tile_sizes
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished, job_tile_size
@@ -138,12 +138,17 @@ def test_a_slide_is_hundreds_of_files_also_without_a_halo() -> None:
 
 
 def test_more_memory_is_taken_where_the_halo_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(gib: int) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": gib * GIB})())
+
     vast = lattice(100_003, 80_001)
     monkeypatch.setattr(tiling, "threads", tiling.cores)
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 64 * GIB)
+    free(64)
     usual, dear = choose(spec(32), [full(vast)], MODEST, None), choose(spec(96), [full(vast)], MODEST, None)
     assert MODEST.peak_bytes((usual + 64) ** 2) <= 2 * GIB
     assert 2 * GIB < MODEST.peak_bytes((dear + 192) ** 2) <= 3 * GIB
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Free", (), {"available": GIB})())
+    free(1)
     assert MODEST.peak_bytes((choose(spec(96), [full(vast)], MODEST, None) + 192) ** 2) <= GIB
 
 
@@ -182,6 +187,7 @@ def test_an_estimate_counts_the_tiles_that_are_run() -> None:
     assert found.halo_cost == pytest.approx(1.5625)
     assert found.seconds == pytest.approx(6 * 320**2 / 5e6 / 2)
     assert found.peak_bytes == round(MODEST.peak_bytes(320**2))
+    assert found.output_bytes == 6 * 256 * 256 // 2 * 4 // 3  # half a byte a pixel, and a third more for the pyramid
 
 
 class Held:
@@ -278,6 +284,17 @@ def test_what_was_measured_is_not_measured_again(scan: Path, model: Path, cache:
     kept.write_text(found[:20])  # a damaged file is worth no more than none
     assert size() == first
     assert set(json.loads(kept.read_text())) == set(json.loads(found))
+
+
+def test_what_was_measured_is_kept_for_one_model_engine_and_scale(model: Path, scan: Path, tmp_path: Path) -> None:
+    slide, torch_engine, other = open_slide(scan), EngineSettings(backend="torch"), tmp_path / "other"
+    save(other, spec(), build_network(spec()).eval())
+    ways = [torch_engine, *(torch_engine.model_copy(update=more) for more in ({"precision": "fast"}, {"flips": True}))]
+    paths = [kept_probe(slide, spec(), model, way) for way in ways]
+    paths += [kept_probe(slide, spec(), other, torch_engine)]
+    paths += [kept_probe(slide, replace(spec(), mpp=2.0), model, torch_engine)]
+    assert len(set(paths)) == 5
+    assert kept_probe(slide, spec(), model, torch_engine) == paths[0]
 
 
 def test_an_output_keeps_its_tile_size_and_the_user_counts_before_all(model: Path, scan: Path, tmp_path: Path) -> None:

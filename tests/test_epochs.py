@@ -1,0 +1,77 @@
+"""Which epoch of a training is kept, and what it learns from."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from pipeline import checkpoint
+from pipeline.cohort import Case
+from pipeline.config import Config
+from pipeline.config_file import parse_config
+from pipeline.phantom import write_slide
+from pipeline.snapshot import Record
+from workflows.train import fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH, HEIGHT = 192, 130
+
+
+def config(folder: Path, **training: object) -> Config:
+    content = {
+        "output": str(folder),
+        "cohort": {"manifest": "cohort.csv"},
+        "classes": [{"name": "Light", "color": "#ffffff"}, {"name": "Dark", "color": "#000000"}],
+        "annotations": {"rest": "Light"},
+        "network": {"mpp": 1.0, "architecture": "fcn", "width": 4, "depth": 2},
+        "tiles": {"patch_size": 32},
+        "training": {"patches_per_epoch": 32, "weight_average": 0.5, **training},
+    }
+    return parse_config(content, "test")
+
+
+def case(folder: Path, split: str, left: int) -> Case:
+    """A slide whose right half is dark, and an outline of Dark that is as wide and begins at column `left`."""
+    image = np.random.default_rng(1).integers(170, 250, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    image[:, WIDTH // 2 :] //= 3
+    slide, annotation = folder / f"{split}.tiff", folder / f"{split}.geojson"
+    write_slide(image, slide, 1.0)
+    right = left + WIDTH // 2
+    ring = [[left, 0], [right, 0], [right, HEIGHT], [left, HEIGHT], [left, 0]]
+    label = {"objectType": "annotation", "classification": {"name": "Dark"}}
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": label}
+    annotation.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    return Case(split, split, slide, annotation, split)
+
+
+def train(folder: Path, settings: Config, validated: int) -> list[Record]:
+    """Train on one slide, and validate on one where Dark is said to begin at column `validated`."""
+    cases = [case(folder, "train", WIDTH // 2), case(folder, "val", validated)]
+    cells = {"slide_id": ["train"] * 2, "split": ["train"] * 2, "x": [48, 112], "y": [48, 48], "Light": [1.0, 0.0]}
+    parquet.write_table(pa.table({**cells, "Dark": [0.0, 1.0]}), folder / "tiles.parquet")
+    return list(fit(settings, cases, folder / "tiles.parquet", folder / "model", "inputs"))
+
+
+@pytest.mark.parametrize("validated", [WIDTH // 2, 0], ids=["what is right", "what is wrong"])
+def test_the_epoch_that_did_best_on_validation_is_kept(tmp_path: Path, validated: int) -> None:
+    """Where the truth of the slide that validates is wrong, the more is learned, the worse it looks."""
+    records = train(tmp_path, config(tmp_path, epochs=5, learning_rate=0.03), validated)
+    dice = [record.metrics["dice"] for record in records]
+    assert [record.best for record in records] == [value > max(dice[:at], default=-1) for at, value in enumerate(dice)]
+    kept = checkpoint.load_run_record(tmp_path / "model")["epoch"]
+    assert kept == 1 + dice.index(max(dice))
+    assert (kept > 1 and max(dice) > 0.9) if validated else (kept < 5 and dice[-1] < 0.1)
+
+
+def test_patches_are_changed_as_far_as_the_configuration_says(tmp_path: Path) -> None:
+    still = {"rotation_degrees": 0.0, "scale": 0.0, "elastic_px": 0.0, "blur_px": 0.0, "stain": 0.0, "tint": 0.0}
+    losses = []
+    for name, augmentation in (("one", {}), ("two", {}), ("three", still)):
+        (tmp_path / name).mkdir()
+        (record,) = train(tmp_path / name, config(tmp_path, epochs=1, patches_per_epoch=8, augmentation=augmentation), 0)
+        losses.append(record.metrics["loss"])
+    assert losses[0] == losses[1] != losses[2]

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import checkpoint
+from pipeline.architectures import build_network
+from pipeline.classes import Class, Classes
+from pipeline.cohort import Case
+from pipeline.lineage import case_facts, changes, made_here, seen_by
+from pipeline.network import ModelSpec
+from pipeline.phantom import write_slide
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[Case]:
+    """Three small slides, one for each split, with a truth of each."""
+    found = []
+    for number, split in enumerate(("train", "val", "test")):
+        slide, truth = tmp_path / f"{split}.tiff", tmp_path / f"{split}.geojson"
+        write_slide(np.full((90, 130, 3), 100 * number, np.uint8), slide, 1.0)
+        truth.write_text(split)
+        found.append(Case(split, f"P{number}", slide, truth, split))
+    return found
+
+
+def test_a_model_has_seen_slides_and_patients(cases: list[Case], tmp_path: Path) -> None:
+    classes = Classes((Class("Other", (0, 0, 0)), Class("Gland", (9, 9, 9))))
+    spec = ModelSpec(architecture="fcn", classes=classes, mpp=1.0, patch_size=64, width=4, depth=2)
+    slides = [case_facts(case) for case in cases]
+    checkpoint.save(tmp_path / "model", spec, build_network(spec), ancestry={"slides": slides})
+    train, val, _ = ({facts["slide_digest"], facts["patient"]} for facts in slides)
+    assert len(train | val) == 4 and None not in train | val
+    assert seen_by(tmp_path / "model", ("train",)) == train
+    assert seen_by(tmp_path / "model", ("train", "val")) == train | val
+    assert seen_by(tmp_path / "model", ()) == frozenset()
+
+
+@pytest.mark.parametrize("name", ["version", "commit", "code", "python", "machine"])
+def test_another_origin_is_told(name: str) -> None:
+    here = made_here()
+    (line,) = changes({"origins": [{**here, name: "another"}, here], "slides": []}, [])
+    assert line.startswith(f"{name}: was another, is ")
+
+
+def test_other_packages_are_told() -> None:
+    here = made_here()
+    then = {key: value for key, value in here["packages"].items() if key != "numpy"} | {"torch": "0.1", "gone": "3"}
+    assert list(changes({"origins": [{**here, "packages": then}], "slides": []}, [])) == [
+        "package gone: was 3, is not installed",
+        f"package numpy: was not installed, is {here['packages']['numpy']}",
+        f"package torch: was 0.1, is {here['packages']['torch']}",
+    ]
+
+
+def test_other_slides_and_truths_are_told_and_the_same_are_not(cases: list[Case]) -> None:
+    then = {"origins": [made_here()], "slides": [case_facts(case) for case in cases]}
+    assert not list(changes(then, then["slides"]))
+    cases[0].annotation.write_text("other")
+    write_slide(np.full((90, 130, 3), 7, np.uint8), cases[1].slide, 1.0)
+    cases[2].slide.unlink()
+    told = list(changes(then, [case_facts(case) for case in cases]))
+    assert [line.partition(",")[0] for line in told] == ["annotation of train", "slide of val", "slide of test"]
+    assert ["cannot be read" in line for line in told] == [False, False, True]
