@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from pipeline import __version__, checkpoint
+from pipeline.classes import Classes
 from pipeline.config import TissueSettings
 from pipeline.errors import CheckpointError
 from pipeline.files import locked, write_text
@@ -109,13 +110,19 @@ def digest(model: Path) -> str:
     return hashlib.sha256("".join(checkpoint.digest(member) for member in found).encode()).hexdigest()
 
 
+def _told(value: object) -> str:
+    """A fact in which models differ, for people: classes by name and colour."""
+    return ", ".join(f"{item.name} {item.color}" for item in value) if isinstance(value, Classes) else str(value)
+
+
 def _together(specs: Sequence[ModelSpec], models: Sequence[Path]) -> ModelSpec:
     """One spec for all: tiles start where every member's may, and read as far as the farthest looks."""
     first = specs[0]
     for spec, model in zip(specs, models, strict=True):
         for key in _ALIKE:
             if getattr(spec, key) != getattr(first, key):
-                found, expected = f"{key} {getattr(spec, key)}", f"{getattr(first, key)}, as {models[0]} has it"
+                found, wanted = _told(getattr(spec, key)), _told(getattr(first, key))
+                found, expected = f"{key} {found}", f"{wanted}, as {models[0]} has it"
                 raise CheckpointError(str(model), found, expected, "Give models that were trained for one task.")
     stride = math.lcm(*(spec.stride for spec in specs))
     halos = [spec.halo for spec in specs if spec.halo is not None]

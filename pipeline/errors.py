@@ -28,7 +28,8 @@ class FullfieldError(Exception):
         self.subject, self.found, self.expected, self.remedy = subject, found, expected, remedy
 
     def __str__(self) -> str:
-        return f"{self.subject}: found {self.found}; expected {self.expected}. {self.remedy}"
+        gap = "\n" if "\n" in self.found else " "  # a list ends on a line of its own
+        return f"{self.subject}: found {self.found};{gap}expected {self.expected}. {self.remedy}"
 
 
 class ConfigError(FullfieldError):

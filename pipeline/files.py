@@ -29,10 +29,10 @@ def replacing(path: Path) -> Iterator[Path]:
         partial = path.with_name(f"{path.name}{own}.partial")
         try:
             yield partial
+            partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        partial.replace(path)
 
 
 @contextmanager

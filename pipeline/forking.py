@@ -31,7 +31,7 @@ def start_forking(environment: Mapping[str, str]) -> None:
         from multiprocessing import forkserver, set_forkserver_preload
 
         set_forkserver_preload(["pipeline.preloaded"])
-        with _set({**environment, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}):
+        with _set({**environment, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}), _ignoring_ctrl_c():
             forkserver.ensure_running()
 
 
@@ -49,6 +49,19 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _ignoring_ctrl_c() -> Iterator[None]:
+    """What starts in the block never heeds it: Ctrl-C is for the command, which then ends its workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

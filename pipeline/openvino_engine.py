@@ -10,6 +10,7 @@ The graph holds all of it, from uint8 pixels to probabilities, so that a process
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import platform
 import shutil
@@ -17,7 +18,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,15 +162,16 @@ def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
 
     nncf.set_log_level(logging.ERROR)
     model = _read(openvino.Core(), graph)
-    small = nncf.quantize(
-        model,
-        nncf.Dataset([patch[None] for patch in patches]),
-        subset_size=len(patches),
-        preset=nncf.QuantizationPreset.MIXED,  # a zero point for values of both signs
-        ignored_scope=nncf.IgnoredScope(names=_delicate(model)),
-        # Weights of 7 bits: with 8, processors without VNNI overflow, and a graph may be run by any worker.
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
-    )
+    with redirect_stdout(io.StringIO()):  # its progress bar
+        small = nncf.quantize(
+            model,
+            nncf.Dataset([patch[None] for patch in patches]),
+            subset_size=len(patches),
+            preset=nncf.QuantizationPreset.MIXED,  # a zero point for values of both signs
+            ignored_scope=nncf.IgnoredScope(names=_delicate(model)),
+            # Weights of 7 bits: with 8, processors without VNNI overflow, and a graph may be run by any worker.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+        )
     shutil.rmtree(folder, ignore_errors=True)
     _write_folder(folder, small, openvino)
     return folder / GRAPH

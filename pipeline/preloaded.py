@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which then ends its workers
 for name in ("PYTHONPATH", "PYTHONSAFEPATH"):  # these imports find their modules by them, and nothing later shall
     os.environ.pop(name, None)
 

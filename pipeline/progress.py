@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 _LINE_SECONDS = 10.0  # between plain lines
@@ -19,16 +20,25 @@ class Bar:
     def __init__(self, title: str, total: int, live: Progress | None) -> None:
         self.title, self.total, self.done = title, total, 0
         self._live, self._started, self._printed, self._skipped = live, time.monotonic(), time.monotonic(), 0
+        self._note = self._said = ""
         self._task = live.add_task(title, total=total, note="") if live else None
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count `steps` more."""
-        self.done += steps
+        self.done, self._note = self.done + steps, note
         if self._live is not None and self._task is not None:
             self._live.update(self._task, advance=steps, note=note)
         elif steps and (time.monotonic() - self._printed > _LINE_SECONDS or self.done == self.total):
-            self._printed = time.monotonic()
-            console.print(f"{self.title}: {self.done}/{self.total}, {self._left()}{note and ', ' + note}")
+            self._say()
+
+    def close(self) -> None:
+        """Print the last note, where the output is no terminal and it has not been printed yet."""
+        if self._live is None and self._note != self._said:
+            self._say()
+
+    def _say(self) -> None:
+        self._printed, self._said = time.monotonic(), self._note
+        console.print(f"{self.title}: {self.done}/{self.total}, {self._left()}{self._note and ', ' + self._note}")
 
     def skip(self, steps: int) -> None:
         """Count `steps` that were done before, which say nothing of the pace."""
@@ -50,11 +60,18 @@ class Bar:
         return f"about {elapsed / done * (self.total - self.done):.0f} s left"
 
 
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table with a title over its left corner, in which nothing is cut off, however narrow it has to be."""
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title or None, title_justify="left")
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Bar]:
     """A bar that is gone when the work is; where the output is no terminal, a line every ten seconds and at the end."""
     if not console.is_terminal:
-        yield Bar(title, total, None)
+        bar = Bar(title, total, None)
+        yield bar
+        bar.close()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as live:

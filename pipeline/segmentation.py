@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,16 +43,23 @@ from pipeline.slide_job import (
 )
 from pipeline.tiling import tile_size_for
 
+if TYPE_CHECKING:
+    from pipeline.tissue import Tissue
+
 _BLOCK_TILES = 2  # a block is this many tiles wide and high: what neighbours read twice, their halos, is in memory then
 _SLIDES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to do of a slide with so much tissue: blocks of tile indices, (row, column). `finished`: nothing is."""
+    """What is left to do of a slide with so much tissue: blocks of tile indices, (row, column). `finished`: nothing is.
+
+    `remark` is what a reader of the slide's results has to know.
+    """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
     tissue_mm2: float
+    remark: str = ""
     finished: bool = False
 
 
@@ -64,7 +72,10 @@ class Part(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """How a slide ended, as `slides.csv` has it; `megapixels` counts what this call segmented, at the model's mpp."""
+    """How a slide ended, as `slides.csv` has it; `megapixels` counts what this call segmented, at the model's mpp.
+
+    `reason` says why it failed, or what a reader of its results has to know.
+    """
 
     slide_id: str
     slide: str
@@ -147,7 +158,7 @@ class _Active:
     def __init__(self, job: SlideJob, cluster: Cluster) -> None:
         self.job, self.cluster = job, cluster
         self.started, self.blocks, self.megapixels = time.monotonic(), 0, 0.0
-        self.tissue_mm2, self.parts, self.over = 0.0, 0, False
+        self.tissue_mm2, self.remark, self.parts, self.over = 0.0, "", 0, False
         cluster.submit(job.slide_id, plan_slide, job)
 
     def advanced(self, value: Plan | float | Part | None) -> Step:
@@ -157,7 +168,7 @@ class _Active:
         if isinstance(value, Plan):
             return self._planned(value)
         if value is None:
-            return self._ended("done", "")
+            return self._ended("done", self.remark)
         if isinstance(value, Part):
             self.parts -= 1
             if not self.parts:
@@ -174,13 +185,18 @@ class _Active:
         if self.over:
             return Step(self.job)
         self.cluster.cancel(self.job.slide_id)
-        reason = str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
-        return self._ended("failed", reason)
+        return self._ended("failed", self._reason(error))
+
+    def _reason(self, error: BaseException) -> str:
+        if isinstance(error, OSError) and error.strerror:
+            place = error.filename or self.job.folder
+            return f"{place}: found {error.strerror!r}; expected a place to read and write. Make room or give access."
+        return str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
 
     def _planned(self, plan: Plan) -> Step:
         if plan.finished:
             return self._ended("done", "")
-        self.blocks, self.tissue_mm2 = len(plan.blocks), plan.tissue_mm2
+        self.blocks, self.tissue_mm2, self.remark = len(plan.blocks), plan.tissue_mm2, plan.remark
         for block in plan.blocks:
             self.cluster.submit(self.job.slide_id, segment_block, self.job, block)
         if not plan.blocks:
@@ -243,7 +259,15 @@ def plan_slide(job: SlideJob) -> Plan:
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
             blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
-    return Plan(tuple(tuple(block) for block in blocks.values()), tissue.area_um2 / 1e6)
+    return Plan(
+        tuple(tuple(block) for block in blocks.values()), tissue.area_um2 / 1e6, _remark(tissue, opened.problem(canvas))
+    )
+
+
+def _remark(tissue: Tissue, problem: str) -> str:
+    """What nobody should overlook: that nothing was looked at, or that the stain is not what the model knows."""
+    nothing = "" if tissue.area_um2 else "no tissue was found, and nothing examined"
+    return "; ".join(filter(None, (nothing, problem and f"the stain is left as scanned: {problem}")))
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:

@@ -142,6 +142,10 @@ class OpenedJob:
 
         return {_STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
 
+    def problem(self, canvas: Canvas) -> str:
+        """Why the slide's stain could not be told; empty where it could, or need not be."""
+        return Staining.from_dict(canvas.measured[_STAINING]).problem if self.spec.normalisation else ""
+
     def pixels(self, canvas: Canvas) -> Pixels:
         """The slide as the network sees it."""
         if self.spec.normalisation is None:

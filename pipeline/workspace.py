@@ -17,7 +17,7 @@ from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import Cluster, connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import Config
-from pipeline.errors import CohortError, TrainingError
+from pipeline.errors import CheckpointError, CohortError, TrainingError
 from pipeline.files import replacing, write_text
 from pipeline.geometry import Mpp
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read_stamp, tile_inputs
@@ -70,12 +70,15 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(config: Config) -> Iterator[Workspace]:
+def open_workspace(config: Config, many: bool = False) -> Iterator[Workspace]:
     """Read the cohort, deal out the splits and write them, then connect to MLflow and to the cluster.
 
     Raises CohortError, ConfigError, NetworkError or TrackingError before anything expensive begins, and CheckpointError,
-    before anything is written, where the folder holds a model of another configuration.
+    before anything is written, where the folder holds a model of another configuration, or, but for a work of `many` runs,
+    the results of one.
     """
+    if not many:
+        _check_one_run(config.output)
     config, cases = _prepare(config)
     settings = config.tracking
     with (
@@ -118,6 +121,14 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     write_manifest(dealt, cases)
     write_text(config.output / "config.yaml", config.to_yaml())
     return config, cases
+
+
+def _check_one_run(output: Path) -> None:
+    """Raise CheckpointError where an output is that of a cross-validation or of a sweep, whose results would be replaced."""
+    for name, verb in (("folds.csv", "crossval"), ("sweep.csv", "sweep")):
+        if (output / name).exists():
+            remedy = "Choose another `output`, for instance output=runs/mine."
+            raise CheckpointError(str(output), f"the results of `fullfield {verb}`", "a folder of its own", remedy)
 
 
 def dealt_cases(config: Config) -> tuple[Case, ...]:

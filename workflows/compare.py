@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rich.table import Column, Table
+from rich.table import Table
 
 from pipeline.comparison import in_words, paired_difference
 from pipeline.errors import CohortError
-from pipeline.progress import console
+from pipeline.progress import console, new_table
 from pipeline.tally import Tally, find_tally, paired_dice, scale_remark, shared_patients
 
 
@@ -50,8 +50,7 @@ def _sentence(name: str, first: str, ours: Tally, other: str, theirs: Tally) -> 
 
 def _table(name: str, dice: Mapping[str, Mapping[str, float]]) -> Table:
     """A row a patient, a column a run; empty where the run has no such patient, or the patient no such class."""
-    columns = [Column(run, overflow="fold") for run in dice]
-    table = Table("patient", *columns, title=f"Dice, {name}", title_justify="left")
+    table = new_table(f"Dice, {name}", "patient", *dice)
     for patient in sorted({patient for scores in dice.values() for patient in scores}):
         table.add_row(patient, *(f"{scores[patient]:.3f}" if patient in scores else "-" for scores in dice.values()))
     return table

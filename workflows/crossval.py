@@ -21,7 +21,7 @@ from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
 from pipeline.metrics import POOLED, Report, report, table
-from pipeline.progress import console
+from pipeline.progress import console, new_table
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, write_tally
 from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
@@ -41,7 +41,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
         raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
-    with open_workspace(config) as workspace:
+    with open_workspace(config, many=True) as workspace:
         failures = [tile_cohort(workspace)]
         parts = _write_folds(workspace, folds)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
@@ -174,7 +174,7 @@ _LOGGED = ("dice", "dice_low", "dice_high", "iou", "iou_low", "iou_high")
 
 def _table(scores: Report) -> Table:
     columns = ("class", "Dice", "95 % interval", "IoU", "precision", "recall", "patients")
-    shown = Table(*columns, title="Patients held out, pooled over folds; intervals over patients", title_justify="left")
+    shown = new_table("Patients held out, pooled over folds; intervals over patients", *columns)
     for name, values in scores[_HELD_OUT][POOLED].items():
         interval = interval_text(values["dice_low"], values["dice_high"])
         dice, *figures = (figure_text(values[key]) for key in ("dice", "iou", "precision", "recall"))

@@ -19,7 +19,7 @@ from pipeline.errors import AnnotationError, CanvasError
 from pipeline.export import truth_beside_prediction, write_png
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.metrics import POOLED, Report, report, table
-from pipeline.progress import console, progress
+from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.tally import FILE as TALLY
@@ -68,7 +68,9 @@ def evaluate_cohort(workspace: Workspace) -> int:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
     else:
         _put_aside(workspace)
-        console.print(f"evaluate: nothing to compare: no annotated slide of {config.segmentation.splits} is segmented")
+        console.print(
+            f"evaluate: nothing to compare: no annotated slide of {', '.join(config.segmentation.splits)} is segmented"
+        )
     return 1 if missing else 0
 
 
@@ -163,13 +165,13 @@ def _headline(scores: Report) -> dict[str, float | None]:
 
 def _score_table(scores: Report) -> Table:
     columns = ("split", "class", "Dice", "95 % interval", "IoU", "precision", "recall")
-    table = Table(*columns, title="Pooled over slides; intervals over patients", title_justify="left")
+    shown = new_table("Pooled over slides; intervals over patients", *columns)
     for split, slides in scores.items():
         for name, values in slides[POOLED].items():
             interval = interval_text(values["dice_low"], values["dice_high"])
             figures = (values[key] for key in ("iou", "precision", "recall"))
-            table.add_row(split, name, figure_text(values["dice"]), interval, *(figure_text(value) for value in figures))
-    return table
+            shown.add_row(split, name, figure_text(values["dice"]), interval, *(figure_text(value) for value in figures))
+    return shown
 
 
 def _shape_table(scores: Report) -> Table:
@@ -179,15 +181,15 @@ def _shape_table(scores: Report) -> Table:
     columns = dict(_SHAPE_COLUMNS)
     if all(values["froc"] is None for _, _, values in shown):
         del columns["froc"]
-    table = Table("split", "class", *columns.values(), title="Objects and boundaries", title_justify="left")
+    figures = new_table("Objects and boundaries", "split", "class", *columns.values())
     for split, name, values in shown:
         cells = []
         for score in columns:
             digits = 1 if score.endswith("_um") else 3
             interval = interval_text(values[f"{score}_low"], values[f"{score}_high"], digits)
             cells.append(f"{figure_text(values[score], digits)}\n{interval}")
-        table.add_row(split, name, *cells)
-    return table
+        figures.add_row(split, name, *cells)
+    return figures
 
 
 def interval_text(low: float | None, high: float | None, digits: int = 3) -> str:

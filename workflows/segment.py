@@ -125,6 +125,9 @@ def segment_cohort(workspace: Workspace) -> int:
     config = workspace.config
     splits = config.segmentation.splits
     jobs = [slide_job(case, config) for case in workspace.cases if case.split in splits]
+    if not jobs:
+        console.print(f"segment: no slide in {', '.join(splits)}")
+        return 0
     with workspace.run.child("segment") as run:
         if config.engine.precision != "exact":
             _approve_engine(workspace, run)
@@ -215,10 +218,10 @@ def count_failed(rows: Sequence[Row]) -> int:
 
 
 def report(rows: Sequence[Row], output: Path) -> int:
-    """Print a line for each slide that failed and one for all; returns 1 where one failed, else 0."""
+    """Print a line for each slide that failed or has a remark, and one for all; returns 1 where one failed, else 0."""
     for row in rows:
-        if row.status == "failed":
-            console.print(f"failed: {row.slide_id}: {row.reason}")
+        if row.reason:
+            console.print(f"{row.status}: {row.slide_id}: {row.reason}")
     failed = count_failed(rows)
     console.print(f"segment: {len(rows) - failed} slides done, {failed} failed; see {output / 'slides.csv'}")
     return 1 if failed else 0
@@ -237,7 +240,7 @@ def _write_rows(path: Path, rows: dict[str, Row]) -> None:
             written = as_unicode(name)
             done = kept.get(written, {}).get("status") == "done"
             sealed = done and (path.parent / "slides" / name / PROVENANCE).exists()
-            if not (row.skipped and done or row.reason and sealed):
+            if not (row.skipped and done or row.status == "failed" and sealed):
                 fresh[written] = asdict(row)
         every: dict[str, Mapping[str, object]] = {**kept, **fresh}
         write_csv(path, names, [every[name] for name in sorted(every)])

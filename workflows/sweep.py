@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from rich.table import Table
-
 from pipeline.cluster import Cluster
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
@@ -17,7 +15,7 @@ from pipeline.errors import CheckpointError, CohortError, FullfieldError
 from pipeline.files import locked
 from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
-from pipeline.progress import console, progress
+from pipeline.progress import console, new_table, progress
 from pipeline.scoreboard import Entry, ranked, write_scoreboard
 from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
@@ -40,7 +38,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
     cases = dealt_cases(config)
     for part in parts:
         check_output(part, cases)
-    with open_workspace(config) as workspace:
+    with open_workspace(config, many=True) as workspace:
         if not workspace.annotated((_SPLIT,)):
             remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
             raise CohortError(str(config.cohort.manifest), "no annotated val slide", "slides to choose by", remedy)
@@ -134,7 +132,7 @@ def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
     if best.dice is not None:
         workspace.run.log_metrics({"best dice": best.dice})
         workspace.run.set_tags({"fullfield.best": best.name})
-    shown = Table("combination", "mean Dice", title="Validation slides, the best first", title_justify="left")
+    shown = new_table("Validation slides, the best first", "combination", "mean Dice")
     for entry in entries:
         shown.add_row(
             entry.name, "failed" if entry.dice is None else f"{entry.dice:.3f}{entry.reason and ', ' + entry.reason}"

@@ -21,7 +21,7 @@ from pipeline.geometry import Mpp
 from pipeline.grid import Grid
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, read_stamp, tile_inputs
 from pipeline.label_truth import LabelImageTruth
-from pipeline.progress import console, progress
+from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
@@ -148,7 +148,7 @@ def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:
 
 
 def _area_table(areas: dict[tuple[str, str], float], config: Config) -> Table:
-    table = Table("class", *(f"{split}, mm2" for split in SPLITS), title="Annotated area", title_justify="left")
+    table = new_table("Annotated area", "class", *(f"{split}, mm2" for split in SPLITS))
     for name in config.class_list.names:
         table.add_row(name, *(f"{areas[split, name]:.3f}" for split in SPLITS))
     return table

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.table import Table
-
 from pipeline import ensemble
 from pipeline.config import EngineSettings
 from pipeline.exactness import TOLERANCE, Comparison, comparisons
@@ -18,7 +16,7 @@ from pipeline.geometry import Mpp
 from pipeline.machine import keep_memory
 from pipeline.normalised import normalised
 from pipeline.phantom import make_phantom
-from pipeline.progress import console
+from pipeline.progress import console, new_table
 from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine, settled, with_flips
 from pipeline.slide import fallback_mpp, open_slide
@@ -40,7 +38,8 @@ def verify(
         slide = open_slide(scan, fallback_mpp(scan, mpp))
         lattice, tissue = slide.base.at(Mpp.square(spec.mpp)), find_tissue(slide, looked)
         found = list(comparisons(normalised(slide, tissue, spec.normalisation), tissue, lattice, engine, way))
-    table = Table("window (x, y, width, height)", "pixels", "largest difference", "mean difference", "labels that differ")
+    columns = ("window (x, y, width, height)", "pixels", "largest difference", "mean difference", "labels that differ")
+    table = new_table("", *columns)
     for item in found:
         window = f"{item.window.x}, {item.window.y}, {item.window.width}, {item.window.height}"
         figures = f"{item.difference:.2e}", f"{item.mean_difference:.2e}", str(item.label_changes)

@@ -1,0 +1,91 @@
+"""What commands say, to files as well, so that nobody overlooks it."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.architectures import build_network
+from pipeline.checkpoint import save
+from pipeline.classes import Class, Classes
+from pipeline.config import ClusterSettings
+from pipeline.errors import CheckpointError, CohortError
+from pipeline.files import replacing
+from pipeline.footprint import with_footprint
+from pipeline.network import ModelSpec
+from pipeline.phantom import make_cohort, render, write_slide
+from pipeline.progress import console, new_table, progress
+from pipeline.runtime import EXACT
+from pipeline.staining import Normalisation
+from workflows.evaluate import evaluate
+from workflows.run import run
+from workflows.segment import segment
+
+DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
+CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
+
+
+def test_glass_and_a_stain_that_cannot_be_told_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tissue = render(3, 401, 303, 1.0, spread=3)[0]
+    write_slide(tissue, tmp_path / "stained.tiff", 1.0)
+    write_slide(np.full_like(tissue, 244), tmp_path / "glass.tiff", 1.0)
+    dyes = Normalisation("reinhard", ((0.5, 0.6, 0.3), (0.1, 0.2, 0.1)))
+    spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=64, width=4, depth=2, normalisation=dyes)
+    torch.manual_seed(0)
+    network = build_network(spec).eval()
+    save(tmp_path / "model", with_footprint(spec, network), network)
+    slides = [tmp_path / "stained.tiff", tmp_path / "glass.tiff"]
+    where = ClusterSettings(workers=0)
+    assert segment(slides, [str(tmp_path / "model")], tmp_path / "out", None, 128, where, EXACT) == 0
+    with (tmp_path / "out" / "slides.csv").open(newline="") as file:
+        reasons = {row["slide_id"]: (row["status"], row["reason"]) for row in csv.DictReader(file)}
+    status, reason = reasons["glass"]
+    assert status == "done" and reason.startswith(
+        "no tissue was found, and nothing examined; the stain is left as scanned: "
+    )
+    assert reasons["stained"] == ("done", "")
+    said = capsys.readouterr().out
+    assert f"done: glass: {reason}" in said
+    assert "segment: blocks" in said and "2 of 2 slides" in said
+
+
+def test_results_of_many_runs_are_not_replaced_by_those_of_one(tmp_path: Path) -> None:
+    manifest = make_cohort(tmp_path / "cohort", seed=1, slides=3, width=301, height=203, mpp=2.0)
+    overrides = [f"output={tmp_path}", f"cohort.manifest={manifest}", "cluster.workers=0"]
+    for name in ("folds.csv", "sweep.csv"):
+        (tmp_path / name).touch()
+        for verb in (run, evaluate):
+            with pytest.raises(CheckpointError, match="the results of `fullfield"):
+                verb(DEMO, overrides)
+        (tmp_path / name).unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["cohort"]
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").mkdir()
+    with pytest.raises(OSError, match="picture.png"), replacing(tmp_path / "picture.png") as partial:
+        partial.write_bytes(b"pixels")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_the_last_note_is_told_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("blocks", 2) as bar:
+        bar.advance(2, "0 of 1 slides")
+        bar.advance(0, "1 of 1 slides")
+    assert [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()] == ["0 of 1 slides", "1 of 1 slides"]
+
+
+def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "Tumour_epithelium_high_grade"
+    table = new_table("Dice", *(f"{name}_{number}" for number in range(8)))
+    table.add_row(*(f"0.{number}23456789" for number in range(8)))
+    console.print(table, width=60)
+    assert "…" not in capsys.readouterr().out
+
+
+def test_a_list_of_problems_ends_on_a_line_of_its_own() -> None:
+    assert str(CohortError("a", "two:\n  - one\n  - other", "none", "Mend it.")).endswith(
+        "- other;\nexpected none. Mend it."
+    )
