@@ -420,7 +420,7 @@ def test_the_served_model_answers_as_the_engine_does(start, trained, shared_stor
     ("reference", "said"),
     [
         ("models:/known@best", "aliases newest"),
-        ("models:/unknown@newest", "known in sqlite:"),
+        ("models:/unknown@newest", " in sqlite:"),
         ("models:/known/77", "version=77) not found"),
         ("models:/known", "neither an alias nor a version"),
         ("runs:/0123456789abcdef0123456789abcdef/model", "id=0123456789abcdef0123456789abcdef not found"),
