@@ -60,21 +60,29 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str], patie
     error = "" if process.returncode == 0 else (lines or ["nothing said"])[-1].strip()
     if process.returncode < 0:
         error = f"ended by signal {-process.returncode} after {seconds:.0f} s"
-    return Usage(seconds, used.ru_utime + used.ru_stime, peak.bytes, said, error)
+    # A command does not wait for what its fork server has forked.
+    return Usage(seconds, max(used.ru_utime + used.ru_stime, peak.cpu_seconds), peak.bytes, said, error)
 
 
 class _Peak:
-    """The most memory that any process of a tree has held."""
+    """The most memory that any process of a tree has held, and what processor time each had used when last seen."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._seconds = dict[int, float]()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all processes together."""
+        return sum(self._seconds.values())
 
     def watch(self, pid: int, ended: Event) -> None:
         """Look again and again. The kernel keeps each process's own peak, so that looking seldom misses nothing."""
         while True:
             with suppress(psutil.Error):
-                tree = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-                self.bytes = max([self.bytes, *map(_high_water, tree)])
+                tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+                self.bytes = max([self.bytes, *(_high_water(process.pid) for process in tree)])
+                self._seconds |= {process.pid: sum(process.cpu_times()[:2]) for process in tree}
             if ended.wait(_POLL_SECONDS):
                 return
 
