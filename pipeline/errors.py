@@ -16,6 +16,20 @@ FullfieldError
 `-- TrackingError        MLflow does not answer as expected
 """
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def refusal(error: OSError, place: object) -> str | None:
+    """What a disk or a folder refuses, where it does not say itself at `place`; None where neither is to blame, as for a
+    connection that is lost.
+    """
+    if error.filename is None and error.errno not in _FULL:
+        return None
+    found = error.strerror or str(error)
+    return f"{error.filename or place}: found {found!r}; expected a place to read and write. Make room or give access."
+
 
 class FullfieldError(Exception):
     """Says which thing is wrong, what was found, what was expected and what to do.

@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How multiprocessing shall start workers."""
@@ -31,33 +32,28 @@ def start_forking(environment: Mapping[str, str]) -> None:
         from multiprocessing import forkserver, set_forkserver_preload
 
         set_forkserver_preload(["pipeline.preloaded"])
-        with _set({**environment, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}), _ignoring_ctrl_c():
+        places = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+        with _set({**environment, **places}), _at_ctrl_c(signal.SIG_IGN):  # which is the command's, that ends its workers
             forkserver.ensure_running()
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of a block, which would leave a half-started cluster that cannot be closed."""
-    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
-        yield
-        return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
+    with _at_ctrl_c(lambda number, _: came.append(number)):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def _ignoring_ctrl_c() -> Iterator[None]:
-    """What starts in the block never heeds it: Ctrl-C is for the command, which then ends its workers."""
+def _at_ctrl_c(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    """Do something else at Ctrl-C, in the only thread that it interrupts; what is started in the block inherits SIG_IGN."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
-        core = library().Core()
+        core = import_openvino().Core()
         self.spec, self._graph, self._cache = spec, graph, cache
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
@@ -128,7 +128,7 @@ def half() -> str:
     return "fp16" if platform.machine().lower() in ("aarch64", "arm64") else "bf16"
 
 
-def library_version() -> str:
+def openvino_version() -> str:
     """OpenVINO's version. Raises EngineError where it is not installed."""
     if not installed():
         raise _missing("openvino")
@@ -143,7 +143,7 @@ def export(spec: ModelSpec, network: torch.nn.Module, folder: Path) -> Path:
 
     The folder appears whole; one that is there already, perhaps from another process, is left as it is.
     """
-    openvino = library()
+    openvino = import_openvino()
     if not (folder / GRAPH).is_file():
         _write_folder(folder, _converted(spec, network), openvino)
     return folder / GRAPH
@@ -155,7 +155,7 @@ def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
     Its scales are calibrated once on `patches`, (H, W, 3) uint8 RGB, and fixed: they depend on no window, so tiled equals
     whole. Raises EngineError where nncf is not installed.
     """
-    openvino = library()
+    openvino = import_openvino()
     if find_spec("nncf") is None:
         raise _missing("nncf")
     import nncf
@@ -182,7 +182,7 @@ def graph_digest(graph: Path) -> str:
     return hashlib.sha256((_sha256(graph) + _sha256(graph.with_name(_WEIGHTS))).encode()).hexdigest()
 
 
-def library() -> Any:
+def import_openvino() -> Any:
     """OpenVINO, kept from reporting to its maker over the network. Raises EngineError where it is not installed."""
     if not installed():
         raise _missing("openvino")

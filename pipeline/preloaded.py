@@ -16,4 +16,4 @@ from pipeline import openvino_engine  # noqa: E402
 from pipeline.machine import has_gpu  # noqa: E402
 
 if openvino_engine.installed() and not has_gpu():
-    openvino_engine.library()
+    openvino_engine.import_openvino()

@@ -32,8 +32,8 @@ class Bar:
             self._say()
 
     def close(self) -> None:
-        """Print the last note, where the output is no terminal and it has not been printed yet."""
-        if self._live is None and self._note != self._said:
+        """Print the last note of a bar that is not live, if it has not been printed yet."""
+        if self._note != self._said:
             self._say()
 
     def _say(self) -> None:

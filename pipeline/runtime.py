@@ -168,7 +168,7 @@ def _half(backend: Backend) -> str:
 def fp32_graph(model: Path) -> Path:
     """A model as an OpenVINO graph, from the cache, else made from the checkpoint and left there for the next process."""
     # Other code may make another graph: one made before a mistake was mended is not used again.
-    made_by = f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_engine.library_version()}"
+    made_by = f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_engine.openvino_version()}"
     folder = cache_folder() / "graphs" / f"{checkpoint.digest(model)[:_DIGITS]}-{made_by}"
     if not (folder / GRAPH).is_file():
         openvino_engine.export(*checkpoint.load(model), folder)

@@ -25,7 +25,7 @@ from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
 from pipeline.canvas import create_canvas, open_canvas
 from pipeline.cluster import Cluster, Outcome
-from pipeline.errors import CanvasError, FullfieldError, WorkerError
+from pipeline.errors import CanvasError, FullfieldError, WorkerError, refusal
 from pipeline.files import locked, write_json
 from pipeline.grid import Tile
 from pipeline.machine import release_memory
@@ -188,9 +188,8 @@ class _Active:
         return self._ended("failed", self._reason(error))
 
     def _reason(self, error: BaseException) -> str:
-        if isinstance(error, OSError) and error.strerror:
-            place = error.filename or self.job.folder
-            return f"{place}: found {error.strerror!r}; expected a place to read and write. Make room or give access."
+        if isinstance(error, OSError) and (told := refusal(error, self.job.folder)):
+            return told
         return str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
 
     def _planned(self, plan: Plan) -> Step:

@@ -70,15 +70,14 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(config: Config, many: bool = False) -> Iterator[Workspace]:
+def open_workspace(config: Config, own: str | None = None) -> Iterator[Workspace]:
     """Read the cohort, deal out the splits and write them, then connect to MLflow and to the cluster.
 
     Raises CohortError, ConfigError, NetworkError or TrackingError before anything expensive begins, and CheckpointError,
-    before anything is written, where the folder holds a model of another configuration, or, but for a work of `many` runs,
-    the results of one.
+    before anything is written, where the folder holds a model of another configuration, or a table of a work of many runs,
+    unless it is the caller's `own`.
     """
-    if not many:
-        _check_one_run(config.output)
+    _check_tables(config.output, own)
     config, cases = _prepare(config)
     settings = config.tracking
     with (
@@ -123,10 +122,10 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     return config, cases
 
 
-def _check_one_run(output: Path) -> None:
+def _check_tables(output: Path, own: str | None) -> None:
     """Raise CheckpointError where an output is that of a cross-validation or of a sweep, whose results would be replaced."""
     for name, verb in (("folds.csv", "crossval"), ("sweep.csv", "sweep")):
-        if (output / name).exists():
+        if name != own and (output / name).exists():
             remedy = "Choose another `output`, for instance output=runs/mine."
             raise CheckpointError(str(output), f"the results of `fullfield {verb}`", "a folder of its own", remedy)
 

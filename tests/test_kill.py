@@ -108,9 +108,21 @@ def await_moment(output: Path, seed: int, over: Callable[[], bool]) -> None:
     time.sleep(delay)
 
 
-def moments(seed: int) -> range:
-    """A moment, and others in its place: one may come after the end of a run, where a kill proves nothing."""
-    return range(seed, seed + 50_000, 10_000)
+def strike(folder: Path, seed: int, attempt: Callable[[Path, int], bool]) -> None:
+    """Kill at a moment; where that came after the end of a run and proves nothing, at another, in another folder."""
+    for moment in range(seed, seed + 50_000, 10_000):
+        output = folder / str(moment)
+        output.mkdir()
+        if attempt(output, moment):
+            return
+    pytest.fail("every kill came too late")
+
+
+def under_way(project: Path, output: Path, moment: int, *more: object) -> subprocess.Popen[str]:
+    """A command that has come to a moment."""
+    client = command(project, output, *more)
+    await_moment(output, moment, lambda: client.poll() is not None)
+    return client
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
@@ -169,8 +181,8 @@ def test_two_workers_give_what_one_process_gives(project: Path, undisturbed: Pic
 
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_worker_is_replaced(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    for moment in moments(seed):
-        output, ended = tmp_path / str(moment), threading.Event()
+    def attempt(output: Path, moment: int) -> bool:
+        ended = threading.Event()
         with ThreadPoolExecutor() as killer:
             replaced = killer.submit(kill_a_worker, output, moment, ended.is_set)
             try:
@@ -178,19 +190,16 @@ def test_a_killed_worker_is_replaced(project: Path, undisturbed: Picture, tmp_pa
             finally:
                 ended.set()
         assert same(picture(output), undisturbed)
-        if replaced.result():
-            return
-    pytest.fail("every kill came too late")
+        return replaced.result()
+
+    strike(tmp_path, seed, attempt)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_fork_server_is_done_without(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    for moment in moments(300 + seed):
-        output = tmp_path / str(moment)
-        client = command(project, output, "--workers", 1)
-        await_moment(output, moment, lambda own=client: own.poll() is not None)
-        servers = list[psutil.Process]()
+    def attempt(output: Path, moment: int) -> bool:
+        client, servers = under_way(project, output, moment, "--workers", 1), list[psutil.Process]()
         with suppress(psutil.NoSuchProcess):  # it came too late
             servers = fork_servers_of(psutil.Process(client.pid))
             for server in servers:
@@ -198,39 +207,32 @@ def test_a_killed_fork_server_is_done_without(project: Path, undisturbed: Pictur
         log, _ = client.communicate(timeout=PATIENCE)
         assert client.returncode == 0, log
         assert same(picture(output), undisturbed)
-        if servers:
-            return
-    pytest.fail("every kill came too late")
+        return bool(servers)
+
+    strike(tmp_path, 300 + seed, attempt)
 
 
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_command_takes_its_workers_along(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    for moment in moments(100 + seed):
-        output = tmp_path / str(moment)
-        client = command(project, output, "--workers", 1)
-        await_moment(output, moment, lambda own=client: own.poll() is not None)
-        workers = list[psutil.Process]()
+    def attempt(output: Path, moment: int) -> bool:
+        client, workers = under_way(project, output, moment, "--workers", 1), list[psutil.Process]()
         with suppress(psutil.NoSuchProcess):  # it came too late
             workers = workers_of(psutil.Process(client.pid))
         client.kill()
         client.communicate()
-        _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
-        assert not alive
+        assert not psutil.wait_procs(workers, timeout=PATIENCE)[1]
         assert run_here(project, output) == 0
         assert same(picture(output), undisturbed)
-        if workers and client.returncode:
-            return
-    pytest.fail("every kill came too late")
+        return bool(workers and client.returncode)
+
+    strike(tmp_path, 100 + seed, attempt)
 
 
 @pytest.mark.parametrize("seed", MOMENTS)
 def test_a_killed_scheduler_is_told_at_once(project: Path, undisturbed: Picture, tmp_path: Path, seed: int) -> None:
-    for moment in moments(200 + seed):
-        output = tmp_path / str(moment)
-        output.mkdir()
+    def attempt(output: Path, moment: int) -> bool:
         with a_scheduler(output) as (scheduler, address):
-            client = command(project, output, "--scheduler", address)
-            await_moment(output, moment, lambda own=client: own.poll() is not None)
+            client = under_way(project, output, moment, "--scheduler", address)
             scheduler.kill()
             log, _ = client.communicate(timeout=PATIENCE)
         late = "1 slides done" in log
@@ -239,6 +241,6 @@ def test_a_killed_scheduler_is_told_at_once(project: Path, undisturbed: Picture,
         assert "Traceback" not in log
         assert run_here(project, output) == 0
         assert same(picture(output), undisturbed)
-        if not late:
-            return
-    pytest.fail("every kill came too late")
+        return not late
+
+    strike(tmp_path, 200 + seed, attempt)

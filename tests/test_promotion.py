@@ -147,7 +147,6 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     bad: Path,
     good: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
@@ -167,31 +166,45 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     tags = store.get_model_version("tissue", find_version(str(good))[1].number).tags
     assert tags["fullfield.seen.split"] == "val" and "flatters the challenger" in tags["fullfield.seen.verdict"]
     assert "patients for validation decide, which flatters the challenger" in capsys.readouterr().out
-    store.set_registered_model_alias("tissue", "seen", find_version(str(bad))[1].number)
+
+
+def test_a_cohort_of_which_nothing_is_known_or_of_other_classes_decides_nothing(
+    home: Path, store: "mlflow.MlflowClient", bad: Path, good: Path, tmp_path: Path
+) -> None:
+    store.set_registered_model_alias("tissue", "silent", find_version(str(bad))[1].number)
     square = {"type": "Polygon", "coordinates": [[[-9, -9], [99999, -9], [99999, 99999], [-9, 99999], [-9, -9]]]}
     outline = {"type": "Feature", "geometry": square, "properties": {"classification": {"name": "Ignore*"}}}
     (tmp_path / "nothing.geojson").write_text(json.dumps(outline))
-    silent = [replace(case, annotation=tmp_path / "nothing.geojson") for case in examined]
-    write_manifest(tmp_path / "cohort.csv", silent)
+    cases = [case for case in read_manifest(home / "cohort" / "cohort.csv") if case.split == "test"]
+    write_manifest(tmp_path / "cohort.csv", [replace(case, annotation=tmp_path / "nothing.geojson") for case in cases])
+    content = yaml.safe_load((home / "config.yaml").read_text())
+    content["cohort"]["manifest"] = str(tmp_path / "cohort.csv")
     unknown = {**content, "annotations": {**content["annotations"], "ignored": ["Ignore*"]}}
     (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(unknown))
     with pytest.raises(CohortError, match="nothing known of the slides to examine"):
-        promote(str(good), "seen", 0.01, tmp_path / "unknown.yaml", tmp_path / "unknown")
+        promote(str(good), "silent", 0.01, tmp_path / "unknown.yaml", tmp_path / "unknown")
     content["classes"].reverse()
     (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(CheckpointError, match="List the model's classes"):
-        promote(str(good), "seen", 0.01, tmp_path / "reversed.yaml", tmp_path / "out")
+        promote(str(good), "silent", 0.01, tmp_path / "reversed.yaml", tmp_path / "out")
+
+
+def test_a_version_is_found_by_all_that_means_it(
+    home: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store.db")
     run_id = json.loads((good / "run.json").read_text())["run_id"]
     number = find_version(str(good))[1].number
     for reference in (str(good / "model"), f"runs:/{run_id}", f"models:/tissue/{number}"):
         assert find_version(reference)[1].number == number
-    with pytest.raises(TrackingError, match="letters, digits, _ and -"):
-        promote(str(good), "my alias", 0.01, None, tmp_path / "out")
-    with pytest.raises(TrackingError, match="keeps to itself"):
-        promote(str(good), "latest", 0.01, None, tmp_path / "out")
     with pytest.raises(TrackingError, match="no run"):
-        promote(str(tmp_path), "seen", 0.01, None, tmp_path / "out")
+        find_version(str(tmp_path))
+
+
+@pytest.mark.parametrize(("alias", "said"), [("my alias", "letters, digits, _ and -"), ("latest", "keeps to itself")])
+def test_an_alias_that_mlflow_does_not_take_is_refused(good: Path, tmp_path: Path, alias: str, said: str) -> None:
+    with pytest.raises(TrackingError, match=said):
+        promote(str(good), alias, 0.01, None, tmp_path)
 
 
 def test_a_run_tells_what_it_is_made_of_and_is_made_again(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.errors import FullfieldError
+from pipeline.errors import FullfieldError, refusal
 from workflows import options
 from workflows.config_commands import config_app
 
@@ -291,10 +290,10 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # such as a connection that is lost: no place is to blame
-        place, found = error.filename or "a file", error.strerror or str(error)
-        print(f"{place}: found {found!r}; expected a place to read and write. Make room or give access.", file=sys.stderr)
+        told = refusal(error, "a file")
+        if told is None:
+            raise
+        print(told, file=sys.stderr)
         sys.exit(1)
 
 

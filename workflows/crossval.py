@@ -41,7 +41,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
         raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
-    with open_workspace(config, many=True) as workspace:
+    with open_workspace(config, own="folds.csv") as workspace:
         failures = [tile_cohort(workspace)]
         parts = _write_folds(workspace, folds)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())

@@ -38,7 +38,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
     cases = dealt_cases(config)
     for part in parts:
         check_output(part, cases)
-    with open_workspace(config, many=True) as workspace:
+    with open_workspace(config, own="sweep.csv") as workspace:
         if not workspace.annotated((_SPLIT,)):
             remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
             raise CohortError(str(config.cohort.manifest), "no annotated val slide", "slides to choose by", remedy)
