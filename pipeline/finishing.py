@@ -13,12 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.canvas import Canvas
-from pipeline.export import overlay, write_entropy, write_ome_tiff, write_png
 from pipeline.geojson import write_geojson
 from pipeline.measurement import measure, write_measurements
+from pipeline.ome_tiff import write_entropy, write_ome_tiff
+from pipeline.pictures import outlined, overlay, write_png
 from pipeline.regions import find_regions
 from pipeline.slide import Slide
-from pipeline.tissue import Tissue, outlined
+from pipeline.tissue import Tissue
 
 
 def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, tissue: Tissue, ensemble: bool) -> None:

@@ -109,6 +109,11 @@ class Lattice:
         height = math.ceil(self.height * self.mpp.y / mpp.y - _SLACK)
         return Lattice(max(width, 1), max(height, 1), mpp)
 
+    def seen(self, mpp: Mpp, longest: int) -> Lattice:
+        """The lattice `at` a scale, or at one as much coarser as it takes to have `longest` pixels along the longer side."""
+        shrink = max(max(self.at(mpp).shape) / longest, 1)
+        return self.at(Mpp(mpp.x * shrink, mpp.y * shrink))
+
     def shrink(self, factor: int) -> Lattice:
         """The lattice of pixels `factor` times as large; its last pixels may reach past this one's."""
         mpp = Mpp(self.mpp.x * factor, self.mpp.y * factor)

@@ -16,6 +16,9 @@ import numpy as np
 
 from pipeline.files import replacing, write_csv, write_text
 
+UNSCORED = "not scored yet"
+"""The reason of a combination whose turn has not come."""
+
 Value = str | float | int | None
 Scores = Mapping[str, Mapping[str, float | int | None]]
 
@@ -64,8 +67,13 @@ def _row(entry: Entry) -> dict[str, Value]:
     row: dict[str, Value] = {"name": entry.name, **entry.values, "dice": entry.dice}
     for name, fields in entry.scores.items():
         row |= {f"{figure} {name}": fields[figure] for figure in ("dice", "dice_low", "dice_high")}
-    status = "done" if not entry.reason else "failed" if entry.dice is None else "incomplete"
-    return {**row, "status": status, "reason": entry.reason}
+    return {**row, "status": _status(entry), "reason": entry.reason}
+
+
+def _status(entry: Entry) -> str:
+    if entry.dice is not None or not entry.reason:
+        return "incomplete" if entry.reason else "done"
+    return "open" if entry.reason == UNSCORED else "failed"
 
 
 def _cell(row: Mapping[str, Value], name: str) -> str:

@@ -26,12 +26,6 @@ _SMOOTHING_UM, _TRUNCATED = 12.0, 4.0  # standard deviation of a Gaussian, and h
 _SPECK, _GROWN = 15, 2  # pixels: no ink that is smaller, and a margin round what is
 _SURVEYED = 1024  # pixels along the longer side of the view that tells a slide's glass and its threshold
 _BAND_PIXELS = 1 << 19  # looked at together: a few arrays of them stay small
-_LINE = (0, 160, 60)
-_CROSS = ndimage.generate_binary_structure(2, 1)
-_DIMMED = (np.arange(256) // 4 * 3 + 32).astype(np.uint8)  # grey levels
-
-PICTURE_PIXELS = 2048
-"""Longer side of pictures of whole slides."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +159,9 @@ def _foreign(view: np.ndarray) -> np.ndarray:
     return grown
 
 
-def _seen(slide: Slide, mpp: Mpp, longest: int) -> Lattice:
-    """A slide at a scale, or at one as much coarser as it takes to have `longest` pixels along its longer side."""
-    shrink = max(max(slide.base.at(mpp).shape) / longest, 1)
-    return slide.base.at(Mpp(mpp.x * shrink, mpp.y * shrink))
-
-
 def _glance(slide: Slide, mpp: Mpp) -> tuple[np.ndarray, Mpp]:
     """The view that tells a slide's glass and its threshold, (rows, columns, 3) uint8 RGB, and its scale."""
-    seen = _seen(slide, mpp, _SURVEYED)
+    seen = slide.base.seen(mpp, _SURVEYED)
     scanned = slide.base.cover(slide.shown, seen).intersect(seen.roi)  # round it is white that is no glass
     return slide.read(scanned, seen), seen.mpp
 
@@ -181,18 +169,3 @@ def _glance(slide: Slide, mpp: Mpp) -> tuple[np.ndarray, Mpp]:
 def light_of(slide: Slide, tissue: Tissue) -> np.ndarray:
     """The colour of empty glass of a slide whose tissue was looked for: (3,) grey levels, 0 to 255."""
     return _glass(_glance(slide, tissue.lattice.mpp)[0])
-
-
-def thumbnail(slide: Slide) -> np.ndarray:
-    """A slide at a glance: (rows, columns, 3) uint8 RGB, 2048 px on its longer side, or all of a smaller slide."""
-    seen = _seen(slide, slide.base.mpp, PICTURE_PIXELS)
-    return slide.read(seen.roi, seen)
-
-
-def outlined(slide: Slide, tissue: Tissue) -> np.ndarray:
-    """The thumbnail with a line round the tissue and the glass dimmed: (rows, columns, 3) uint8 RGB."""
-    seen = _seen(slide, slide.base.mpp, PICTURE_PIXELS)
-    picture, mask = slide.read(seen.roi, seen), tissue.sampled(seen.roi, seen)
-    picture = np.where(mask[..., None], picture, _DIMMED.take(picture))
-    picture[ndimage.morphological_gradient(mask.view(np.uint8), footprint=_CROSS) > 0] = _LINE
-    return picture

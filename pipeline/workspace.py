@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,6 +208,12 @@ def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Sourc
         for name, source in sources.items()
     }
     return alike, normalisation
+
+
+def left_as_scanned(sources: Mapping[str, Source]) -> list[str]:
+    """Those of the sources, by slide_id, that should have been normalised, but whose stain cannot be told."""
+    slides = ((name, source.slide) for name, source in sources.items())
+    return [name for name, slide in slides if isinstance(slide, NormalisedSlide) and slide.staining.problem]
 
 
 def _taught(case: Case, config: Config) -> tuple[Source, Staining | None]:

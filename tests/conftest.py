@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+_ROOT = Path(__file__).resolve().parents[1]
+_SHARED = _ROOT.parent / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """What Fullfield keeps for later runs is kept from the user's own cache, here and in the commands that tests run."""
+    os.environ["XDG_CACHE_HOME"] = str(_ROOT / ".pytest_cache" / "home")
 
 
 @pytest.fixture(scope="session")

@@ -203,6 +203,21 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
     assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **again}
 
 
+def test_the_folder_of_an_interrupted_sweep_is_not_taken(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workflows.sweep.tile_cohort", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, [f"output={tmp_path / 'out'}", "network.width=4,6"])
+    rows = {row["name"]: (row["status"], row["dice"]) for row in rows_of(tmp_path / "out" / "sweep.csv")}
+    assert rows == {"width=4": ("open", ""), "width=6": ("open", "")}
+    with pytest.raises(CheckpointError, match="the results of `fullfield sweep`"):
+        run(config, [f"output={tmp_path / 'out'}"])
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(config: Path, tmp_path: Path) -> None:
     """One that lacks a slide to learn from is scored on all validation slides, and done."""

@@ -17,7 +17,7 @@ FLOORS = [
     "architectures tracing fusion normalised annotations",
     "footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
-    "runtime prediction regions measurement export tracking memory versions inputs",
+    "runtime prediction regions measurement ome_tiff pictures tracking memory versions inputs",
     "blending geojson",
     "stitching",
     "validation exactness probe",

@@ -39,6 +39,14 @@ def test_a_lattice_at_another_scale_covers_the_same_area(mpp: float, size: tuple
     assert (other.width, other.height) == size
 
 
+@pytest.mark.parametrize(
+    ("mpp", "longest", "shape"), [(0.25, 2000, (703, 1001)), (0.25, 100, (71, 100)), (1.0, 250, (176, 250))]
+)
+def test_a_lattice_is_seen_at_most_so_long(mpp: float, longest: int, shape: tuple[int, int]) -> None:
+    seen = Lattice(1001, 703, Mpp.square(0.25)).seen(Mpp.square(mpp), longest)
+    assert seen.shape == shape
+
+
 def test_rounding_noise_adds_no_pixel() -> None:
     # 0.1 * 3 is 0.30000000000000004
     assert Lattice(30, 60, Mpp.square(0.1)).at(Mpp.square(0.3)) == Lattice(10, 20, Mpp.square(0.3))

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from pipeline import checkpoint
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
-from pipeline.cohort import Case, read_manifest
+from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import ClusterSettings, Config, EngineSettings, TissueSettings
 from pipeline.config_file import parse_config
 from pipeline.errors import TrainingError
@@ -31,8 +31,8 @@ from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue
 from pipeline.workspace import open_sources, slide_job
 from workflows.segment import segment
-from workflows.tile import tile_case
-from workflows.train import fit
+from workflows.tile import tile, tile_case
+from workflows.train import fit, train
 from workflows.verify import verify
 
 ROOT = Path(__file__).parents[1]
@@ -198,6 +198,24 @@ def test_a_slide_without_stain_is_left_as_it_is_and_its_provenance_says_so(proje
     seal_slide(job, 0.0)
     found = json.loads((tmp_path / "out" / "provenance.json").read_text())["staining"]
     assert found["dyes"] == [] and "stained pixels" in found["problem"]
+
+
+def test_a_training_tells_of_slides_that_are_left_as_scanned(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stained = next(case for case in project.cases if case.split == "train")
+    glass = replace(stained, slide_id="glass", patient="none", slide=tmp_path / "glass.tiff")
+    base = open_slide(stained.slide).base
+    write_slide(np.full((*base.shape, 3), 243, np.uint8), glass.slide, base.mpp.x)
+    write_manifest(tmp_path / "cohort.csv", [stained, glass])
+    content = project.config.model_dump(mode="json")
+    content["output"], content["cohort"]["manifest"] = str(tmp_path / "out"), str(tmp_path / "cohort.csv")
+    content["cluster"]["workers"] = 0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    for verb in (tile, train):
+        assert verb(tmp_path / "config.yaml", ["tiles.min_tissue=0"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "as scanned" in line]
+    assert told == ["train: learned from as scanned, since their stain cannot be told: glass"]
 
 
 def test_a_cohort_without_stain_is_not_trained_on(project: Project, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What commands say, to files as well, so that nobody overlooks it."""
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from pipeline.phantom import make_cohort, render, write_slide
 from pipeline.progress import console, new_table, progress
 from pipeline.runtime import EXACT
 from pipeline.staining import Normalisation
+from workflows.crossval import crossval
 from workflows.evaluate import evaluate
 from workflows.run import run
 from workflows.segment import segment
+from workflows.sweep import sweep
 
 DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
@@ -54,11 +57,15 @@ def test_glass_and_a_stain_that_cannot_be_told_are_told_of(tmp_path: Path, capsy
 def test_results_of_many_runs_are_not_replaced_by_those_of_one(tmp_path: Path) -> None:
     manifest = make_cohort(tmp_path / "cohort", seed=1, slides=3, width=301, height=203, mpp=2.0)
     overrides = [f"output={tmp_path}", f"cohort.manifest={manifest}", "cluster.workers=0"]
-    for name in ("folds.csv", "sweep.csv"):
+    others = {
+        "folds.csv": partial(sweep, overrides=[*overrides, "seed=1,2"]),
+        "sweep.csv": partial(crossval, overrides=overrides, folds=2),
+    }
+    for name, other in others.items():
         (tmp_path / name).touch()
-        for verb in (run, evaluate):
+        for verb in (partial(run, overrides=overrides), partial(evaluate, overrides=overrides), other):
             with pytest.raises(CheckpointError, match="the results of `fullfield"):
-                verb(DEMO, overrides)
+                verb(DEMO)
         (tmp_path / name).unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["cohort"]
 

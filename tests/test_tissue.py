@@ -9,7 +9,7 @@ from pipeline.config import TissueSettings
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.phantom import GLASS, render, write_slide
 from pipeline.slide import open_slide
-from pipeline.tissue import Tissue, find_tissue, outlined
+from pipeline.tissue import Tissue, find_tissue
 
 MPP = 2.0
 BLUE, GREEN, BLACK = (35, 60, 170), (30, 140, 70), (25, 25, 28)
@@ -145,14 +145,6 @@ def test_a_fraction_is_of_the_rectangle(phantom) -> None:
     assert tissue.fraction(Roi(0, 0, 30 * 16, 1600), base) == 0
     assert tissue.fraction(Roi(0, 20 * 16, 60 * 16, 640), base) == 0.5
     assert tissue.fraction(Roi(5000, 5000, 10, 20), base) == 0
-
-
-def test_the_picture_shows_the_outline(phantom, tmp_path: Path) -> None:
-    tissue = tissue_of(phantom[0], tmp_path)
-    picture = outlined(open_slide(tmp_path / "slide.tiff"), tissue)
-    assert picture.shape == (1203, 1501, 3)
-    line = (picture == (0, 160, 60)).all(axis=-1)
-    assert 0.001 < line.mean() < 0.05
 
 
 def test_a_small_slide_without_tissue_is_no_hole_of_some(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished
 from pipeline.snapshot import read_standing
+from pipeline.tally import find_tally
 from pipeline.workspace import open_workspace, slide_job
 from workflows.train import train, train_model
 
@@ -155,6 +156,11 @@ def test_the_figures_are_right(project: Path) -> None:
         dice = 2 * both / (said + true)
         assert scores["test"]["pooled"][name]["dice"] == pytest.approx(dice, abs=1e-6)
         assert scores["test"]["phantom-03"][name]["dice"] == pytest.approx(dice, abs=1e-6)
+    with (project / "out" / "calibration.csv").open(newline="") as file:
+        bins = list(csv.DictReader(file))
+    for row in find_tally(str(project / "out")).rows:  # a slide a split
+        counted = sum(int(found["pixels"]) for found in bins if found["split"] == row.split)
+        assert counted == row.confusion[:, :-1].sum()
 
 
 def test_running_again_continues_and_changes_nothing(project: Path) -> None:

@@ -16,15 +16,14 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CanvasError
-from pipeline.export import truth_beside_prediction, write_png
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.metrics import POOLED, Report, report, table
+from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
-from pipeline.tissue import PICTURE_PIXELS
 from pipeline.truth import Truth
 from pipeline.workspace import Workspace, case_truth, open_workspace, rest_index, slide_job
 

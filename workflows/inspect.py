@@ -11,10 +11,10 @@ from rich.table import Table
 
 from pipeline.config import TissueSettings
 from pipeline.errors import ScaleError
-from pipeline.export import write_png
+from pipeline.pictures import outlined, thumbnail, write_png
 from pipeline.progress import console
 from pipeline.slide import Slide, fallback_mpp, open_slide
-from pipeline.tissue import Tissue, find_tissue, outlined, thumbnail
+from pipeline.tissue import Tissue, find_tissue
 
 _UM2_PER_MM2 = 1e6
 

@@ -16,7 +16,7 @@ from pipeline.files import locked
 from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
 from pipeline.progress import console, new_table, progress
-from pipeline.scoreboard import Entry, ranked, write_scoreboard
+from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
 from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
@@ -43,6 +43,8 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
             remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
             raise CohortError(str(config.cohort.manifest), "no annotated val slide", "slides to choose by", remedy)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
+        if not (workspace.output / _FILES[0]).exists():  # whose output this is, should the sweep be interrupted
+            write_scoreboard(workspace.output, [Entry(item.name, item.values, {}, UNSCORED) for item in combinations])
         failures = [tile_cohort(workspace)]
         failed = _train(workspace, parts)
         entries = []

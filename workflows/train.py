@@ -25,7 +25,7 @@ from pipeline.network import ModelSpec
 from pipeline.processes import together
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record, Standing
-from pipeline.workspace import Workspace, model_spec, open_sources, open_workspace, rest_index
+from pipeline.workspace import Workspace, left_as_scanned, model_spec, open_sources, open_workspace, rest_index
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
 
@@ -177,6 +177,8 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
     unfinished.replace(workspace.model)
     epochs = [record.metrics for record in records.values()]
     console.print(f"train: {_pace(epochs)}")
+    if as_scanned := checkpoint.load_run_record(workspace.model).get("as_scanned"):
+        console.print(f"train: learned from as scanned, since their stain cannot be told: {', '.join(as_scanned)}")
     if "dice" not in epochs[-1] and any(case.split == "val" for case in cases):
         console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
     if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):
@@ -239,8 +241,8 @@ def _fit(
         record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
-            origins = _run_record(config, inputs, epoch.number, dice), ancestry(config, seen, took)
-            checkpoint.save(folder, spec, averaged, *origins)
+            run_record = {**_run_record(config, inputs, epoch.number, dice), "as_scanned": left_as_scanned(opened)}
+            checkpoint.save(folder, spec, averaged, run_record, ancestry(config, seen, took))
         standing = standing.after(record, trainer.seconds)
         tensors = trainer.state()
         if rank == 0:

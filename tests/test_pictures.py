@@ -6,64 +6,12 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.canvas import Canvas, create_canvas
-from pipeline.classes import IGNORED, Class, Classes
-from pipeline.export import overlay, truth_beside_prediction, write_ome_tiff, write_png
-from pipeline.geometry import Lattice, Mpp
+from pipeline.classes import IGNORED
+from pipeline.geometry import Mpp
+from pipeline.pictures import outlined, overlay, truth_beside_prediction, write_png
 from pipeline.slide import Slide, open_slide
-
-CLASSES = Classes((Class("Glass", (240, 240, 240)), Class("Drüse", (0, 160, 80)), Class("Fat", (250, 180, 10))))
-
-
-def blobs(shape: tuple[int, int]) -> np.ndarray:
-    """Smooth shapes of three classes."""
-    rng = np.random.default_rng(7)
-    return np.stack([ndimage.gaussian_filter(rng.random(shape), 12) for _ in range(3)]).argmax(axis=0).astype(np.uint8)
-
-
-def make(folder: Path, lattice: Lattice, write_size: int) -> Canvas:
-    """A canvas of blobs; every third tile was not examined."""
-    canvas, labels = create_canvas(folder / "out.ome.zarr", lattice, CLASSES, write_size, {}), blobs(lattice.shape)
-    for row, column in np.ndindex(-(-lattice.height // write_size), -(-lattice.width // write_size)):
-        roi = canvas.tile_roi((row, column))
-        if (row + column) % 3 != 1:
-            part = labels[roi.slices()]
-            canvas.write(roi, np.stack([part == index for index in range(3)]).astype(np.float32))
-    canvas.build_pyramid()
-    return canvas
-
-
-@pytest.mark.parametrize("write_size", [256, 300, 1021])
-def test_ome_tiff_holds_every_level_of_the_canvas(tmp_path: Path, write_size: int) -> None:
-    canvas = make(tmp_path, Lattice(1300, 770, Mpp(0.5, 0.25)), write_size)
-    path = tmp_path / "classes.ome.tif"
-    write_ome_tiff(canvas, path)
-    with tifffile.TiffFile(path) as tiff:
-        assert tiff.is_ome
-        assert len(tiff.series) == 1
-        levels = tiff.series[0].levels
-        assert [level.shape for level in levels] == [level.shape for level in canvas.levels]
-        for number, level in enumerate(levels):
-            assert np.array_equal(level.asarray(), canvas.read_labels(canvas.levels[number].roi, number))
-            page = level.pages[0]
-            assert page.is_tiled
-            assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
-            assert tuple(page.colormap[:, 1] // 257) == CLASSES[1].color
-        pixels = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]["Pixels"]
-    assert (pixels["PhysicalSizeX"], pixels["PhysicalSizeY"]) == (0.5, 0.25)
-    assert pixels["PhysicalSizeXUnit"] == "µm"
-    assert (pixels["SizeX"], pixels["SizeY"], pixels["Type"]) == (1300, 770, "uint8")
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_ome_tiff_opens_in_pillow_as_indices_with_colours(tmp_path: Path) -> None:
-    canvas = make(tmp_path, Lattice(300, 170, Mpp(0.5, 0.5)), 64)
-    write_ome_tiff(canvas, tmp_path / "classes.ome.tif")
-    with Image.open(tmp_path / "classes.ome.tif") as image:
-        assert image.mode == "P"
-        assert np.array_equal(np.asarray(image), canvas.read_labels(canvas.lattice.roi))
-        colored = np.asarray(image.convert("RGB"))
-    assert np.all(colored[np.asarray(canvas.read_labels(canvas.lattice.roi)) == 2] == CLASSES[2].color)
+from pipeline.tissue import Tissue
+from tests.canvases import CLASSES, blobs, make
 
 
 def test_overlay_shows_slide_classes_legend_and_what_was_not_examined(tmp_path: Path, shared_data: Path) -> None:
@@ -142,3 +90,16 @@ def test_png_is_written_whole(tmp_path: Path) -> None:
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert np.array_equal(np.asarray(image), picture)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_tissue_is_outlined_and_what_is_none_is_dimmed(tmp_path: Path) -> None:
+    slide = small_slide(tmp_path / "slide.tif")
+    mask = np.zeros((33, 50), bool)
+    mask[8:20, 15:40] = True
+    picture = outlined(slide, Tissue(mask, slide.base.at(Mpp.square(5.0))))
+    pixels = slide.read(slide.base.roi, slide.base)
+    fine = mask.repeat(10, 0).repeat(10, 1)
+    line = ndimage.binary_dilation(fine) & ~ndimage.binary_erosion(fine)
+    assert np.all(picture[line] == (0, 160, 60))
+    assert np.array_equal(picture[fine & ~line], pixels[fine & ~line])
+    assert np.all(picture[~fine & ~line] == pixels[~fine & ~line] // 4 * 3 + 32)

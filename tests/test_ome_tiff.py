@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from pipeline.geometry import Lattice, Mpp
+from pipeline.ome_tiff import write_ome_tiff
+from tests.canvases import CLASSES, make
+
+
+@pytest.mark.parametrize("write_size", [256, 300, 1021])
+def test_ome_tiff_holds_every_level_of_the_canvas(tmp_path: Path, write_size: int) -> None:
+    canvas = make(tmp_path, Lattice(1300, 770, Mpp(0.5, 0.25)), write_size)
+    path = tmp_path / "classes.ome.tif"
+    write_ome_tiff(canvas, path)
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.is_ome
+        assert len(tiff.series) == 1
+        levels = tiff.series[0].levels
+        assert [level.shape for level in levels] == [level.shape for level in canvas.levels]
+        for number, level in enumerate(levels):
+            assert np.array_equal(level.asarray(), canvas.read_labels(canvas.levels[number].roi, number))
+            page = level.pages[0]
+            assert page.is_tiled
+            assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+            assert tuple(page.colormap[:, 1] // 257) == CLASSES[1].color
+        pixels = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]["Pixels"]
+    assert (pixels["PhysicalSizeX"], pixels["PhysicalSizeY"]) == (0.5, 0.25)
+    assert pixels["PhysicalSizeXUnit"] == "µm"
+    assert (pixels["SizeX"], pixels["SizeY"], pixels["Type"]) == (1300, 770, "uint8")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ome_tiff_opens_in_pillow_as_indices_with_colours(tmp_path: Path) -> None:
+    canvas = make(tmp_path, Lattice(300, 170, Mpp(0.5, 0.5)), 64)
+    write_ome_tiff(canvas, tmp_path / "classes.ome.tif")
+    with Image.open(tmp_path / "classes.ome.tif") as image:
+        assert image.mode == "P"
+        assert np.array_equal(np.asarray(image), canvas.read_labels(canvas.lattice.roi))
+        colored = np.asarray(image.convert("RGB"))
+    assert np.all(colored[np.asarray(canvas.read_labels(canvas.lattice.roi)) == 2] == CLASSES[2].color)
