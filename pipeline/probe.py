@@ -29,7 +29,7 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import cache_folder, release_memory, threads
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
-from pipeline.runtime import describe, settled
+from pipeline.runtime import describe, open_engine, settled
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
 from pipeline.stitching import Stitching
@@ -63,7 +63,8 @@ class Probe:
 def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching) -> Probe:
     """Run a few tiles of two sizes at `place`, a rectangle of `lattice`, and write them to a folder that is then dropped.
 
-    Raises SlideError where the slide cannot be read.
+    The engine is a fresh one: what one that has run holds for its last windows would seem to cost nothing. Raises SlideError
+    where the slide cannot be read.
     """
     if engine.spec.normalisation is not None:  # to whichever stain: the cost is the same
         from pipeline.normalised import NormalisedSlide
@@ -80,16 +81,17 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
     return Probe(large.peak - slope * large.pixels, slope, large.pixels / large.seconds, large.output_bytes)
 
 
-def known_probe(slide: Slide, engine: Engine, way: Stitching, path: Path) -> Probe:
-    """What `path` keeps of an earlier probe in the middle of such a slide, else a new one, which is then kept there.
+def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitching) -> Probe:
+    """What is kept of an earlier probe in the middle of such a slide, else a new one, which is then kept.
 
     What a process holds already differs from one to the next, and is not kept. Raises SlideError.
     """
-    held = _start_measuring()
+    held, spec = _start_measuring(), ensemble.load_spec(model)
+    path = kept_probe(slide, spec, model, settings)
     with suppress(OSError, ValueError, TypeError):
         kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
         return replace(kept, base_bytes=kept.base_bytes + held)
-    lattice = slide.base.at(Mpp.square(engine.spec.mpp))
+    lattice, engine = slide.base.at(Mpp.square(spec.mpp)), open_engine(model, settled(settings, spec.architecture))
     found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
     with suppress(OSError):
         write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
+from pipeline import ensemble
 from pipeline.blending import TILE_SIZE
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
@@ -23,8 +24,8 @@ from pipeline.geometry import Lattice, Mpp
 from pipeline.grid import round_up
 from pipeline.machine import cores, threads
 from pipeline.network import ModelSpec
-from pipeline.probe import PROBE_SIZES, Probe, kept_probe, known_probe, probe
-from pipeline.runtime import EXACT, load_engine
+from pipeline.probe import PROBE_SIZES, Probe, known_probe, probe
+from pipeline.runtime import EXACT, open_engine, settled
 from pipeline.slide import Slide, open_slide
 from pipeline.stitching import Exact, Stitching, stitching
 
@@ -78,8 +79,8 @@ def tile_size_for(
     The tiles that are run are of the slide that costs most to read; tissue is looked for in a few. Slides that cannot be
     read do not count. What was measured before, of such a slide with this model on this machine, is not measured again.
     """
-    engine = load_engine(model, settings)
-    scale, way = Mpp.square(engine.spec.mpp), stitching(engine.spec, blended=False)
+    spec = ensemble.load_spec(model)
+    scale, way = Mpp.square(spec.mpp), stitching(spec, blended=False)
     opened = []
     for path, mpp in slides:
         with suppress(SlideError):
@@ -88,8 +89,7 @@ def tile_size_for(
     sample = _sample(opened, scale, tissue)
     for slide in opened if sample else ():
         with suppress(SlideError):
-            found = known_probe(slide, engine, way, kept_probe(slide, engine.spec, model, settings))
-            return choose(engine.spec, sample, found, memory_gib)
+            return choose(spec, sample, known_probe(slide, model, settings, way), memory_gib)
     return _STEP
 
 
@@ -125,16 +125,16 @@ def foresee(
     """
     from pipeline.tissue import find_tissue
 
-    engine, slide = load_engine(model, engine_settings), open_slide(path, mpp)
-    way = stitching(engine.spec, wanted.blend)
-    lattice = slide.base.at(Mpp.square(engine.spec.mpp))
+    spec, slide = ensemble.load_spec(model), open_slide(path, mpp)
+    way, lattice = stitching(spec, wanted.blend), slide.base.at(Mpp.square(spec.mpp))
     tissue = find_tissue(slide, settings)
     if wanted.tile_size is not None:
         size = wanted.tile_size
     else:
         size = TILE_SIZE if wanted.blend else tile_size_for([(path, mpp)], model, None, settings, engine_settings)
     places = (tile.write_roi for tile in way.grid(lattice, PROBE_SIZES[-1]))
-    found = probe(slide, lattice, engine, max(places, key=lambda place: tissue.fraction(place, lattice)), way)
+    place = max(places, key=lambda place: tissue.fraction(place, lattice))
+    found = probe(slide, lattice, open_engine(model, settled(engine_settings, spec.architecture)), place, way)
     return estimate(way, lattice, tissue, found, size, workers)
 
 

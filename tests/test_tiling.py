@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from pipeline.errors import CanvasError, ClusterError, WorkerError
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.grid import Grid
+from pipeline.machine import worker_environment
 from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.probe import Probe, kept_probe, probe
@@ -284,6 +286,21 @@ def test_what_was_measured_is_not_measured_again(scan: Path, model: Path, cache:
     kept.write_text(found[:20])  # a damaged file is worth no more than none
     assert size() == first
     assert set(json.loads(kept.read_text())) == set(json.loads(found))
+
+
+def test_a_process_that_has_run_tiles_measures_as_a_fresh_one(scan: Path, tmp_path: Path) -> None:
+    wide = replace(spec(), width=32)
+    save(tmp_path / "model", wide, build_network(wide).eval())
+    code = (
+        "import sys; from pathlib import Path; from pipeline.config import *; from pipeline.tiling import foresee;"
+        "ask = (TissueSettings(), SegmentationSettings(tile_size=4096), EngineSettings(), 1);"
+        "print(*(foresee(Path(sys.argv[1]), None, Path(sys.argv[2]), *ask).peak_bytes for _ in range(2)))"
+    )
+    environment = {**os.environ, **worker_environment(1)}
+    command = [sys.executable, "-c", code, scan, tmp_path / "model"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    first, second = map(int, told.split())
+    assert second == pytest.approx(first, rel=0.2)
 
 
 def test_what_was_measured_is_kept_for_one_model_engine_and_scale(model: Path, scan: Path, tmp_path: Path) -> None:
