@@ -39,4 +39,6 @@ def write_regions(
     skip = () if rest is None else (rest,)
     regions = find_regions(canvas, slide.base, min_region_um2, skip)
     counts = write_geojson(folder / "regions.geojson", regions, canvas.classes, (slide.shown.x, slide.shown.y))
+    for index in skip:
+        del counts[canvas.classes.names[index]]
     write_measurements(folder / "measurements.csv", measure(canvas, tissue), counts)

@@ -38,7 +38,9 @@ def write_geojson(
 def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, object]:
     """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
     part = {"Part of a larger region": 1} if region.part else {}
-    rings = [ring - np.array(corner, ring.dtype) for ring in region.rings] if any(corner) else region.rings
+    outer, *holes = [ring - np.array(corner, ring.dtype) for ring in region.rings] if any(corner) else region.rings
+    # Both run counterclockwise, x to the right and y counted upward; holes are to run the other way (RFC 7946, 3.1.6).
+    rings = [outer, *(np.ascontiguousarray(hole[::-1]) for hole in holes)]
     return {
         "type": "Feature",
         "properties": {

@@ -48,13 +48,16 @@ def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
 
 
 def write_measurements(path: Path, measurements: Sequence[Measurement], regions: Mapping[str, int]) -> None:
-    """Write `class, area_mm2, tissue_share, regions` as CSV, a row a class; `regions` counts whole ones by class name."""
+    """Write `class, area_mm2, tissue_share, regions` as CSV, a row a class.
+
+    `regions` counts whole ones by class name; a class that it does not name was not outlined, and its cell stays empty.
+    """
     rows = [
         {
             "class": item.class_name,
             "area_mm2": round(item.area_mm2, 6),
             "tissue_share": round(item.tissue_share, 6),
-            "regions": regions.get(item.class_name, 0),
+            "regions": regions.get(item.class_name),
         }
         for item in measurements
     ]

@@ -230,9 +230,14 @@ def _region(region: Element, book: _Sketchbook) -> list[NDArray[np.float64]]:
     Rectangles and ellipses are written as the corners of their box, or as all their points.
     """
     kind = region.get("Type", "0")
-    points = _places(region.findall("Vertices/Vertex"), book)
+    if not kind.isdecimal():  # HALO writes words there, and its vertices otherwise
+        raise book.error(f"<Region Type={kind!r}>", "a number there, as ImageScope writes it")
     if kind not in ("0", "1", "2"):
         return []
+    vertices = region.findall("Vertices/*")
+    if strange := next((vertex.tag for vertex in vertices if vertex.tag != "Vertex"), None):
+        raise book.error(f"<{strange}> among a region's vertices", "<Vertex>, as ImageScope writes it")
+    points = _places(vertices, book)
     if (kind == "1" and len(points) == 2) or (kind == "2" and 2 <= len(points) <= 4):
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
         if kind == "1":

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 _PACKAGE = Path(__file__).resolve().parent
-_SERVED_WITH = ("mlflow", "monai", "numpy", "PyYAML", "safetensors", "torch")
+_SERVED_WITH = ("google-crc32c", "mlflow", "monai", "numpy", "PyYAML", "safetensors", "torch")
 _MODEL, _CHECKPOINT = "model", "checkpoint"
 
 DIGEST = "fullfield.checkpoint"

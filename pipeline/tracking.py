@@ -10,6 +10,7 @@ Importing this module does not import MLflow; starting a run does, and takes som
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import math
 import posixpath
@@ -33,6 +34,7 @@ from pipeline.store import PARENT, STAGE, Store, chosen_address, is_own, open_st
 _ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
 _LONGEST_KEY, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 6000, 36  # letters that MLflow takes
+_TOLD_APART = 6  # digits of a digest
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
 _NO_PATH = re.compile(r"[#?%]")  # which MLflow puts into addresses as they are
 
@@ -164,7 +166,7 @@ class Run:
         self.log_text("config.yaml", without_password(text))
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
-        """Logs numbers at a step. Letters that MLflow forbids in names become `_`.
+        """Logs numbers at a step. Letters that MLflow forbids in names become `_`, and a digest tells such names apart.
 
         None is passed over, and NaN where the run has a number of that name, since MLflow forgets none.
         """
@@ -274,9 +276,17 @@ def _flat(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, 
 
 
 def _key(name: str) -> str:
-    """The name as MLflow allows it: few kinds of letters, and no path that leads elsewhere."""
+    """The name as MLflow allows it: few kinds of letters, and no path that leads elsewhere.
+
+    One that has to change ends on a digest of what it was: `<1%` and `>1%` stay two.
+    """
     key = _FORBIDDEN.sub("_", name)[:_LONGEST_KEY]
-    return re.sub("[./]", "_", key) if posixpath.normpath(key) != key or key.startswith((".", "/")) else key
+    if posixpath.normpath(key) != key or key.startswith((".", "/")):
+        key = re.sub("[./]", "_", key)
+    if key == name:
+        return key
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:_TOLD_APART]
+    return f"{key[: _LONGEST_KEY - _TOLD_APART - 1]}-{digest}"
 
 
 def _user() -> str:

@@ -43,6 +43,9 @@ def box(left: float, top: float, right: float, bottom: float) -> list[tuple[floa
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
+IMAGESCOPE = f"<Annotations>{layer(region(box(2, 1, 9, 5)), 'Drüse')}</Annotations>"
+
+
 def asap(kind: str, group: str, points: list[tuple[int, float, float]]) -> str:
     places = "".join(f'<Coordinate Order="{order}" X="{x}" Y="{y}"/>' for order, x, y in points)
     return f'<Annotation Name="a" Type="{kind}" PartOfGroup="{group}"><Coordinates>{places}</Coordinates></Annotation>'
@@ -87,9 +90,8 @@ def test_qupath_class_is_the_name(tmp_path: Path, properties: Any, name: str | N
 def test_encodings(tmp_path: Path, encoding: str) -> None:
     document = json.dumps(feature("Polygon", SQUARE, {"classification": {"name": "Drüse"}}), ensure_ascii=False)
     assert read_outlines(written(tmp_path, ("\n " + document).encode(encoding))).outlines[0].name == "Drüse"
-    text = f"<Annotations>{layer(region(box(2, 1, 9, 5)), 'Drüse')}</Annotations>"
     head = '<?xml version="1.0" encoding="utf-16"?>' if encoding == "utf-16" else ""
-    assert read_outlines(written(tmp_path, (head + text).encode(encoding))).outlines[0].name == "Drüse"
+    assert read_outlines(written(tmp_path, (head + IMAGESCOPE).encode(encoding))).outlines[0].name == "Drüse"
 
 
 def test_holes_and_parts_are_kept(tmp_path: Path) -> None:
@@ -159,6 +161,8 @@ def test_outlines_without_area_are_dropped_and_counted(tmp_path: Path, ring: Any
         ("<Annotations><Annotation>", "line 1, column 25"),
         ("<html></html>", "<html>"),
         (f"<Annotations>{layer(region([(1, 2), ('left', 3)]))}</Annotations>", "left"),  # type: ignore[list-item]
+        (IMAGESCOPE.replace('Type="0"', 'Type="Polygon"'), "'Polygon'"),
+        (IMAGESCOPE.replace("<Vertex ", "<V "), "<V>"),
         ("slide,annotation\n", "slide,annota"),
         ("", "an empty file"),
     ],

@@ -217,6 +217,10 @@ def test_geojson_reads_back_as_the_labels(tmp_path: Path) -> None:
         for item in features
     ]
     assert np.array_equal(drawn(again, canvas), np.where(labels == 0, IGNORED, labels))
+    for rings in (item["geometry"]["coordinates"] for item in features):
+        turns = [shapely.LinearRing(ring).is_ccw for ring in rings]
+        assert turns == [True, *[False] * (len(rings) - 1)], "as RFC 7946 has it"
+    assert any(len(item["geometry"]["coordinates"]) > 1 for item in features)
     assert features[0]["properties"]["classification"]["color"] in ([0, 200, 80], [250, 220, 10])
     assert features[0]["properties"]["objectType"] == "annotation"
     assert features[0]["properties"]["isLocked"] is False
