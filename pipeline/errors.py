@@ -12,7 +12,8 @@ FullfieldError
 |-- CanvasError          an output that does not belong to this run
 |-- TrainingError        nothing to learn from, or a loss that is not finite
 |-- ClusterError         a Dask scheduler that does not answer, or workers too few or too small
-|   `-- WorkerError      a task that its worker does not survive
+|   |-- WorkerError      a task that its worker does not survive
+|   `-- CodeError        a worker that has other code than the command
 `-- TrackingError        MLflow does not answer as expected
 """
 
@@ -92,6 +93,10 @@ class ClusterError(FullfieldError):
 
 class WorkerError(ClusterError):
     """Each worker that was given a task died of it."""
+
+
+class CodeError(ClusterError):
+    """A worker has other code of Fullfield than the command."""
 
 
 class TrackingError(FullfieldError):

@@ -14,9 +14,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How multiprocessing shall start workers."""
@@ -29,35 +28,40 @@ def start_forking(environment: Mapping[str, str]) -> None:
     was given: that may have a `pipeline` of its own.
     """
     if METHOD == "forkserver":
-        from multiprocessing import forkserver, set_forkserver_preload
+        from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
 
         set_forkserver_preload(["pipeline.preloaded"])
         places = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
-        with _set({**environment, **places}), _at_ctrl_c(signal.SIG_IGN):  # which is the command's, that ends its workers
-            forkserver.ensure_running()
+        with _set({**environment, **places}), uninterrupted():
+            resource_tracker.ensure_running()  # which lets Ctrl-C through as it ends, and which the other one calls
+            with _held_back():
+                forkserver.ensure_running()
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of a block, which would leave a half-started cluster that cannot be closed."""
-    came: list[int] = []
-    with _at_ctrl_c(lambda number, _: came.append(number)):
+    if threading.current_thread() is not threading.main_thread():  # the only one that it interrupts
         yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def _at_ctrl_c(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Do something else at Ctrl-C, in the only thread that it interrupts; what is started in the block inherits SIG_IGN."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
+def _held_back() -> Iterator[None]:
+    """What is started in the block does not get Ctrl-C, which is the command's, before it says so: see preloaded.py."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's, which ends its workers
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 for name in ("PYTHONPATH", "PYTHONSAFEPATH"):  # these imports find their modules by them, and nothing later shall
     os.environ.pop(name, None)

@@ -16,15 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline import ensemble
 from pipeline.ahead import ahead
 from pipeline.blending import TILE_SIZE
-from pipeline.canvas import create_canvas, open_canvas
-from pipeline.cluster import Cluster, Outcome
+from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.errors import CanvasError, FullfieldError, WorkerError, refusal
 from pipeline.files import locked, write_json
 from pipeline.grid import Tile
@@ -37,14 +35,14 @@ from pipeline.slide_job import (
     PROVENANCE,
     OpenedJob,
     SlideJob,
+    finished_mm2,
     is_finished,
     job_engine,
     job_tile_size,
+    too_coarse,
 )
+from pipeline.tasks import Cluster, Outcome
 from pipeline.tiling import tile_size_for
-
-if TYPE_CHECKING:
-    from pipeline.tissue import Tissue
 
 _BLOCK_TILES = 2  # a block is this many tiles wide and high: what neighbours read twice, their halos, is in memory then
 _SLIDES_AT_ONCE = 4
@@ -84,21 +82,20 @@ class Row:
     seconds: float
     megapixels: float
 
-    @property
-    def skipped(self) -> bool:
-        """Whether no tile was run now: the slide was segmented before, or has no tissue."""
-        return self.status == "done" and self.megapixels == 0
-
 
 @dataclass(frozen=True)
 class Step:
-    """Something that happened: `blocks` more to do, or `blocks_done` of `megapixels`, or a slide that ended with a `row`."""
+    """Something that happened: `blocks` more to do, or `blocks_done` of `megapixels`, or a slide that ended with a `row`.
+
+    A slide that was finished before is `skipped`.
+    """
 
     job: SlideJob
     blocks: int = 0
     blocks_done: int = 0
     megapixels: float = 0.0
     row: Row | None = None
+    skipped: bool = False
 
 
 def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> list[SlideJob]:
@@ -194,7 +191,7 @@ class _Active:
 
     def _planned(self, plan: Plan) -> Step:
         if plan.finished:
-            return self._ended("done", "")
+            return replace(self._ended("done", plan.remark), skipped=True)
         self.blocks, self.tissue_mm2, self.remark = len(plan.blocks), plan.tissue_mm2, plan.remark
         for block in plan.blocks:
             self.cluster.submit(self.job.slide_id, segment_block, self.job, block)
@@ -241,7 +238,7 @@ def plan_slide(job: SlideJob) -> Plan:
         if path.exists():
             canvas = open_canvas(path, identity)
             if is_finished(job):
-                return Plan((), 0.0, finished=True)
+                return Plan((), 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
             (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
             tissue = opened.tissue()
         else:
@@ -258,15 +255,16 @@ def plan_slide(job: SlideJob) -> Plan:
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
             blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
-    return Plan(
-        tuple(tuple(block) for block in blocks.values()), tissue.area_um2 / 1e6, _remark(tissue, opened.problem(canvas))
-    )
+    tissue_mm2 = tissue.area_um2 / 1e6
+    return Plan(tuple(tuple(block) for block in blocks.values()), tissue_mm2, _remark(opened, canvas, tissue_mm2))
 
 
-def _remark(tissue: Tissue, problem: str) -> str:
-    """What nobody should overlook: that nothing was looked at, or that the stain is not what the model knows."""
-    nothing = "" if tissue.area_um2 else "no tissue was found, and nothing examined"
-    return "; ".join(filter(None, (nothing, problem and f"the stain is left as scanned: {problem}")))
+def _remark(opened: OpenedJob, canvas: Canvas, tissue_mm2: float) -> str:
+    """What nobody should overlook: that nothing was looked at, or that the slide is not as the model knows slides."""
+    nothing = "" if tissue_mm2 else "no tissue was found, and nothing examined"
+    coarse = too_coarse(opened.slide.base.mpp, opened.spec.mpp)
+    problem = opened.problem(canvas)
+    return "; ".join(filter(None, (nothing, coarse, problem and f"the stain is left as scanned: {problem}")))
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:

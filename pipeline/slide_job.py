@@ -32,6 +32,7 @@ ENTROPY = "entropy.ome.tif"
 MADE_OF_SOME = (ENTROPY, "truth.png")
 """Those that some finished slides have: of ensembles, and evaluated ones."""
 
+_COARSER = 1.1  # um/px of a scan, relative to those of the model, up to which it is as good as the same
 _STAINING = "staining"  # of what the canvas says was measured
 
 
@@ -72,11 +73,22 @@ def is_segmented(job: SlideJob) -> bool:
     return bool(len(open_canvas(path).whole()) == found["tiles"])
 
 
+def too_coarse(scanned: Mpp, wanted: float) -> str:
+    """A remark where a slide is enlarged for a model that sees `wanted` um/px; empty where it need not be."""
+    coarser = max(scanned.x, scanned.y)
+    return "" if coarser <= _COARSER * wanted else f"scanned at {coarser:g} um/px, and enlarged to the model's {wanted:g}"
+
+
+def finished_mm2(job: SlideJob) -> float:
+    """The tissue of a slide whose job `is_finished`, in square millimetres."""
+    return float(_provenance(job)["tissue_mm2"])
+
+
 def _provenance(job: SlideJob) -> dict[str, Any]:
     """What the provenance says; nothing where there is none, or a damaged one, which vouches for nothing."""
     try:
         found = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("identity", "min_region_um2", "tiles")}
+        return {name: found[name] for name in ("identity", "min_region_um2", "tiles", "tissue_mm2")}
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return {}
 

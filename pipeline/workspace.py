@@ -14,7 +14,7 @@ from pyarrow import parquet
 from pipeline import snapshot
 from pipeline.ahead import ahead
 from pipeline.annotations import open_truth, with_glass
-from pipeline.cluster import Cluster, connect
+from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, CohortError, TrainingError
@@ -31,6 +31,7 @@ from pipeline.slide_job import SlideJob
 from pipeline.staining import Normalisation, Staining
 from pipeline.stains import reference
 from pipeline.store import chosen_address, own_address
+from pipeline.tasks import Cluster
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 from pipeline.truth import ClassMap, Truth

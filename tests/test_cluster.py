@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cluster import connect
 from pipeline.config import ClusterSettings
-from pipeline.errors import ClusterError, SlideError, WorkerError
+from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
 from pipeline.machine import cores
 
 
@@ -184,6 +184,52 @@ def test_workers_with_other_code_are_refused(make_other: Callable[[], None]) -> 
             connect(ClusterSettings(scheduler=local.scheduler_address)).__enter__()
 
 
+def test_a_worker_that_joins_late_with_other_code_ends_the_command() -> None:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster,
+        Client(local) as client,
+    ):
+        before = set(client.nthreads())
+        local.scale(2)
+        client.wait_for_workers(2)
+        client.run(have_newer_code, workers=list(set(client.nthreads()) - before))
+        for value in range(20):
+            cluster.submit(value, nap, value)
+        with pytest.raises(CodeError, match="found other code"):
+            list(cluster)
+        with pytest.raises(CodeError, match="found other code"):
+            list(cluster.streams(dict.fromkeys(range(2), (count_slowly, ()))))
+
+
+def have_newer_code() -> None:
+    from pipeline import dask_cluster
+
+    dask_cluster.source_digest = lambda: "another"
+
+
+def nap(value: int) -> int:
+    time.sleep(0.2)
+    return value
+
+
+def count_slowly() -> Iterator[int]:
+    yield nap(1)
+
+
+def test_a_scheduler_that_is_lost_before_it_has_workers_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    from distributed import LocalCluster
+
+    local = LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None)
+    end = threading.Timer(2, local.close)
+    end.start()
+    with pytest.raises(ClusterError, match="no longer answers"):
+        connect(ClusterSettings(scheduler=local.scheduler_address)).__enter__()
+    end.join()
+
+
 def test_who_waits_for_workers_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     from distributed import LocalCluster
 
@@ -221,6 +267,28 @@ def test_this_process_keeps_its_memory_when_it_does_the_work() -> None:
 def fail_after(stop: int) -> Iterator[int]:
     yield from range(stop)
     raise SlideError("slide.svs", f"{stop}", "another number", "Take it.")
+
+
+def die_after_one() -> Iterator[int]:
+    yield 0
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_stream_that_kills_its_workers_fails_and_no_other_does() -> None:
+    """Though they come back later than Dask, asked for no more patience, would wait for them."""
+    import dask
+
+    tasks = {"deadly": (die_after_one, ()), **{number: (count, (number,)) for number in (4, 5)}}
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "100ms"}),
+        connect(ClusterSettings(workers=1)) as cluster,
+    ):
+        told = list(cluster.streams(tasks))
+    errors = {each.key: each.error for each in told if each.error is not None}
+    assert list(errors) == ["deadly"] and isinstance(errors["deadly"], WorkerError)
+    assert "lower training.batch_size" in str(errors["deadly"])
+    for number in (4, 5):
+        assert {each.value for each in told if each.key == number} == set(range(number))
 
 
 def test_streams_side_by_side_tell_all_in_order_and_one_that_fails_stops_no_other(cluster) -> None:

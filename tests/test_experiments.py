@@ -230,6 +230,20 @@ def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
     assert (good["name"], good["status"]) == ("learning_rate=0.01", "done")
     assert (failed["status"], failed["dice"]) == ("failed", "")
     assert "loss" in failed["reason"]
+    client = open_store(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", create=False).client
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    ended = {(found.info.run_name, found.info.status) for found in runs}
+    assert ("learning_rate=1e+30", "FAILED") in ended and ("train", "FAILED") in ended
+    assert "RUNNING" not in {status for _, status in ended}
+
+
+def test_a_sweep_need_not_have_what_its_combinations_say(config: Path, tmp_path: Path) -> None:
+    """The file's depth does not go with the patches, that of either combination does."""
+    fixed = [f"output={tmp_path / 'out'}", "tiles.patch_size=72", "training.epochs=1", "training.patches_per_epoch=8"]
+    content = yaml.safe_load(config.read_text())
+    content["network"]["depth"] = 4
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert sweep(tmp_path / "config.yaml", [*fixed, "network.depth=1,2"]) == 0
 
 
 def test_figures_of_a_model_that_is_gone_are_put_aside(

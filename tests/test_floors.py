@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "errors ahead origin checksum whole_batch machine yaml_text forking layout muon",
+    "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon",
     "team classes geometry files progress contours polygons density staining bootstrap sampling",
     "config jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
-    "components halving slide grid cohort cluster ngff store snapshot config_file",
-    "processes tissue canvas label_truth augment network dense graph histology folds combinations",
+    "dask_cluster components halving slide grid cohort ngff store snapshot config_file",
+    "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised annotations",
     "footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",

@@ -59,6 +59,22 @@ def imported() -> set[str]:
     return set(sys.modules)
 
 
+def test_ctrl_c_counts_while_the_fork_server_starts() -> None:
+    lines = (
+        "import os, signal",
+        "from multiprocessing import forkserver",
+        "from pipeline.forking import start_forking",
+        "start = forkserver.ensure_running",
+        "forkserver.ensure_running = lambda: (start(), os.killpg(0, signal.SIGINT), print('started', flush=True))",
+        "start_forking({})",
+        "print('not reached')",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "started\n")
+    assert done.stderr.count("Traceback") == 1, "of the command, and not of the fork server"
+
+
 def test_ctrl_c_waits_until_workers_are_started() -> None:
     lines = (
         "import os, signal",

@@ -1,6 +1,7 @@
 """What commands say, to files as well, so that nobody overlooks it."""
 
 import csv
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,34 @@ def test_glass_and_a_stain_that_cannot_be_told_are_told_of(tmp_path: Path, capsy
     said = capsys.readouterr().out
     assert f"done: glass: {reason}" in said
     assert "segment: blocks" in said and "2 of 2 slides" in said
+    (tmp_path / "out" / "slides.csv").unlink()
+    assert segment(slides, [str(tmp_path / "model")], tmp_path / "out", None, 128, where, EXACT) == 0
+    assert reason in (tmp_path / "out" / "slides.csv").read_text()
+    assert f"done: glass: {reason}" in capsys.readouterr().out
+
+
+def test_a_slide_that_takes_the_place_of_another_has_a_row_of_its_own(tmp_path: Path) -> None:
+    tissue = render(3, 401, 303, 1.0, spread=3)[0]
+    spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=64, width=4, depth=2)
+    network = build_network(spec).eval()
+    save(tmp_path / "model", with_footprint(spec, network), network)
+
+    def row() -> dict[str, str]:
+        where = ClusterSettings(workers=0)
+        assert segment([tmp_path / "a.tiff"], [str(tmp_path / "model")], tmp_path / "out", None, 128, where, EXACT) == 0
+        with (tmp_path / "out" / "slides.csv").open(newline="") as file:
+            (found,) = csv.DictReader(file)
+        return found
+
+    write_slide(tissue, tmp_path / "a.tiff", 1.0)
+    first = row()
+    assert row() == first and (first["reason"], first["megapixels"] != "0.0") == ("", True)
+    shutil.rmtree(tmp_path / "out" / "slides" / "a")
+    write_slide(np.full_like(tissue, 244), tmp_path / "a.tiff", 1.0)
+    assert (row()["reason"], row()["megapixels"]) == ("no tissue was found, and nothing examined", "0.0")
+    shutil.rmtree(tmp_path / "out" / "slides" / "a")
+    write_slide(tissue, tmp_path / "a.tiff", 2.0)
+    assert row()["reason"] == "scanned at 2 um/px, and enlarged to the model's 1"
 
 
 def test_results_of_many_runs_are_not_replaced_by_those_of_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.architectures import build_network
 from pipeline.canvas import create_canvas
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
-from pipeline.cluster import Outcome, connect
+from pipeline.cluster import connect
 from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.engine import TorchEngine
 from pipeline.errors import CanvasError, ClusterError, WorkerError
@@ -35,6 +35,7 @@ from pipeline.segmentation import plan_slide, with_tile_sizes
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished, job_tile_size
 from pipeline.stitching import stitching
+from pipeline.tasks import Outcome
 from pipeline.tiling import GIB, choose, estimate, tile_size_for
 from pipeline.tissue import Tissue
 

@@ -24,7 +24,6 @@ from PIL import Image
 from pipeline import openvino_engine, runtime
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
-from pipeline.cluster import Cluster
 from pipeline.cohort import read_manifest
 from pipeline.config import SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
@@ -39,6 +38,7 @@ from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished
 from pipeline.snapshot import read_standing
 from pipeline.tally import find_tally
+from pipeline.tasks import Cluster
 from pipeline.workspace import open_workspace, slide_job
 from workflows.train import train, train_model
 

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.assessment import count_pixels
 from pipeline.canvas import open_canvas
 from pipeline.checkpoint import load_spec
-from pipeline.cluster import Cluster, connect
+from pipeline.cluster import connect
 from pipeline.cohort import Case
 from pipeline.comparison import ENOUGH, SURE, Difference, paired_difference
 from pipeline.config import Config
@@ -26,6 +26,7 @@ from pipeline.runtime import EXACT, with_flips
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.store import Store
 from pipeline.tally import FILE, Tally, paired_means, scale_remark, shared_patients, write_tally
+from pipeline.tasks import Cluster
 from pipeline.versions import Version, decide, find_version, version_with
 from pipeline.workspace import case_truth, dealt_cases, rest_index, slide_job
 from workflows.segment import run_jobs

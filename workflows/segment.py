@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import checkpoint, ensemble
-from pipeline.cluster import Cluster, connect
+from pipeline.cluster import connect
 from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings
 from pipeline.errors import CheckpointError, CohortError
@@ -32,6 +32,7 @@ from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
 from pipeline.stitching import stitching
+from pipeline.tasks import Cluster
 from pipeline.tracking import Run
 from pipeline.workers import local_workers
 
@@ -199,14 +200,16 @@ def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gi
     jobs = with_tile_sizes(jobs, cluster, memory_gib)
     sizes = sorted({job_tile_size(job) for job in jobs})
     console.print(f"Tiles of {', '.join(map(str, sizes))} px")
-    rows, started, megapixels = dict[str, Row](), time.monotonic(), 0.0
+    rows, skipped, started, megapixels = dict[str, Row](), set[str](), time.monotonic(), 0.0
     with progress("segment: blocks", 0) as bar:
         for step in segment_slides(jobs, cluster):
             megapixels += step.megapixels
             bar.grow(step.blocks)
             if step.row is not None:
                 rows[step.row.slide_id] = step.row
-                _write_rows(output / "slides.csv", rows)
+                if step.skipped:
+                    skipped.add(step.row.slide_id)
+                _write_rows(output / "slides.csv", rows, skipped)
             speed = megapixels / (time.monotonic() - started)
             bar.advance(step.blocks_done, f"{len(rows)} of {len(jobs)} slides, {speed:.1f} Mpx/s")
     return [rows[name] for name in sorted(rows)]
@@ -227,11 +230,11 @@ def report(rows: Sequence[Row], output: Path) -> int:
     return 1 if failed else 0
 
 
-def _write_rows(path: Path, rows: dict[str, Row]) -> None:
+def _write_rows(path: Path, rows: Mapping[str, Row], skipped: Collection[str]) -> None:
     """Write the rows, and keep those of other slides that were there, perhaps from another command at this moment.
 
     A row says what lies in the slide's folder: that of a finished slide stays where nothing was done now, be it that the
-    slide was skipped, or that what was asked for is refused.
+    slide was `skipped`, or that what was asked for is refused.
     """
     names = [field.name for field in fields(Row)]
     with locked(path):
@@ -240,7 +243,7 @@ def _write_rows(path: Path, rows: dict[str, Row]) -> None:
             written = as_unicode(name)
             done = kept.get(written, {}).get("status") == "done"
             sealed = done and (path.parent / "slides" / name / PROVENANCE).exists()
-            if not (row.skipped and done or row.status == "failed" and sealed):
+            if not (name in skipped and done or row.status == "failed" and sealed):
                 fresh[written] = asdict(row)
         every: dict[str, Mapping[str, object]] = {**kept, **fresh}
         write_csv(path, names, [every[name] for name in sorted(every)])

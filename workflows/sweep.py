@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from pipeline.cluster import Cluster
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -17,6 +16,7 @@ from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
 from pipeline.progress import console, new_table, progress
 from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
+from pipeline.tasks import Cluster
 from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
@@ -29,7 +29,7 @@ _SPLIT = "val"
 def sweep(path: Path, overrides: Sequence[str]) -> int:
     """Sweep over a configuration file; the exit code is 1 where a combination, or a slide of one, failed."""
     fixed, combinations = combine(overrides)
-    config = load_config(path, fixed)
+    config = load_config(path, [*fixed, *_first(combinations)])
     if (config.output / "model").exists():
         remedy = "Choose another `output`, for instance output=runs/sweep."
         raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
@@ -57,6 +57,11 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
         command = workspace.run.open_command()
     console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
     return 1 if any(failures) else 0
+
+
+def _first(combinations: Sequence[Combination]) -> list[str]:
+    """What the first combination sets, but for a seed: the file need not have what they all have, yet deals out patients."""
+    return [override for override in combinations[0].overrides if not override.startswith("seed=")]
 
 
 def _part(whole: Config, combination: Combination, config: Config) -> Config:
@@ -94,6 +99,8 @@ def _watch(parts: Mapping[Path, Workspace], cluster: Cluster) -> dict[Path, Full
             output, record = outcome.key, outcome.value
             if isinstance(outcome.error, FullfieldError):
                 failed[output] = outcome.error
+                with suppress(FullfieldError), runs[output]:  # the stage ends as failed
+                    raise outcome.error
             elif outcome.error is not None:
                 raise outcome.error
             elif record.epoch not in logged[output]:

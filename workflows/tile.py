@@ -23,6 +23,7 @@ from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, read_stamp, tile_inputs
 from pipeline.label_truth import LabelImageTruth
 from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
+from pipeline.slide_job import too_coarse
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 from pipeline.workspace import Workspace, case_truth, open_workspace
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """What a slide holds: its rows, and what there is to say of its annotations (repaired, left out)."""
+    """What a slide holds: its rows, and what there is to say of its scale and its annotations (repaired, left out)."""
 
     digest: str
     rows: list[Row]
@@ -122,7 +123,8 @@ def tile_case(case: Case, config: Config) -> Found:
         classes = {name: float(fractions[index]) for index, name in enumerate(config.class_list.names)}
         place = {"slide_id": case.slide_id, "patient": case.patient, "split": case.split, "x": roi.x, "y": roi.y}
         rows.append({**place, "tissue": share, "known": sum(classes.values()), **classes})
-    return Found(slide.digest(), rows, truth.remarks if truth else ())
+    coarse = too_coarse(slide.base.mpp, config.network.mpp)
+    return Found(slide.digest(), rows, tuple(filter(None, (coarse, *(truth.remarks if truth else ())))))
 
 
 def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str, complete: bool) -> None:

@@ -1,0 +1,232 @@
+"""Tasks on the workers of a Dask scheduler, wherever they are: what becomes of them when workers die, or are none.
+
+A worker that runs other code of Fullfield than the command ends it: labels would be of both.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from queue import Empty, Queue
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ClusterError, CodeError, WorkerError
+from pipeline.origin import source_digest
+from pipeline.progress import console
+from pipeline.tasks import Outcome, Task
+
+if TYPE_CHECKING:
+    from distributed import KilledWorker
+
+_POLL_SECONDS = 0.5
+_LOOK_SECONDS, _LONELY_SECONDS = 5.0, 30.0  # from one look for workers to the next; without one, before it is told
+_SMALLER_TILES = (
+    "set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` (--tile-size), delete this slide's "
+    "output, and run again"
+)
+_SMALLER_TRAINING = "lower training.batch_size, tiles.patch_size or network.width, and run again"
+
+
+class DaskCluster:
+    """Runs tasks on the workers of a Dask scheduler; see Cluster."""
+
+    def __init__(self, client: Any, description: str) -> None:
+        self.description = description
+        self._client = client
+        self._tasks: dict[Any, Task] = {}  # by their futures
+        self._preparing: list[Any] = []  # futures, which would be dropped if nobody held them
+        self._suspects: deque[Task] = deque()
+        self._ended = Queue[Any]()
+        self._looked = self._seen = time.monotonic()  # when workers were last looked for, and when there were any
+        self._lonely = False
+
+    def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
+        """See Cluster."""
+        self._start((key, function, arguments))
+
+    def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """See Cluster."""
+        with suppress(OSError):  # of a scheduler that is lost, which those tell who wait for it
+            workers = self._client.scheduler_info()["workers"]
+            self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
+
+    def cancel(self, key: Any) -> None:
+        """See Cluster."""
+        futures = [future for future, task in self._tasks.items() if task[0] == key]
+        for future in futures:
+            del self._tasks[future]
+        self._suspects = deque(task for task in self._suspects if task[0] != key)
+        self._client.cancel(futures)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        alone = None  # the future of a suspect that runs while nothing else does
+        while self._tasks or self._suspects:
+            if not self._tasks:
+                alone = self._start(self._suspects.popleft())
+            future = self._next_ended()
+            if future not in self._tasks:
+                continue
+            task = self._tasks.pop(future)
+            outcome = self._outcome(task[0], future, _SMALLER_TILES)
+            if isinstance(outcome.error, WorkerError) and future is not alone:
+                # Dask blames all tasks that a dead worker had, so those that it gives up are tried again one by one.
+                self._suspects.append(task)
+            else:
+                yield outcome
+
+    def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+        """See Cluster."""
+        for outcome in self.streams({None: (function, arguments)}):
+            if outcome.error is not None:
+                raise outcome.error
+            yield outcome.value
+
+    def streams(self, tasks: Mapping[Any, tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]]) -> Iterator[Outcome]:
+        """See Cluster."""
+        told, suspects = Queue[Outcome](), deque[Any]()
+        running = {key: self._begin(told, key, *task) for key, task in tasks.items()}
+        alone = None
+        while running or suspects:
+            if not running:  # as above: the keys that a dead worker had, one by one
+                alone = suspects.popleft()
+                running[alone] = self._begin(told, alone, *tasks[alone])
+            ended = [key for key, (_, future) in running.items() if future.done()]  # before all that they told is taken
+            with suppress(Empty):
+                yield told.get(timeout=0 if ended else _POLL_SECONDS)
+                while True:
+                    yield told.get_nowait()
+            self._look_for_workers()
+            for key in ended:
+                topic, future = running.pop(key)
+                outcome = self._outcome(key, future, _SMALLER_TRAINING)
+                self._client.unsubscribe_topic(topic)
+                if isinstance(outcome.error, WorkerError) and len(tasks) > 1 and key != alone:
+                    suspects.append(key)
+                elif outcome.error is not None:
+                    yield outcome
+
+    def _begin(
+        self, told: Queue[Outcome], key: Any, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]
+    ) -> tuple[str, Any]:
+        """Start a stream that is put into `told`: its topic and its future."""
+        topic = f"{function.__name__}-{uuid.uuid4().hex}"
+        self._client.subscribe_topic(topic, partial(_hear, told, key))
+        return topic, self._client.submit(_tell, topic, source_digest(), function, arguments, key=topic)
+
+    def _start(self, task: Task) -> Any:
+        self._check()
+        _, function, arguments = task
+        key = f"{function.__name__}-{uuid.uuid4().hex}"
+        future = self._client.submit(_run, source_digest(), function, arguments, key=key)
+        self._tasks[future] = task
+        future.add_done_callback(self._ended.put)
+        return future
+
+    def _next_ended(self) -> Any:
+        """The next future that is done. Raises ClusterError where the scheduler is lost, since then none ever is."""
+        while True:
+            try:
+                return self._ended.get(timeout=_POLL_SECONDS)
+            except Empty:
+                self._look_for_workers()
+
+    def _outcome(self, key: Any, future: Any, remedy: str) -> Outcome:
+        """How a task ended; of one that its workers did not survive, `remedy` says what to do where memory ran out.
+
+        Raises ClusterError where nobody knows, since the scheduler is lost, and CodeError where a worker has other code.
+        """
+        from distributed import KilledWorker
+
+        try:
+            return Outcome(key, future.result())
+        except KilledWorker as error:
+            return Outcome(key, error=_deadly(error, remedy))
+        except CodeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the task raised is its outcome
+            if future.status != "error":
+                raise lost(self.description) from error
+            return Outcome(key, error=error)
+
+    def _check(self) -> None:
+        """Raise ClusterError where the scheduler is lost."""
+        if self._client.status != "running":
+            raise lost(self.description)
+
+    def _look_for_workers(self) -> None:
+        """Say so where there has been no worker for a while: it is waited for. Raises ClusterError as `_check` does."""
+        self._check()
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        try:
+            there = bool(self._client.nthreads())
+        except OSError as error:
+            raise lost(self.description) from error
+        if there:
+            self._seen, self._lonely = now, False
+        elif not self._lonely and now - self._seen > _LONELY_SECONDS:
+            self._lonely = True
+            console.print(f"No worker is left: {self.description}. Waiting for one")
+
+
+def lost(description: str) -> ClusterError:
+    """The error for a scheduler that is gone."""
+    remedy = "Start a scheduler and workers, and run the same command again: it goes on from what is done."
+    return ClusterError(description, "a scheduler that no longer answers", "one that lives on", remedy)
+
+
+def other_code(workers: list[str]) -> CodeError:
+    """The error for workers that run other code than the command."""
+    remedy = "Install the same there as here, start these workers again, and run the same command again."
+    return CodeError(f"workers {', '.join(workers)}", "other code of Fullfield, or none", "this command's", remedy)
+
+
+def _deadly(error: KilledWorker, remedy: str) -> WorkerError:
+    task, tries = str(error.task).rpartition("-")[0], error.allowed_failures + 1
+    return WorkerError(
+        f"{task} on {error.last_worker.address}",
+        f"{tries} worker processes that died of it, one after the other",
+        "one that lives on",
+        f"Most often memory ran out: {remedy}. Otherwise the worker's log may say why.",
+    )
+
+
+def _hear(told: Queue[Outcome], key: Any, event: tuple[float, bytes]) -> None:
+    told.put(Outcome(key, pickle.loads(event[1])))
+
+
+def _run(code: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call the function, on a worker of the same code. Raises CodeError."""
+    _check_code(code)
+    return function(*arguments)
+
+
+def _tell(topic: str, code: str, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    """Send what a generator yields to all who listen to `topic`; events overtake neither each other nor the task's end.
+
+    It ends early once its client is gone: the same command, called again, does not find it still at work. Raises CodeError.
+    """
+    from distributed import get_worker
+
+    _check_code(code)
+    worker = get_worker()
+    task = worker.state.tasks[worker.get_current_task()]
+    for record in function(*arguments):
+        worker.log_event(topic, pickle.dumps(record))
+        if task.state == "cancelled":
+            return
+
+
+def _check_code(code: str) -> None:
+    """Raise CodeError where this worker has other code: it may have joined late, or have been replaced after an update."""
+    if source_digest() != code:
+        from distributed import get_worker
+
+        raise other_code([get_worker().address])
