@@ -272,6 +272,10 @@ class Config(Section):
         claimed += [f"label value {value}" for item in self.classes for value in item.values]
         if twice := sorted({item for item in claimed if claimed.count(item) > 1}):
             raise ValueError(f"each should belong to one class only: {', '.join(twice)}")
+        outlined = {name for item in self.classes for name in item.annotations or (item.name,)}
+        for key, patterns in (("known", self.annotations.known), ("ignored", self.annotations.ignored)):
+            if both := sorted(outlined.intersection(patterns)):
+                raise ValueError(f"annotations.{key} should name no outline that stands for a class, found {both}")
         used: dict[str, set[str | None]] = {
             "annotations.rest": {self.annotations.rest} - {None},
             "annotations.unnamed": {self.annotations.unnamed} - {None},

@@ -30,9 +30,17 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             partial.replace(path)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                name_file(error, path)
             raise
+
+
+def name_file(error: OSError, path: Path) -> None:
+    """Let an error say which file it is about, as one of a full disk does not."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 @contextmanager

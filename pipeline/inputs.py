@@ -44,8 +44,9 @@ def read_stamp(tiles: Path) -> tuple[str, bool] | None:
 
 
 def training_inputs(config: Config, cases: Sequence[Case]) -> str:
-    """A SHA-256 over all that a trained model depends on: what is only tested on may change."""
-    return _sha256([_training_sections(config), _stamps([case for case in cases if case.split in ("train", "val")])])
+    """A SHA-256 over all that a trained model depends on: what is only tested on, or has no annotation, may change."""
+    learned = [case for case in cases if case.split in ("train", "val") and case.annotation is not None]
+    return _sha256([_training_sections(config), _stamps(learned)])
 
 
 def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:

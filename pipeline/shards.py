@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline import checksum
 from pipeline.errors import CanvasError
-from pipeline.files import write_json
+from pipeline.files import name_file, write_json
 from pipeline.geometry import Roi
 
 _ZSTD_LEVEL = 1  # higher ones save some 3 % of bytes and cost twice the time
@@ -118,8 +118,9 @@ class ShardedArray:
             with partial.open("wb") as file:
                 file.writelines(chunks.values())
                 file.write(checksum.signed(index.tobytes()))
-        except OSError:  # such as a disk that is full
+        except OSError as error:  # such as a disk that is full
             partial.unlink(missing_ok=True)
+            name_file(error, path)
             raise
         partial.replace(path)
 

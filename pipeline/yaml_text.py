@@ -8,14 +8,23 @@ from typing import Any
 import yaml
 
 _FLOAT, _MERGE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _NUMBER = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice."""
+    """Refuses a key that is given twice or is no plain word, and letters that no file's name may have."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _NO_TEXT.search(value):
+            raise yaml.constructor.ConstructorError(None, None, f"{value!r}, which is no text", node.start_mark)
+        return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
+        if strange := [key for key in keys if not isinstance(key, str | int | float | None)]:
+            raise yaml.constructor.ConstructorError(None, None, f"no plain words as keys: {strange}", node.start_mark)
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"key given twice: {twice}", node.start_mark)
@@ -31,7 +40,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def load(text: str) -> Any:
-    """What a text says. Raises yaml.YAMLError, also for a key that is given twice and for a day that no calendar has."""
+    """What a text says. Raises yaml.YAMLError, also for what `_Loader` refuses and for a day that no calendar has."""
     try:
         return yaml.load(text, _Loader)
     except (ValueError, TypeError, RecursionError) as error:

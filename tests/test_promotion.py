@@ -247,6 +247,11 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     assert f"annotation of {changed[1].slide_id}" in said[1]
     with pytest.raises(CheckpointError, match="another folder"):
         reproduce(str(good), good)
+    for name in ("folds.csv", "sweep.csv", "training.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=name):
+            reproduce(str(good), tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path) -> None:

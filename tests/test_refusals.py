@@ -338,9 +338,11 @@ def test_a_manifest_without_splits_is_not_written_over(scan: Path, tmp_path: Pat
 def test_the_order_of_a_manifest_tells_nothing(scan: Path, tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
     config = load_config(example)
-    cases = [Case(name, name, scan, split="train") for name in ("a", "b")]
+    cases = [Case(name, name, scan, scan, "train") for name in ("a", "b")]
     for inputs in (tile_inputs, training_inputs):
         assert inputs(config, cases) == inputs(config, cases[::-1]) != inputs(config, cases[:1])
+    unknown = replace(cases[0], slide_id="c", patient="c", annotation=None)
+    assert training_inputs(config, [*cases, unknown]) == training_inputs(config, cases), "nothing is learned from it"
 
 
 def test_it_is_said_where_a_model_hands_on_another_way_than_a_run_has_now(models: list[Path], tmp_path: Path) -> None:

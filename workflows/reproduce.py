@@ -14,6 +14,7 @@ from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
 
+_RESULTS = ("model", "training.safetensors", "folds.csv", "sweep.csv")
 _LETTERS = 9  # of a commit
 
 
@@ -24,9 +25,9 @@ def reproduce(reference: str, output: Path | None) -> int:
     with run_file(reference, "config.yaml") as path:
         old = load_config(path)
     output = (output or old.output.with_name(f"{old.output.name}-again")).absolute()
-    if (output / "model").exists():
-        expected = "a folder without a model"
-        raise CheckpointError(str(output), "the results of another run", expected, "Choose another folder (--output).")
+    if taken := [name for name in _RESULTS if (output / name).exists()]:
+        found, expected = f"the results of another run ({taken[0]})", "a folder without any"
+        raise CheckpointError(str(output), found, expected, "Choose another folder (--output).")
     output.mkdir(parents=True, exist_ok=True)
     cases = [case_of(facts) for facts in lineage["slides"]]
     cohort = old.cohort.model_copy(update={"manifest": output / "cohort.csv"})

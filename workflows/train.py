@@ -128,9 +128,15 @@ def _check_tiles(workspace: Workspace) -> None:
 
 
 def _cases(workspace: Workspace) -> list[Case]:
-    """The slides to learn from and to validate on: those that have tiles."""
+    """The slides to learn from and to validate on: those that have tiles.
+
+    Raises TrainingError where there is none to learn from.
+    """
     tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
     cases = [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
+    if not any(case.split == "train" for case in cases):
+        remedy = "Annotate slides to train on, or lower tiles.min_tissue."
+        raise TrainingError(str(workspace.tiles), "no cell of an annotated slide to train on", "some", remedy)
     return sorted(cases, key=lambda case: case.slide_id)  # sums over them are the same, in whatever order they are named
 
 
