@@ -42,8 +42,9 @@ class DaskCluster:
         self._preparing: list[Any] = []  # futures, which would be dropped if nobody held them
         self._suspects: deque[Task] = deque()
         self._ended = Queue[Any]()
-        self._looked = self._seen = time.monotonic()  # when workers were last looked for, and when there were any
-        self._lonely = False
+        self._looked = time.monotonic()  # for workers, the last time
+        self._missed: float | None = None  # since when there is none
+        self._told = False  # of that
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """See Cluster."""
@@ -170,9 +171,11 @@ class DaskCluster:
         except OSError as error:
             raise lost(self.description) from error
         if there:
-            self._seen, self._lonely = now, False
-        elif not self._lonely and now - self._seen > _LONELY_SECONDS:
-            self._lonely = True
+            self._missed, self._told = None, False
+        elif self._missed is None:
+            self._missed = now
+        elif not self._told and now - self._missed >= _LONELY_SECONDS:
+            self._told = True
             console.print(f"No worker is left: {self.description}. Waiting for one")
 
 

@@ -204,6 +204,27 @@ def test_a_worker_that_joins_late_with_other_code_ends_the_command() -> None:
             list(cluster.streams(dict.fromkeys(range(2), (count_slowly, ()))))
 
 
+def test_who_is_left_without_workers_says_so_and_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distributed import LocalCluster
+
+    monkeypatch.setattr("pipeline.dask_cluster._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.dask_cluster._LONELY_SECONDS", 0.5)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster,
+    ):
+        local.scale(0)
+        later = threading.Timer(4, local.scale, [1])
+        later.start()
+        time.sleep(1)  # until it is gone
+        cluster.submit("a", nap, 3)
+        assert [outcome.value for outcome in cluster] == [3]
+        later.join()
+    assert capsys.readouterr().out.count("No worker is left") == 1
+
+
 def have_newer_code() -> None:
     from pipeline import dask_cluster
 
