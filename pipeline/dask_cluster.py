@@ -46,6 +46,13 @@ class DaskCluster:
         self._missed: float | None = None  # since when there is none
         self._told = False  # of that
 
+    def workers(self) -> int:
+        """See Cluster. Raises ClusterError where the scheduler is lost."""
+        try:
+            return sum(self._client.nthreads().values())
+        except OSError as error:
+            raise lost(self.description) from error
+
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """See Cluster."""
         self._start((key, function, arguments))
@@ -166,11 +173,7 @@ class DaskCluster:
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        try:
-            there = bool(self._client.nthreads())
-        except OSError as error:
-            raise lost(self.description) from error
-        if there:
+        if self.workers():
             self._missed, self._told = None, False
         elif self._missed is None:
             self._missed = now

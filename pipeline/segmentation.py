@@ -45,7 +45,7 @@ from pipeline.tasks import Cluster, Outcome
 from pipeline.tiling import tile_size_for
 
 _BLOCK_TILES = 2  # a block is this many tiles wide and high: what neighbours read twice, their halos, is in memory then
-_SLIDES_AT_ONCE = 4
+_SLIDES_AT_ONCE = 4  # and no fewer than there are workers, which small slides would leave without work
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,24 @@ def _has_tile_size(job: SlideJob) -> bool:
 
 
 def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]:
-    """Segment slides, a few at a time, and say what happens as it happens. A slide that fails does not stop the others."""
-    waiting, active = iter(jobs), {}
-    for job in itertools.islice(waiting, _SLIDES_AT_ONCE):
-        active[job.slide_id] = _Active(job, cluster)
+    """Segment slides, some at a time, and say what happens as it happens. A slide that fails does not stop the others."""
+    waiting, active, under_way = iter(jobs), dict[str, _Active](), 0
+
+    def begin() -> int:
+        """Begin as many slides as there is room for."""
+        room = max(_SLIDES_AT_ONCE, cluster.workers()) - under_way
+        begun = {job.slide_id: _Active(job, cluster) for job in itertools.islice(waiting, max(room, 0))}
+        active.update(begun)
+        return len(begun)
+
+    under_way += begin()
     for outcome in cluster:
         state = active[outcome.key]
         step = state.failed(outcome.error) if outcome.error else state.advanced(outcome.value)
         yield step
         if step.row is not None:
-            for job in itertools.islice(waiting, 1):
-                active[job.slide_id] = _Active(job, cluster)
+            under_way -= 1
+            under_way += begin()
 
 
 class _Active:

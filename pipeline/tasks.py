@@ -25,6 +25,9 @@ class Cluster(Protocol):
 
     description: str
 
+    def workers(self) -> int:
+        """How many tasks can run at once, at this moment."""
+
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """Run function(*arguments) somewhere; its Outcome will carry `key`."""
 
@@ -54,6 +57,10 @@ class Here:
 
     def __init__(self) -> None:
         self._waiting: deque[Task] = deque()
+
+    def workers(self) -> int:
+        """See Cluster."""
+        return 1
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """See Cluster."""
