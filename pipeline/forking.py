@@ -33,7 +33,7 @@ def start_forking(environment: Mapping[str, str]) -> None:
         set_forkserver_preload(["pipeline.preloaded"])
         places = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
         with _set({**environment, **places}), uninterrupted():
-            resource_tracker.ensure_running()  # which lets Ctrl-C through as it ends, and which the other one calls
+            resource_tracker.ensure_running()  # before, since it lets Ctrl-C through, and the fork server would start it
             with _held_back():
                 forkserver.ensure_running()
 

@@ -36,6 +36,9 @@ from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 from pipeline.truth import ClassMap, Truth
 
+TABLES = {"folds.csv": "crossval", "sweep.csv": "sweep"}
+"""What works of many runs leave in their outputs, and the verbs that do."""
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -125,7 +128,7 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
 
 def _check_tables(output: Path, own: str | None) -> None:
     """Raise CheckpointError where an output is that of a cross-validation or of a sweep, whose results would be replaced."""
-    for name, verb in (("folds.csv", "crossval"), ("sweep.csv", "sweep")):
+    for name, verb in TABLES.items():
         if name != own and (output / name).exists():
             remedy = "Choose another `output`, for instance output=runs/mine."
             raise CheckpointError(str(output), f"the results of `fullfield {verb}`", "a folder of its own", remedy)

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.assessment import SHAPE_SCORES
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config_file import load_config
-from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError
+from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.store import open_store
@@ -235,6 +235,12 @@ def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
     ended = {(found.info.run_name, found.info.status) for found in runs}
     assert ("learning_rate=1e+30", "FAILED") in ended and ("train", "FAILED") in ended
     assert "RUNNING" not in {status for _, status in ended}
+
+
+def test_a_training_without_a_cell_says_so(config: Path, tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path / 'out'}", "tiles.min_tissue=1", "tiles.patch_size=512"]  # larger than the slides
+    with pytest.raises(TrainingError, match="no cell of an annotated slide to train on.*lower tiles.min_tissue"):
+        run(config, overrides)
 
 
 def test_a_sweep_need_not_have_what_its_combinations_say(config: Path, tmp_path: Path) -> None:

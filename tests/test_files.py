@@ -1,15 +1,19 @@
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.files import locked, replacing, write_text
+from pipeline.shards import ShardedArray
 
 HOLD = """
 import pathlib, sys, time
@@ -96,3 +100,21 @@ def test_without_locks_each_writer_has_a_file_of_its_own(tmp_path: Path, monkeyp
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_write_that_the_system_cuts_short_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    """As a full disk does; the system itself names none."""
+    array, noise = ShardedArray(tmp_path / "array", (64, 64), 64, 64, 0), np.random.default_rng(0).bytes(64 * 64)
+    chunk = array.encode(np.frombuffer(noise, np.uint8).reshape(64, 64))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writes = {tmp_path / "text": partial(write_text, tmp_path / "text", 5000 * "x")}
+    writes[array.path((0, 0))] = partial(array.store, (0, 0), {(0, 0): chunk})
+    for path, write in writes.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.filename == str(path)
+        assert list(path.parent.glob("*.partial")) == []

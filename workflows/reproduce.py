@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline import snapshot
 from pipeline.cohort import write_manifest
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
@@ -13,8 +14,8 @@ from pipeline.files import write_text
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
+from pipeline.workspace import TABLES
 
-_RESULTS = ("model", "training.safetensors", "folds.csv", "sweep.csv")
 _LETTERS = 9  # of a commit
 
 
@@ -25,7 +26,8 @@ def reproduce(reference: str, output: Path | None) -> int:
     with run_file(reference, "config.yaml") as path:
         old = load_config(path)
     output = (output or old.output.with_name(f"{old.output.name}-again")).absolute()
-    if taken := [name for name in _RESULTS if (output / name).exists()]:
+    results = (output / "model", snapshot.beside(output / "model.partial"), *map(output.joinpath, TABLES))
+    if taken := [path.name for path in results if path.exists()]:
         found, expected = f"the results of another run ({taken[0]})", "a folder without any"
         raise CheckpointError(str(output), found, expected, "Choose another folder (--output).")
     output.mkdir(parents=True, exist_ok=True)

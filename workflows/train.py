@@ -229,7 +229,7 @@ def _fit(
     torch.manual_seed(config.seed)
     learner = build_learner(model_spec(config))
     opened, normalisation = open_sources(cases, config)
-    sources = remembered(opened)
+    sources, as_scanned = remembered(opened), left_as_scanned(opened)
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
     validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
@@ -247,8 +247,8 @@ def _fit(
         record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
-            run_record = {**_run_record(config, inputs, epoch.number, dice), "as_scanned": left_as_scanned(opened)}
-            checkpoint.save(folder, spec, averaged, run_record, ancestry(config, seen, took))
+            origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
+            checkpoint.save(folder, spec, averaged, *origins)
         standing = standing.after(record, trainer.seconds)
         tensors = trainer.state()
         if rank == 0:
@@ -277,13 +277,16 @@ def _metrics(epoch: Epoch, dice: Mapping[str, float]) -> dict[str, float]:
     return metrics | {f"dice {name}": value for name, value in dice.items()}
 
 
-def _run_record(config: Config, inputs: str, epoch: int, dice: Mapping[str, float]) -> dict[str, object]:
+def _run_record(
+    config: Config, inputs: str, epoch: int, dice: Mapping[str, float], as_scanned: Sequence[str]
+) -> dict[str, object]:
     """What the run hands on with its model: see `checkpoint.save`."""
     return {
         "inputs": inputs,
         "seed": config.seed,
         "epoch": epoch,
         "dice": dict(dice),
+        "as_scanned": list(as_scanned),
         "tissue": config.tissue.model_dump(),
         **ways(config),
     }
