@@ -15,13 +15,12 @@ import numpy as np
 
 from benchmarks.labels import Labels
 from benchmarks.models import patches
-from pipeline import checkpoint
 from pipeline.classes import IGNORED
 from pipeline.config import EngineSettings, Precision, TissueSettings
 from pipeline.errors import FullfieldError
 from pipeline.geometry import Lattice, Roi
 from pipeline.grid import Grid
-from pipeline.openvino_engine import quantise
+from pipeline.openvino_graph import quantise
 from pipeline.patches import Source
 from pipeline.precision import Deviation, approve, measure_deviation
 from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
@@ -54,8 +53,7 @@ class OnePass:
 
 def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) -> Deviation:
     """How far a precision is from exact; from now on it is approved. Raises EngineError where it cannot be run here."""
-    architecture = checkpoint.load_spec(model).architecture
-    settings = settled(EngineSettings(precision=precision, max_label_change=1.0), architecture)
+    settings = settled(EngineSettings(precision=precision, max_label_change=1.0))
     if precision == "fastest" and not has_int8(model):
         quantise(fp32_graph(model), list(patches(_PATCHES, _PATCH)), int8_folder(model))
     slide = open_slide(slide_path)
@@ -63,7 +61,7 @@ def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) 
     squares = (tile.write_roi for tile in Grid(slide.base, _HELD, 0, 1))
     square = max(squares, key=lambda square: tissue.fraction(square, slide.base))
     source = Source(slide, OnePass(slide.base, Labels.open(labels), square), slide.base)
-    exact = open_engine(model, settled(EXACT, architecture))
+    exact = open_engine(model, settled(EXACT))
     found = measure_deviation(exact, load_engine(model, settings), [(source, tissue)])
     approve(found, settings, model)
     return found

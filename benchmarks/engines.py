@@ -1,4 +1,4 @@
-"""How fast torch and OpenVINO run each architecture here: the table of `pipeline.runtime`.
+"""How fast torch and OpenVINO run each architecture here: the table of `pipeline.runtime.settled`.
 
     python -m benchmarks.engines [exact|fast] [SIDE]
 
@@ -33,7 +33,8 @@ def speeds(architecture: str, precision: str, side: int) -> tuple[float, float]:
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
     from pipeline.graph import GraphNetwork
-    from pipeline.openvino_engine import OpenVinoEngine, export
+    from pipeline.openvino_engine import OpenVinoEngine
+    from pipeline.openvino_graph import export
     from pipeline.tracing import trace
 
     depth, encoder = _SHAPES.get(architecture, (4, None))

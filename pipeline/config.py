@@ -190,9 +190,9 @@ class SegmentationSettings(Section):
 class EngineSettings(Section):
     """How the forward pass is computed: `exact` in fp32, `fast` in bf16 or fp16, `fastest` in int8.
 
-    `backend` auto: the one that was measured faster for the network. `max_label_change` is the largest share of tissue
-    whose label may differ from the exact one's. `flips` takes the mean of the answers to a window, to its
-    mirror image and to their quarter turns: better, in eight times the time.
+    `backend` auto: OpenVINO, which was measured faster on processors, where it is installed and there is no GPU; else torch.
+    `max_label_change` is the largest share of tissue whose label may differ from the exact one's. `flips` takes the mean of
+    the answers to a window, to its mirror image and to their quarter turns: better, in eight times the time.
     """
 
     precision: Precision = "exact"

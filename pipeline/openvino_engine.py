@@ -1,55 +1,43 @@
-"""The forward pass with OpenVINO on CPUs, in fp32, bf16, fp16 or int8; the only importer of openvino and nncf.
+"""The forward pass with OpenVINO on CPUs, in fp32, bf16, fp16 or int8.
 
-    checkpoint -- export --> network.xml + .bin -- compile for one shape of window --> blob -- import --> engine
-                                |  any shape, fp32                                      kept in the cache
-                                `-- quantise --> int8/network.xml + .bin
-
-The graph holds all of it, from uint8 pixels to probabilities, so that a process that finds it needs no torch.
+network.xml + .bin -- compile for one shape of window --> blob -- import --> engine
+of openvino_graph.py                                      kept in the cache
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
 import platform
-import shutil
-import sys
-import uuid
-import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline import checksum
 from pipeline.config import Precision
 from pipeline.errors import EngineError
-from pipeline.files import file_digest, replacing
+from pipeline.files import replacing
 from pipeline.machine import threads
-from pipeline.network import ModelSpec, activation
+from pipeline.network import ModelSpec
+from pipeline.openvino_graph import graph_digest, import_openvino, openvino_version, read_graph
+from pipeline.upsampling import drop_zero_points
 
 if TYPE_CHECKING:
-    import torch
-    from openvino import CompiledModel, InferRequest, Model
+    from openvino import CompiledModel, InferRequest
 
-GRAPH = "network.xml"
-_WEIGHTS = "network.bin"
-_KEPT_FIRST, _KEPT_LAST = 1, 2  # convolutions
 _KEPT_BLOBS = 16  # of a graph
 
 
 class OpenVinoEngine:
     """Runs a graph that `export` or `quantise` wrote, compiled for the shape of the windows that it is given.
 
-    `precision` exact computes in fp32, fast in the half precision that the processor has; fastest expects an int8 graph.
-    With `cache`, a folder, what was compiled is kept there for the next process. Threads wait for each other. Raises
-    EngineError where OpenVINO is not installed, the graph is damaged, or the processor computes in no half precision.
+    `precision` exact computes in fp32, fast in the half precision that the processor has; fastest expects an int8 graph, and
+    computes in `beside_int8` what is not int8. With `cache`, a folder, what was compiled is kept there for the next process.
+    Threads wait for each other. Raises EngineError where OpenVINO is not installed, the graph is damaged, or the processor
+    computes in no half precision.
     """
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
@@ -57,7 +45,7 @@ class OpenVinoEngine:
         self.spec, self._graph, self._cache = spec, graph, cache
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
-            "INFERENCE_PRECISION_HINT": _half_hint(core) if precision == "fast" else "f32",
+            "INFERENCE_PRECISION_HINT": _computed_in(precision).replace("fp", "f"),
             # Pinned, the only threads of two workers would both sit on the first core.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_NUM_THREADS": threads(),
@@ -107,20 +95,17 @@ class OpenVinoEngine:
                 path.unlink()
 
     def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
-        model = _read(self._core, self._graph)
+        model = read_graph(self._core, self._graph)
+        if self._settings["INFERENCE_PRECISION_HINT"] != "f32":
+            drop_zero_points(model)
         model.reshape(list(shape))
         return self._core.compile_model(model, "CPU", self._settings)
 
     def _conditions(self) -> str:
         """Digits for all but the shape that what is compiled depends on: graph, OpenVINO, processor and settings."""
         processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        content = (graph_digest(self._graph), version("openvino"))
+        content = (graph_digest(self._graph), openvino_version())
         return hashlib.sha256(repr((content, processor, self._settings)).encode()).hexdigest()[:32]
-
-
-def installed() -> bool:
-    """Whether OpenVINO is there."""
-    return find_spec("openvino") is not None
 
 
 def half() -> str:
@@ -128,162 +113,26 @@ def half() -> str:
     return "fp16" if platform.machine().lower() in ("aarch64", "arm64") else "bf16"
 
 
-def openvino_version() -> str:
-    """OpenVINO's version. Raises EngineError where it is not installed."""
-    if not installed():
-        raise _missing("openvino")
-    return version("openvino")
+def beside_int8() -> str:
+    """What `fastest` computes in where a graph is not int8: `half` on a processor that does, else fp32.
 
-
-def export(spec: ModelSpec, network: torch.nn.Module, folder: Path) -> Path:
-    """Write a network, its normalisation and its activation as an fp32 graph of any batch and size, and return its path.
-
-    It is that of any size for a GraphNetwork, which is what `checkpoint.load` gives; of a network as MONAI built it, tracing
-    may fix sizes (flexible_unet's zeros).
-
-    The folder appears whole; one that is there already, perhaps from another process, is left as it is.
+    Raises EngineError where OpenVINO is not installed.
     """
-    openvino = import_openvino()
-    if not (folder / GRAPH).is_file():
-        _write_folder(folder, _converted(spec, network), openvino)
-    return folder / GRAPH
+    return half() if half().upper() in _abilities() else "fp32"
 
 
-def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
-    """Write an int8 form of an exported graph, and return its path.
-
-    Its scales are calibrated once on `patches`, (H, W, 3) uint8 RGB, and fixed: they depend on no window, so tiled equals
-    whole. Raises EngineError where nncf is not installed.
-    """
-    openvino = import_openvino()
-    if find_spec("nncf") is None:
-        raise _missing("nncf")
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    model = _read(openvino.Core(), graph)
-    with redirect_stdout(io.StringIO()):  # its progress bar
-        small = nncf.quantize(
-            model,
-            nncf.Dataset([patch[None] for patch in patches]),
-            subset_size=len(patches),
-            preset=nncf.QuantizationPreset.MIXED,  # a zero point for values of both signs
-            ignored_scope=nncf.IgnoredScope(names=_delicate(model)),
-            # Weights of 7 bits: with 8, processors without VNNI overflow, and a graph may be run by any worker.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    _write_folder(folder, small, openvino)
-    return folder / GRAPH
+def _computed_in(precision: Precision) -> str:
+    """Raises EngineError where it is to be a half precision that this processor does not have."""
+    if precision == "exact":
+        return "fp32"
+    found = beside_int8()
+    if precision == "fast" and found != half():
+        remedy = "Say `exact`, or `fastest` for int8."
+        abilities = f"a processor that computes in {', '.join(_abilities())}"
+        raise EngineError("engine.precision fast", abilities, f"one with {half()}", remedy)
+    return found
 
 
-def graph_digest(graph: Path) -> str:
-    """A SHA-256 over a graph and its weights, as hexadecimal digits. Raises EngineError where a file is missing."""
-    return hashlib.sha256((_sha256(graph) + _sha256(graph.with_name(_WEIGHTS))).encode()).hexdigest()
-
-
-def import_openvino() -> Any:
-    """OpenVINO, kept from reporting to its maker over the network. Raises EngineError where it is not installed."""
-    if not installed():
-        raise _missing("openvino")
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
-    import openvino
-
-    return openvino
-
-
-def _missing(library: str) -> EngineError:
-    remedy = (
-        'In Fullfield\'s own folder, `python -m pip install --constraint requirements.lock --editable ".[openvino]"`; '
-        "or say engine.backend=torch engine.precision=exact."
-    )
-    return EngineError(f"engine.backend openvino: {library}", "no such library", "it to be installed", remedy)
-
-
-def _half_hint(core: Any) -> str:
-    """What OpenVINO calls `half` where it asks for it: bf16 or f16. Raises EngineError where this one does not have it."""
-    abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if half().upper() in abilities:
-        return half().replace("fp", "f")
-    found = f"a processor that computes in {', '.join(abilities)}"
-    raise EngineError("engine.precision fast", found, f"one with {half()}", "Say `exact`, or `fastest` for int8.")
-
-
-def _converted(spec: ModelSpec, network: torch.nn.Module) -> Model:
-    """The graph from uint8 RGB (N, H, W, 3) to probabilities, each of its sizes left open."""
-    import torch
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    from pipeline.fusion import fuse
-    from pipeline.graph import GraphNetwork
-
-    lean = fuse(network) if isinstance(network, GraphNetwork) else network
-
-    class Whole(torch.nn.Module):
-        """`normalise`, the network and `activation`, in operations that OpenVINO fuses with the first convolution."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = lean
-            scale = [1 / (255 * std) for std in spec.std]
-            shift = [-mean / std for mean, std in zip(spec.mean, spec.std, strict=True)]
-            self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
-            self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1))
-
-        def forward(self, windows: torch.Tensor) -> torch.Tensor:
-            images = windows.permute(0, 3, 1, 2).to(torch.float32)
-            return activation(self.network(images * self.get_buffer("scale") + self.get_buffer("shift")))
-
-    example = torch.zeros(1, 3 * spec.stride, 2 * spec.stride, 3, dtype=torch.uint8)
-    with torch.no_grad(), warnings.catch_warnings():
-        # Tracing fixes what Python decides, such as softmax or sigmoid: it depends on the classes, not on the size.
-        warnings.filterwarnings("ignore", "Converting a tensor to a Python")
-        traced = torch.jit.trace(Whole().eval(), example, check_trace=False)
-    frontend, decoder = FrontEndManager().load_by_framework("pytorch"), TorchScriptPythonDecoder(traced)
-    return frontend.convert(frontend.load(decoder))
-
-
-def _delicate(model: Model) -> list[str]:
-    """The names of the convolutions that stay in fp32: next to the image and next to the answer.
-
-    Those cost a tenth of the speed, and keep labels: of a gland segmenter's, 0.5 % changed instead of 1.2 %.
-    """
-    names = [node.get_friendly_name() for node in model.get_ordered_ops() if "Convolution" in node.get_type_name()]
-    return [*names[:_KEPT_FIRST], *names[-_KEPT_LAST:]]
-
-
-def _read(core: Any, graph: Path) -> Model:
-    try:
-        return core.read_model(graph)
-    except RuntimeError as error:
-        found = "no such file" if not graph.is_file() else f"a damaged graph ({str(error).splitlines()[-1]})"
-        remedy = f"Delete {graph.parent}, and run again."
-        raise EngineError(str(graph), found, f"a network as OpenVINO keeps it, beside its {_WEIGHTS}", remedy) from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except FileNotFoundError as error:
-        remedy = f"Delete {path.parent}, and run again."
-        raise EngineError(str(path), "no such file", f"{GRAPH} and {_WEIGHTS}", remedy) from error
-
-
-def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
-    """Write a graph under another name first; where another process was faster, its folder stays.
-
-    Raises EngineError where it cannot be written.
-    """
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.mkdir(parents=True)
-        openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
-        partial.rename(folder)
-    except (OSError, RuntimeError) as error:
-        if (folder / GRAPH).is_file():
-            return
-        found, remedy = f"it cannot be written ({error})", "Make room there, or set XDG_CACHE_HOME to a folder with more."
-        raise EngineError(str(folder), found, "room for the network", remedy) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+@cache
+def _abilities() -> tuple[str, ...]:
+    return tuple(import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))

@@ -20,7 +20,7 @@ from pipeline.files import write_json
 from pipeline.grid import round_up
 from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, inside
-from pipeline.runtime import describe, engines_folder
+from pipeline.runtime import describe, engines_folder, held
 from pipeline.stitching import usual
 from pipeline.tissue import Tissue
 from pipeline.validation import KNOWN_TILE, known_tiles
@@ -151,4 +151,4 @@ def _dice_change(counts: np.ndarray, spec: ModelSpec) -> float:
 
 def _path(settings: EngineSettings, model: Path) -> Path:
     flips = "-flips" if settings.flips else ""
-    return engines_folder(model) / f"{settings.precision}-{settings.backend}{flips}.json"
+    return engines_folder(model) / f"{held(settings).replace(' ', '-')}-{settings.backend}{flips}.json"

@@ -16,8 +16,8 @@ import distributed.worker  # noqa: E402, F401
 
 import pipeline.finishing  # noqa: E402, F401
 import pipeline.segmentation  # noqa: E402, F401
-from pipeline import openvino_engine  # noqa: E402
+from pipeline import openvino_graph  # noqa: E402
 from pipeline.machine import has_gpu  # noqa: E402
 
-if openvino_engine.installed() and not has_gpu():
-    openvino_engine.import_openvino()
+if openvino_graph.installed() and not has_gpu():
+    openvino_graph.import_openvino()

@@ -91,7 +91,7 @@ def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitch
     with suppress(OSError, ValueError, TypeError):
         kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
         return replace(kept, base_bytes=kept.base_bytes + held)
-    lattice, engine = slide.base.at(Mpp.square(spec.mpp)), open_engine(model, settled(settings, spec.architecture))
+    lattice, engine = slide.base.at(Mpp.square(spec.mpp)), open_engine(model, settled(settings))
     found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
     with suppress(OSError):
         write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))
@@ -100,7 +100,7 @@ def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitch
 
 def kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSettings) -> Path:
     """Where a probe is kept: a file of its own for everything that may change what it finds."""
-    engine, scale = settled(settings, spec.architecture), Mpp.square(spec.mpp)
+    engine, scale = settled(settings), Mpp.square(spec.mpp)
     versions = [source_digest(), *(version(library) for library in ("numpy", engine.backend))]
     shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
     facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), threads(), shrink]

@@ -19,35 +19,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import checkpoint, ensemble, openvino_engine
+from pipeline import checkpoint, ensemble, openvino_engine, openvino_graph
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
 from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
-from pipeline.openvino_engine import GRAPH
+from pipeline.openvino_graph import GRAPH
 from pipeline.origin import source_digest
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
 
 EXACT = EngineSettings()
-
-_TORCH_IS_FASTER: frozenset[tuple[str, Precision]] = frozenset({("unet", "fast")})
-"""Networks and precisions that torch computes faster than OpenVINO on a CPU.
-
-Mpx per second of processor, torch and OpenVINO: one thread, windows of 1024 px, allocator as workers have it, torch fused:
-
-                    fp32, AVX2    fp32, AVX-512   bf16, AMX
-    fcn             1.57  1.67    2.85  3.09       6.95  12.19
-    unet            2.95  3.04    1.37  1.40       5.79   3.05
-    heatmap         2.73  2.90    4.08  4.90      11.44  22.42
-    basic_unet      1.92  2.01    2.42  2.92       6.11   7.26
-    flexible_unet   0.56  0.56    1.32  1.41       5.31   7.23
-    classifier      1.04  1.08    1.65  1.75       5.35   8.98
-
-The first column is what `python -m benchmarks.engines exact` prints. The others were measured earlier, some with networks of
-other widths, so that only the two engines side by side are to be compared; `fast` prints the last one where there is bf16.
-"""
 
 _DIGITS = 16  # of a digest, in the name of a folder
 
@@ -60,7 +43,7 @@ def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
 
     Raises CheckpointError where there is no model, and EngineError where it cannot be run in that way here.
     """
-    chosen = settled(settings, ensemble.load_spec(model).architecture)
+    chosen = settled(settings)
     return _shared_engine(model, ensemble.digest(model), chosen.precision, chosen.backend, chosen.flips)
 
 
@@ -119,18 +102,28 @@ def _open_one(model: Path, settings: EngineSettings) -> Engine:
 
         return TorchEngine(*checkpoint.load(model), settings.precision)
     graph = int8_graph(model) if settings.precision == "fastest" else fp32_graph(model)
-    key = openvino_engine.graph_digest(graph)[:_DIGITS]
+    key = openvino_graph.graph_digest(graph)[:_DIGITS]
     cache = cache_folder() / "compiled" / key
     return openvino_engine.OpenVinoEngine(checkpoint.load_spec(model), graph, settings.precision, cache)
 
 
-def settled(settings: EngineSettings, architecture: str) -> EngineSettings:
-    """The same settings with a backend in place of `auto`, told without importing either."""
+def settled(settings: EngineSettings) -> EngineSettings:
+    """The same settings with the faster backend in place of `auto`, told without importing either.
+
+    On a processor that is OpenVINO. Mpx per second of it, torch and OpenVINO, as `python -m benchmarks.engines exact` and
+    `fast` print them: one thread, windows of 1024 px, allocator as workers have it, torch fused:
+
+                        fp32, AVX2    fp32, AVX-512   bf16, AVX-512
+        fcn             1.57  1.67     1.99  2.08      3.72  4.27
+        heatmap         2.73  2.90     3.44  3.61      6.30  7.38
+        classifier      1.04  1.08     1.35  1.40      2.61  2.91
+        unet            2.95  3.04     3.77  3.96      7.21  8.00
+        basic_unet      1.92  2.01     2.33  2.45      4.34  4.86
+        flexible_unet   0.56  0.56     0.70  0.72      1.37  1.46
+    """
     if settings.backend != "auto":
         return settings
-    openvino = settings.precision == "fastest" or (
-        openvino_engine.installed() and not has_gpu() and (architecture, settings.precision) not in _TORCH_IS_FASTER
-    )
+    openvino = settings.precision == "fastest" or (openvino_graph.installed() and not has_gpu())
     return settings.model_copy(update={"backend": "openvino" if openvino else "torch"})
 
 
@@ -141,17 +134,24 @@ def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> Eng
 
 
 def describe(model: Path, settings: EngineSettings) -> str:
-    """What labels depend on besides the model: precision, which half of fast, backend, and the int8 graph's digest.
+    """What labels depend on besides the model: how numbers are held, backend, and the int8 graph's digest.
 
     Raises EngineError.
     """
-    precision = f"fast {_half(settings.backend)}" if settings.precision == "fast" else settings.precision
-    parts: list[str] = [precision, settings.backend]
+    parts: list[str] = [held(settings), settings.backend]
     if settings.precision == "fastest":
-        parts += [openvino_engine.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
+        parts += [openvino_graph.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
     if settings.flips:
         parts.append("eight views")
     return ", ".join(parts)
+
+
+def held(settings: EngineSettings) -> str:
+    """The precision, and which half it computes in; fastest: in what, where not in int8. Raises EngineError."""
+    if settings.precision == "exact":
+        return "exact"
+    half = _half(settings.backend) if settings.precision == "fast" else openvino_engine.beside_int8()
+    return f"{settings.precision} {half}"
 
 
 def _half(backend: Backend) -> str:
@@ -168,10 +168,10 @@ def _half(backend: Backend) -> str:
 def fp32_graph(model: Path) -> Path:
     """A model as an OpenVINO graph, from the cache, else made from the checkpoint and left there for the next process."""
     # Other code may make another graph: one made before a mistake was mended is not used again.
-    made_by = f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_engine.openvino_version()}"
+    made_by = f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_graph.openvino_version()}"
     folder = cache_folder() / "graphs" / f"{checkpoint.digest(model)[:_DIGITS]}-{made_by}"
     if not (folder / GRAPH).is_file():
-        openvino_engine.export(*checkpoint.load(model), folder)
+        openvino_graph.export(*checkpoint.load(model), folder)
     return folder / GRAPH
 
 

@@ -120,7 +120,7 @@ def job_engine(job: SlideJob) -> EngineSettings:
             for way in ways:
                 if describe(job.model, way) == begun:
                     return way
-    return settled(job.engine, ensemble.load_spec(job.model).architecture)
+    return settled(job.engine)
 
 
 @lru_cache(maxsize=4)  # slides under way; of a slide of 100000 px at 0.25 um/px the mask takes 10 MB

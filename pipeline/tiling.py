@@ -134,7 +134,7 @@ def foresee(
         size = TILE_SIZE if wanted.blend else tile_size_for([(path, mpp)], model, None, settings, engine_settings)
     places = (tile.write_roi for tile in way.grid(lattice, PROBE_SIZES[-1]))
     place = max(places, key=lambda place: tissue.fraction(place, lattice))
-    found = probe(slide, lattice, open_engine(model, settled(engine_settings, spec.architecture)), place, way)
+    found = probe(slide, lattice, open_engine(model, settled(engine_settings)), place, way)
     return estimate(way, lattice, tissue, found, size, workers)
 
 

@@ -186,10 +186,12 @@ def test_its_checkpoint_holds_no_graph_and_gives_the_same_answers(folder: Path, 
 
 
 def test_openvino_gives_the_same_answers(slides: dict, tmp_path: Path) -> None:
-    openvino_engine = pytest.importorskip("pipeline.openvino_engine")
     pytest.importorskip("openvino")
+    from pipeline.openvino_engine import OpenVinoEngine
+    from pipeline.openvino_graph import export
+
     slide = slides[301, 203]
-    other = openvino_engine.OpenVinoEngine(GLOBAL[0], openvino_engine.export(*GLOBAL, tmp_path / "graph"))
+    other = OpenVinoEngine(GLOBAL[0], export(*GLOBAL, tmp_path / "graph"))
     assert np.abs(blended(slide, other, 96) - by_monai(slide, ENGINES["instance"])).max() < 1e-5
 
 

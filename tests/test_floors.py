@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon",
+    "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon upsampling",
     "team classes geometry files progress contours polygons density staining bootstrap sampling",
     "config jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
     "dask_cluster components halving slide grid cohort ngff store snapshot config_file",
     "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised annotations",
-    "footprint fields patches checkpoint metrics phantom",
+    "openvino_graph footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
     "runtime prediction regions measurement ome_tiff pictures tracking memory versions inputs",
     "blending geojson",
@@ -30,7 +30,7 @@ FLOORS = [
 MODULES = {path.stem for path in (ROOT / "pipeline").glob("[a-z]*.py")}
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 OWNERS = {"openslide": {"slide"}, "lightning_fabric": {"team"}, "mlflow": {"tracking", "served", "store", "registry"}}
-OWNERS |= {"openvino": {"openvino_engine"}, "nncf": {"openvino_engine"}}
+OWNERS |= {"openvino": {"openvino_engine", "openvino_graph", "upsampling"}, "nncf": {"openvino_graph"}}
 
 
 def imports(path: Path) -> set[str]:

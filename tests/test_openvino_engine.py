@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("openvino")
 
-from pipeline import openvino_engine
+from pipeline import openvino_engine, openvino_graph
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.errors import EngineError
@@ -23,7 +23,8 @@ from pipeline.footprint import with_footprint
 from pipeline.geometry import Mpp
 from pipeline.graph import GraphNetwork
 from pipeline.network import ModelSpec, activation, normalise
-from pipeline.openvino_engine import GRAPH, OpenVinoEngine, export, graph_digest, half, quantise
+from pipeline.openvino_engine import OpenVinoEngine, beside_int8, half
+from pipeline.openvino_graph import GRAPH, export, graph_digest, quantise
 from pipeline.phantom import render, write_slide
 from pipeline.slide import open_slide
 from pipeline.stitching import stitching
@@ -151,6 +152,17 @@ def test_int8_is_int8_and_near(architecture: str, graphs: dict[str, Path], int8:
     )
 
 
+def test_what_is_not_int8_is_in_half_where_the_processor_has_it(int8: dict[str, Path]) -> None:
+    import openvino
+
+    engine = OpenVinoEngine(NETWORKS["fcn"][0], int8["fcn"], "fastest")
+    engine(IMAGE[None, :64, :96])
+    compiled = next(iter(engine._requests.values())).get_compiled_model()
+    expected = half() if half().upper() in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
+    assert beside_int8() == expected
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == expected.replace("fp", "f")
+
+
 def test_half_precision_only_where_the_processor_has_it(graphs: dict[str, Path]) -> None:
     import openvino
 
@@ -174,7 +186,7 @@ def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     np.save(tmp_path / "windows.npy", IMAGE[None, :96, :160])
     code = (
         "import sys, numpy as np; from pathlib import Path; from pipeline import checkpoint;"
-        "from pipeline.openvino_engine import OpenVinoEngine, export;"
+        "from pipeline.openvino_engine import OpenVinoEngine; from pipeline.openvino_graph import export;"
         "here = Path(sys.argv[1]); spec, network = checkpoint.load(here / 'model');"
         "graph = export(spec, network, here / 'cache' / 'graph');"
         "answer = OpenVinoEngine(spec, graph, 'exact', here / 'cache')(np.load(here / 'windows.npy'));"
@@ -238,7 +250,7 @@ def test_a_damaged_graph_says_so(graphs: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_without_the_library_the_error_says_how_to_get_it(graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(openvino_graph, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r'pip install .* "\.\[openvino\]"'):
         OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
 

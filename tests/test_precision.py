@@ -17,6 +17,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
 from pipeline.network import ModelSpec
+from pipeline.openvino_engine import beside_int8
 from pipeline.patches import PatchIndex, Source, inside
 from pipeline.phantom import make_cohort, make_phantom, write_slide
 from pipeline.precision import Deviation, approval, approve, calibration_patches, check, measure_deviation, require_approval
@@ -235,7 +236,7 @@ def test_a_run_holds_int8_against_exact_and_segment_trusts_it(
     assert run_config(load_config(config, ["engine.precision=fastest", "engine.max_label_change=0.2"])) == 0
     assert "fastest with openvino against exact: " in capsys.readouterr().out
     identity = json.loads((project / "out" / "slides" / "phantom-03" / "provenance.json").read_text())["identity"]
-    assert identity["engine"].startswith("fastest, openvino, ")
+    assert identity["engine"].startswith(f"fastest {beside_int8()}, openvino, ")
     assert segment([slide], [str(model)], project / "other", None, 96, where, fastest) == 0
     assert segment([slide], [str(model)], project / "other", None, 96, where, EngineSettings()) == 1
     assert "engine" in capsys.readouterr().out

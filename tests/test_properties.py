@@ -21,7 +21,8 @@ from pipeline.footprint import with_footprint
 from pipeline.geometry import Mpp, Roi
 from pipeline.grid import Grid
 from pipeline.network import ModelSpec, normalise
-from pipeline.openvino_engine import OpenVinoEngine, export, installed
+from pipeline.openvino_engine import OpenVinoEngine
+from pipeline.openvino_graph import export, installed
 from pipeline.phantom import render, write_slide
 from pipeline.prediction import predict
 from pipeline.runtime import Mirrored

@@ -11,14 +11,15 @@ import torch
 
 pytest.importorskip("openvino")
 
-from pipeline import checkpoint, openvino_engine, runtime
+from pipeline import checkpoint, openvino_graph, runtime
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.config import EngineSettings
 from pipeline.errors import EngineError
 from pipeline.footprint import with_footprint
-from pipeline.network import FAMILIES, ModelSpec
-from pipeline.openvino_engine import OpenVinoEngine, quantise
+from pipeline.network import ModelSpec
+from pipeline.openvino_engine import OpenVinoEngine, beside_int8
+from pipeline.openvino_graph import quantise
 from pipeline.phantom import render
 from pipeline.runtime import describe, fp32_graph, int8_folder, load_engine, settled, with_flips
 
@@ -80,7 +81,7 @@ def test_int8_is_the_models_own(model: Path) -> None:
         describe(model, FASTEST)
     quantise(fp32_graph(model), [WINDOWS[0]], int8_folder(model))
     assert isinstance(load_engine(model, FASTEST), OpenVinoEngine)
-    assert describe(model, FASTEST).startswith("fastest, openvino, ")
+    assert describe(model, FASTEST).startswith(f"fastest {beside_int8()}, openvino, ")
     save(model, 2)
     with pytest.raises(EngineError, match="no int8 form of this model"):
         load_engine(model, FASTEST)
@@ -91,27 +92,25 @@ def test_torch_computes_no_int8(model: Path) -> None:
         load_engine(model, EngineSettings(precision="fastest", backend="torch"))
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_auto_becomes_one_of_the_two(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = settled(EngineSettings(), architecture)
-    assert chosen.backend in ("torch", "openvino") and settled(chosen, architecture) == chosen
-    assert settled(TORCH, architecture) == TORCH
-    monkeypatch.setattr(openvino_engine, "installed", lambda: False)
-    assert settled(EngineSettings(), architecture).backend == "torch"
-    assert settled(EngineSettings(precision="fastest"), architecture).backend == "openvino"
+def test_auto_becomes_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settled(EngineSettings())
+    assert chosen.backend in ("torch", "openvino") and settled(chosen) == chosen
+    assert settled(TORCH) == TORCH
+    monkeypatch.setattr(openvino_graph, "installed", lambda: False)
+    assert settled(EngineSettings()).backend == "torch"
+    assert settled(EngineSettings(precision="fastest")).backend == "openvino"
 
 
-def test_auto_takes_torch_on_a_processor_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_openvino_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "has_gpu", lambda: False)
-    ways = itertools.product(FAMILIES, ("exact", "fast"))
-    found = {way for way in ways if settled(EngineSettings(precision=way[1]), way[0]).backend == "torch"}
-    assert found == {("unet", "fast")}
+    for precision in ("exact", "fast", "fastest"):
+        assert settled(EngineSettings(precision=precision)).backend == "openvino"
 
 
 def test_auto_takes_torch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "has_gpu", lambda: True)
-    assert settled(EngineSettings(), "fcn").backend == "torch"
-    assert settled(EngineSettings(precision="fast"), "fcn").backend == "torch"
+    assert settled(EngineSettings()).backend == "torch"
+    assert settled(EngineSettings(precision="fast")).backend == "torch"
 
 
 @pytest.mark.parametrize("settings", [TORCH, OPENVINO])

@@ -21,7 +21,7 @@ import tifffile
 import yaml
 from PIL import Image
 
-from pipeline import openvino_engine, runtime
+from pipeline import openvino_graph, runtime
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
 from pipeline.cohort import read_manifest
@@ -121,8 +121,8 @@ def test_what_one_backend_began_is_no_other_run_once_another_is_installed(
     cases = [case for case in read_manifest(project / "out" / "cohort.csv") if case.split in ("val", "test")]
     seen = set()
     for installed in (True, False):
-        monkeypatch.setattr(openvino_engine, "installed", lambda installed=installed: installed)
-        seen.add(runtime.settled(config.engine, config.network.architecture).backend)
+        monkeypatch.setattr(openvino_graph, "installed", lambda installed=installed: installed)
+        seen.add(runtime.settled(config.engine).backend)
         assert cases and all(is_finished(slide_job(case, config)) for case in cases)
     assert seen == {"torch", "openvino"}
 

@@ -65,7 +65,7 @@ def segment(
         from pipeline.precision import require_approval
 
         for member in found:
-            require_approval(settled(engine, spec.architecture), member)
+            require_approval(settled(engine), member)
     folder = ensemble.gather(found, output / "ensemble")
     output.mkdir(parents=True, exist_ok=True)  # which may be refused: better before workers are started
     jobs = _jobs(slides, mpp, folder, output / "slides", SegmentationSettings(tile_size=tile_size, blend=blend), engine)
@@ -160,12 +160,12 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
 
     Calibrates int8 where the model has none yet. An engine that was approved before is not run again.
     """
-    from pipeline.openvino_engine import quantise
+    from pipeline.openvino_graph import quantise
     from pipeline.precision import approval, approve, measure_deviation
     from pipeline.tissue import find_tissue
     from pipeline.workspace import open_source
 
-    engine = settled(config.engine, config.network.architecture)
+    engine = settled(config.engine)
     if (engine.precision, engine.backend) == ("fastest", "openvino") and not has_int8(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
     found = approval(engine, model)
@@ -174,7 +174,7 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
         normalisation = checkpoint.load_spec(model).normalisation
         sources = (open_source(case, config, normalisation) for case in slides)
         tissues = (find_tissue(open_slide(case.slide, case.mpp), config.tissue) for case in slides)
-        exact = open_engine(model, settled(EngineSettings(flips=engine.flips), config.network.architecture))
+        exact = open_engine(model, settled(EngineSettings(flips=engine.flips)))
         found = measure_deviation(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
     yield engine.backend, found
     approve(found, engine, model)

@@ -46,7 +46,7 @@ def verify(
         table.add_row(window, str(item.pixels), *figures)
     console.print(
         f"{scan.name}: {lattice.width} x {lattice.height} px at {spec.mpp:g} um/px; {spec.architecture}, "
-        f"{way}; precision {settings.precision}, {settled(settings, spec.architecture).backend}"
+        f"{way}; precision {settings.precision}, {settled(settings).backend}"
         f"{', mean over flips' if settings.flips else ''}"
     )
     console.print(table)
