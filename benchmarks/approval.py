@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.labels import Labels
 from benchmarks.models import patches
+from pipeline.approval import Deviation, approve
 from pipeline.classes import IGNORED
 from pipeline.config import EngineSettings, Precision, TissueSettings
 from pipeline.errors import FullfieldError
@@ -22,7 +23,7 @@ from pipeline.geometry import Lattice, Roi
 from pipeline.grid import Grid
 from pipeline.openvino_graph import quantise
 from pipeline.patches import Source
-from pipeline.precision import Deviation, approve, measure_deviation
+from pipeline.precision import measure_deviation
 from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import random
 import unicodedata
 from collections import defaultdict
@@ -17,6 +18,8 @@ from pipeline.files import write_csv
 from pipeline.geometry import MPP_RANGE
 
 COLUMNS = ("slide", "slide_id", "annotation", "patient", "split", "mpp")
+LONGEST_ID = 240
+"""Bytes of a slide_id: files beside the slide's folder are named after it, and file systems allow 255."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,16 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
 def deal_out(cases: Sequence[Case], fractions: Mapping[str, float], seed: int) -> tuple[Case, ...]:
     """Give every patient a split, by seed, where the manifest gives none; a manifest that has splits is kept.
 
-    The numbers of patients follow `fractions` (largest remainder), with at least one patient for each split whose fraction
-    is not 0, as far as there are patients: first train, then val, then test. So it is of those who have an annotation, and
-    of the others by themselves: a split in which nothing is known would be of no use.
+    The numbers of annotated patients follow `fractions` (largest remainder), with at least one for each split whose fraction
+    is not 0, as far as there are patients: first train, then val, then test. The others, of whom there is nothing to learn,
+    all come into the last of these splits, to be segmented.
     """
     if all(case.split for case in cases):
         return tuple(cases)
     annotated = {case.patient for case in cases if case.annotation is not None}
     others = {case.patient for case in cases} - annotated
-    split_of = _dealt(annotated, fractions, seed) | _dealt(others, fractions, seed)
+    last = [split for split in SPLITS if fractions[split] > 0][-1]
+    split_of = _dealt(annotated, fractions, seed) | dict.fromkeys(others, last)
     return tuple(replace(case, split=split_of[case.patient]) for case in cases)
 
 
@@ -132,6 +136,8 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: no such annotation: {folder / annotation}")
     if slide_id in (".", "..", "pooled") or "/" in slide_id or "\\" in slide_id:
         problems.append(f"line {line}: slide_id {slide_id!r} cannot name a folder")
+    if len(os.fsencode(slide_id)) > LONGEST_ID:
+        problems.append(f"line {line}: slide_id of more than {LONGEST_ID} bytes: {slide_id}")
     if values.get("split", "") not in ("", *SPLITS):
         problems.append(f"line {line}: split {values['split']!r} is none of {', '.join(SPLITS)}")
     if mpp and not _is_scale(mpp):

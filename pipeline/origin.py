@@ -42,7 +42,8 @@ def packages() -> dict[str, str]:
     found = dict[str, str]()
     for item in distributions():  # in the order in which Python looks for them: what comes later is never imported
         with suppress(FileNotFoundError, AttributeError):  # an interrupted installation leaves one without a name
-            found.setdefault(item.metadata["Name"].lower().replace("_", "-"), item.version)
+            told = item.metadata  # reads a file each time that it is asked for
+            found.setdefault(told["Name"].lower().replace("_", "-"), told["Version"])
     return dict(sorted(found.items()))
 
 

@@ -233,7 +233,7 @@ def plan_slide(job: SlideJob) -> Plan:
     the way in which this worker would run the model was never held against exact.
     """
     if job.engine.precision != "exact":
-        from pipeline.precision import require_approval
+        from pipeline.approval import require_approval
 
         for member in ensemble.members(job.model):
             require_approval(job_engine(job), member)

@@ -80,6 +80,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide\n", "no slides"),
         ("", "no column 'slide'"),
         ("slide,slide_id\na.svs,../b\n", "cannot name a folder"),
+        (f"slide,slide_id\na.svs,{'é' * 121}\n", "more than 240 bytes"),
         ("slide,mpp\na.svs,352\n", "'352'"),
         ("slide\na.svs\nb/a.svs\n", "slide_id 'a' is shared"),
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
@@ -98,7 +99,7 @@ def test_a_bad_manifest_is_refused(tmp_path: Path, text: str, part: str) -> None
 
 
 def cohort(patients: int, slides: int = 2) -> list[Case]:
-    return [Case(f"{p}-{s}", f"P{p}", Path(f"{p}-{s}.svs")) for p in range(patients) for s in range(slides)]
+    return [Case(f"{p}-{s}", f"P{p}", Path(f"{p}-{s}.svs"), Path("a")) for p in range(patients) for s in range(slides)]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +141,14 @@ def test_a_written_manifest_reads_back(tmp_path: Path) -> None:
 
 def test_every_split_has_annotated_patients_where_there_are_enough() -> None:
     """A network that nothing validates, or that is examined on nothing, would be of no use."""
-    cases = [replace(case, annotation=Path("a")) if case.patient in ("P0", "P5", "P7") else case for case in cohort(12)]
+    cases = [case if case.patient in ("P0", "P5", "P7") else replace(case, annotation=None) for case in cohort(12)]
     for seed in range(20):
         dealt = deal_out(cases, {"train": 0.7, "val": 0.15, "test": 0.15}, seed)
         assert {case.split for case in dealt if case.annotation} == {"train", "val", "test"}
-        assert len({case.patient for case in dealt if case.split == "train"}) == 7
+        assert {case.split for case in dealt if not case.annotation} == {"test"}
+
+
+def test_patients_without_annotation_are_segmented_where_nothing_is_tested() -> None:
+    cases = [case if case.patient == "P0" else replace(case, annotation=None) for case in cohort(4)]
+    dealt = deal_out(cases, {"train": 0.8, "val": 0.2, "test": 0.0}, seed=0)
+    assert {case.patient: case.split for case in dealt} == {"P0": "train", "P1": "val", "P2": "val", "P3": "val"}

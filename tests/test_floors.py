@@ -18,7 +18,7 @@ FLOORS = [
     "openvino_graph footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
     "runtime prediction regions measurement ome_tiff pictures tracking memory versions inputs",
-    "blending geojson",
+    "blending geojson approval",
     "stitching",
     "validation exactness probe",
     "precision tiling",

@@ -11,6 +11,7 @@ import yaml
 pytest.importorskip("openvino")
 
 from pipeline import checkpoint, runtime
+from pipeline.approval import Deviation, approval, approve, check, require_approval
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
@@ -20,7 +21,7 @@ from pipeline.network import ModelSpec
 from pipeline.openvino_engine import beside_int8
 from pipeline.patches import PatchIndex, Source, inside
 from pipeline.phantom import make_cohort, make_phantom, write_slide
-from pipeline.precision import Deviation, approval, approve, calibration_patches, check, measure_deviation, require_approval
+from pipeline.precision import calibration_patches, measure_deviation
 from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob

@@ -197,6 +197,16 @@ def test_a_name_that_is_not_unicode_has_one_row(models: list[Path], scan: Path, 
     assert rows(tmp_path / "out") == [first]
 
 
+def test_a_name_that_leaves_no_room_for_those_made_of_it_is_refused(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    long, longer = (tmp_path / f"{'x' * length}.tiff" for length in (240, 241))
+    for path in (long, longer):
+        path.symlink_to(scan)
+    assert run(long, models[:1], tmp_path / "out") == 0
+    with pytest.raises(CohortError, match="names of up to 240 bytes"):
+        run(longer, models[:1], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_missing_entropy_map_is_made_again(models: list[Path], scan: Path, tmp_path: Path) -> None:
     assert run(scan, models[:2], tmp_path) == 0
     entropy = tmp_path / "slides" / "scan" / "entropy.ome.tif"

@@ -7,6 +7,7 @@ What only runs with a cohort need is imported where it is used, so that the comm
 from __future__ import annotations
 
 import csv
+import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from pipeline import checkpoint, ensemble
 from pipeline.cluster import connect
-from pipeline.cohort import Case
+from pipeline.cohort import LONGEST_ID, Case
 from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, put_aside, write_csv
@@ -37,7 +38,7 @@ from pipeline.tracking import Run
 from pipeline.workers import local_workers
 
 if TYPE_CHECKING:
-    from pipeline.precision import Deviation
+    from pipeline.approval import Deviation
     from pipeline.workspace import Workspace
 
 
@@ -62,7 +63,7 @@ def segment(
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
     stitching(spec, blend)  # refuses what is not local before anything is begun
     if engine.precision != "exact" and where.scheduler is None:  # else workers decide, which may compute otherwise
-        from pipeline.precision import require_approval
+        from pipeline.approval import require_approval
 
         for member in found:
             require_approval(settled(engine), member)
@@ -81,8 +82,11 @@ def segment(
 
 
 def _check_names(slides: Sequence[Path]) -> None:
-    """Raise CohortError where two slides would have one folder."""
+    """Raise CohortError where two slides would have one folder, and where none can be named after a slide."""
     ids = [slide.stem for slide in slides]
+    if long := [name for name in ids if len(os.fsencode(name)) > LONGEST_ID]:
+        expected = f"names of up to {LONGEST_ID} bytes"
+        raise CohortError("fullfield segment", f"a slide named {long[0]}", expected, "Link to it by a shorter name.")
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
         shared = f"slides that share the name {', '.join(twice)}"
@@ -160,8 +164,9 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
 
     Calibrates int8 where the model has none yet. An engine that was approved before is not run again.
     """
+    from pipeline.approval import approval, approve
     from pipeline.openvino_graph import quantise
-    from pipeline.precision import approval, approve, measure_deviation
+    from pipeline.precision import measure_deviation
     from pipeline.tissue import find_tissue
     from pipeline.workspace import open_source
 
