@@ -1,7 +1,9 @@
 """The forward pass with OpenVINO on CPUs, in fp32, bf16, fp16 or int8.
 
-network.xml + .bin -- compile for one shape of window --> blob -- import --> engine
-of openvino_graph.py                                      kept in the cache
+    network.xml + .bin -- compile for one shape of window --> blob -- import --> engine
+    of openvino_graph.py                                      kept in the cache
+
+A blob serves one kind of processor, one number of threads, one precision and the code that made it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pipeline.files import replacing
 from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import graph_digest, import_openvino, openvino_version, read_graph
+from pipeline.origin import source_digest
 from pipeline.upsampling import drop_zero_points
 
 if TYPE_CHECKING:
@@ -96,15 +99,15 @@ class OpenVinoEngine:
 
     def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
         model = read_graph(self._core, self._graph)
-        if self._settings["INFERENCE_PRECISION_HINT"] != "f32":
+        if self._settings["INFERENCE_PRECISION_HINT"] != "f32":  # older processors upsample more slowly in int8 than in fp32
             drop_zero_points(model)
         model.reshape(list(shape))
         return self._core.compile_model(model, "CPU", self._settings)
 
     def _conditions(self) -> str:
-        """Digits for all but the shape that what is compiled depends on: graph, OpenVINO, processor and settings."""
+        """Digits for all but the shape that what is compiled depends on: graph, code, processor and settings."""
         processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        content = (graph_digest(self._graph), openvino_version())
+        content = (graph_digest(self._graph), openvino_version(), source_digest())
         return hashlib.sha256(repr((content, processor, self._settings)).encode()).hexdigest()[:32]
 
 

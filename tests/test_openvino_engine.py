@@ -216,6 +216,16 @@ def test_a_damaged_blob_is_made_anew(graphs: dict[str, Path], tmp_path: Path, mo
             assert (OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows) == answer).all()
 
 
+def test_what_other_code_compiled_is_not_used(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, windows = NETWORKS["fcn"][0], IMAGE[None, :64, :96]
+    OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows)
+    monkeypatch.setattr(openvino_engine, "source_digest", lambda: "other")
+    OpenVinoEngine(spec, graphs["fcn"], "exact", tmp_path)(windows)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_disk_without_room_costs_the_cache_and_not_the_answer(graphs: dict[str, Path], tmp_path: Path) -> None:
     spec, made = NETWORKS["fcn"]
     windows = IMAGE[None, :64, :96]
