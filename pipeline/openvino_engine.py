@@ -44,7 +44,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
-        core = import_openvino().Core()
+        self._core = import_openvino().Core()
         self.spec, self._graph, self._cache = spec, graph, cache
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
@@ -54,7 +54,6 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": threads(),
             "NUM_STREAMS": 1,
         }
-        self._core = core
         self._requests: dict[tuple[int, ...], InferRequest] = {}
         self._turn = Lock()  # a request that two threads use at once gives one of them the other's answer
 

@@ -27,7 +27,7 @@ import numpy as np
 from pipeline.errors import EngineError
 from pipeline.files import file_digest
 from pipeline.network import ModelSpec, activation
-from pipeline.upsampling import widen_narrow
+from pipeline.upsampling import make_convolutions
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +148,7 @@ def _converted(spec: ModelSpec, network: torch.nn.Module) -> Model:
         traced = torch.jit.trace(Whole().eval(), example, check_trace=False)
     frontend, decoder = FrontEndManager().load_by_framework("pytorch"), TorchScriptPythonDecoder(traced)
     model = frontend.convert(frontend.load(decoder))
-    widen_narrow(model)
+    make_convolutions(model)
     return model
 
 

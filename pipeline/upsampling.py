@@ -21,7 +21,7 @@ _VECTOR = 16  # floats of AVX-512; half as many of AVX2, where both ways take ab
 _LEVELS = 256
 
 
-def widen_narrow(model: Model) -> None:
+def make_convolutions(model: Model) -> None:
     """Make convolutions of those transposed ones that take less work so, and upsample by their stride exactly."""
     from openvino.utils import replace_node
 

@@ -14,7 +14,7 @@ from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import export, import_openvino, quantise, read_graph
 from pipeline.phantom import render
-from pipeline.upsampling import drop_zero_points, widen_narrow
+from pipeline.upsampling import drop_zero_points, make_convolutions
 
 IMAGE = render(5, 256, 128, 1.0, spread=3)[0]
 
@@ -50,7 +50,7 @@ def test_a_convolution_in_its_place_gives_the_same(
     torch.manual_seed(1)
     layer = torch.nn.ConvTranspose2d(5, outputs, kernel, stride, padding, more).eval()
     model = converted(layer, 5)
-    widen_narrow(model)
+    make_convolutions(model)
     assert "ConvolutionBackpropData" not in kinds(model) and "DepthToSpace" in kinds(model)
     for shape in ((2, 5, 9, 4), (1, 5, 1, 1), (1, 5, 2, 13)):
         values = torch.randn(shape)
@@ -75,7 +75,7 @@ def test_a_convolution_in_its_place_gives_the_same(
 def test_others_stay_as_they_are(layer: torch.nn.ConvTranspose2d) -> None:
     model = converted(layer.eval(), 8)
     before = kinds(model)
-    widen_narrow(model)
+    make_convolutions(model)
     assert kinds(model) == before
 
 
