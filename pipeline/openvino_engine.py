@@ -26,7 +26,7 @@ from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import graph_digest, import_openvino, openvino_version, read_graph
 from pipeline.origin import source_digest
-from pipeline.upsampling import drop_zero_points
+from pipeline.upsampling import make_convolutions
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, InferRequest
@@ -98,8 +98,8 @@ class OpenVinoEngine:
 
     def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
         model = read_graph(self._core, self._graph)
-        if self._settings["INFERENCE_PRECISION_HINT"] != "f32":  # older processors upsample more slowly in int8 than in fp32
-            drop_zero_points(model)
+        if self._settings["INFERENCE_PRECISION_HINT"] != "f32":  # tiled equals whole in half precision too
+            make_convolutions(model, every=True)
         model.reshape(list(shape))
         return self._core.compile_model(model, "CPU", self._settings)
 

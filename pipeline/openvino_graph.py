@@ -77,6 +77,7 @@ def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
 
     nncf.set_log_level(logging.ERROR)
     model = read_graph(openvino.Core(), graph)
+    make_convolutions(model, every=True)
     with redirect_stdout(io.StringIO()):  # its progress bar
         small = nncf.quantize(
             model,
@@ -148,7 +149,7 @@ def _converted(spec: ModelSpec, network: torch.nn.Module) -> Model:
         traced = torch.jit.trace(Whole().eval(), example, check_trace=False)
     frontend, decoder = FrontEndManager().load_by_framework("pytorch"), TorchScriptPythonDecoder(traced)
     model = frontend.convert(frontend.load(decoder))
-    make_convolutions(model)
+    make_convolutions(model, every=False)
     return model
 
 

@@ -1,112 +1,112 @@
-"""Transposed convolutions, which learned upsampling is, in the forms that OpenVINO computes fast.
+"""Transposed convolutions, which learned upsampling is, as plain ones.
 
-    to few channels   a part of each vector would stay empty: a convolution to stride^2 times as many channels, whose values
-                      are then laid side by side, gives the same numbers
-    in int8           of values with a zero point it computes them in fp32: they are quantised without one
+Along one side, output pixel `stride * q + phase` is a sum over input pixels around q: the taps of the kernel that meet them
+depend on the phase alone. So each phase is a convolution, and their answers are laid side by side.
 
-Both change a graph in place.
+    input --+-- convolution of phase 0 --+
+            +-- convolution of phase 1 --+-- side by side --> output
+
+    to few channels        one convolution for all phases fills vectors that would stay part empty
+    in half precision      OpenVINO sums a transposed convolution up in an order that follows the window's size and the
+                           number of threads, and 8 bits tell; a plain one's order does not
+    in int8                it computes a transposed one of values with a zero point in fp32
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from openvino import Input, Model, Node
+    from openvino import Model, Node
+
+_Kernel = tuple[np.ndarray, list[int], list[int]]
+"""(out, in, rows, columns), and the padding that it needs before and after, rows first."""
 
 _TRANSPOSED = "ConvolutionBackpropData"
 _VECTOR = 16  # floats of AVX-512; half as many of AVX2, where both ways take about as long
-_LEVELS = 256
 
 
-def make_convolutions(model: Model) -> None:
-    """Make convolutions of those transposed ones that take less work so, and upsample by their stride exactly."""
+class Phase(NamedTuple):
+    """What one phase of the output reads along one side: input pixels from q + `first` on, one for each of the taps."""
+
+    first: int
+    taps: range
+
+    @property
+    def last(self) -> int:
+        """The last input pixel, counted from q."""
+        return self.first + len(self.taps) - 1
+
+
+def phases(kernel: int, padding: int, output_padding: int, stride: int) -> list[Phase] | None:
+    """The phases of a transposed convolution along one side; all sizes in pixels.
+
+    None where it does not give `stride` pixels for each, or where a phase does not reach q itself.
+    """
+    if kernel + output_padding != stride + 2 * padding:
+        return None
+    found = [_phase(kernel, padding + phase, stride) for phase in range(stride)]
+    return found if all(phase.taps and phase.first <= 0 <= phase.last for phase in found) else None
+
+
+def _phase(kernel: int, shift: int, stride: int) -> Phase:
+    tap = kernel - 1 - (kernel - 1 - shift) % stride  # the last one that falls on an input pixel
+    return Phase((shift - tap) // stride, range(tap, -1, -stride))
+
+
+def make_convolutions(model: Model, every: bool) -> None:
+    """Put convolutions in the place of a graph's transposed ones: of `every` one that has as many phases along both sides,
+    or of those alone that are less work as one convolution.
+    """
     from openvino.utils import replace_node
 
-    for node in _transposed(model):
-        if _fits(node) and (made := _convolution(node)) is not None:
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == _TRANSPOSED and (sides := _sides(node)) and (made := _convolutions(node, *sides, every)):
             replace_node(node, made)
 
 
-def drop_zero_points(model: Model) -> None:
-    """Of a quantised graph: what transposed convolutions read is quantised with one scale, symmetric about 0."""
-    from openvino import opset13
-
-    for node in _transposed(model):
-        inputs = _quantised(node.input(0))
-        ranges = [_range(item) for item in inputs]
-        if all(low >= 0 for low, _ in ranges):
-            continue
-        reach = max(max(-low, high * _LEVELS / (_LEVELS - 2)) for low, high in ranges)
-        limits = [opset13.constant(np.float32(limit)) for limit in (-reach, reach * (_LEVELS - 2) / _LEVELS)]
-        for item in inputs:
-            value = item.get_source_output().get_node().input_value(0)
-            item.replace_source_output(opset13.fake_quantize(value, *limits, *limits, _LEVELS).output(0))
-
-
-def _transposed(model: Model) -> list[Node]:
-    return [node for node in model.get_ordered_ops() if node.get_type_name() == _TRANSPOSED]
-
-
-def _fits(node: Node) -> bool:
-    """Whether it gives `stride` pixels for each, the same along both sides, with weights that are known."""
+def _sides(node: Node) -> tuple[list[Phase], list[Phase]] | None:
+    """Its phases along rows and along columns; None where it has none, other ones, or weights that are worked out."""
     facts, weights = node.get_attributes(), node.input_value(1).get_node()
     plain = facts["auto_pad"] == "explicit" and set(facts["dilations"]) == {1} and len(set(facts["strides"])) == 1
-    if not plain or node.get_input_size() != 2 or weights.get_type_name() != "Constant":
-        return False
-    names = ("strides", "pads_begin", "pads_end", "output_padding")
-    sides = zip(weights.get_output_shape(0)[2:], *(facts[name] for name in names), strict=True)
-    return all(kernel + more == stride + before + after for kernel, stride, before, after, more in sides)
+    known = node.get_input_size() == 2 and weights.get_type_name() == "Constant"
+    if not plain or not known or facts["pads_begin"] != facts["pads_end"]:
+        return None
+    sizes = (weights.data.shape[2:], *(facts[name] for name in ("pads_begin", "output_padding", "strides")))
+    rows, columns = itertools.starmap(phases, zip(*sizes, strict=True))
+    return (rows, columns) if rows and columns else None
 
 
-def _convolution(node: Node) -> Node | None:
-    """The same as a convolution, and its values laid side by side; None where that is more work.
-
-    An output pixel `stride * q + phase` is the sum over d of the weight at `phase + padding - stride * d` times the input
-    pixel q + d: for each phase an output channel of a convolution.
-    """
+def _convolutions(node: Node, rows: list[Phase], columns: list[Phase], every: bool) -> Node | None:
+    """One convolution for all phases where that is less work; else one for each, or None if not `every` one is wanted."""
     from openvino import opset13
 
-    weights, facts = node.input_value(1).get_node().data, node.get_attributes()
-    stride, paddings = facts["strides"][0], facts["pads_begin"]
-    inputs, outputs, *kernel = weights.shape
-    first, last = zip(*(_offsets(*side, stride) for side in zip(kernel, paddings, strict=True)), strict=True)
-    shape = [high - low + 1 for low, high in zip(first, last, strict=True)]
-    if np.prod(shape) * _vectors(stride**2 * outputs) >= np.prod(kernel) * _vectors(outputs):
+    weights = node.input_value(1).get_node().data
+    apart = [_kernel(weights, [row], [column]) for row, column in itertools.product(rows, columns)]
+    kernels = min(apart, [_kernel(weights, rows, columns)], key=_work)
+    if kernels is apart and not every:
         return None
-    wide = np.zeros((outputs, stride, stride, inputs, *shape), np.float32)
-    for phase in np.ndindex(stride, stride):
-        for place in np.ndindex(*shape):
-            tap = [phase[i] + paddings[i] - stride * (first[i] + place[i]) for i in range(2)]
-            if 0 <= tap[0] < kernel[0] and 0 <= tap[1] < kernel[1]:
-                wide[:, *phase, :, *place] = weights[:, :, *tap].T
-    flat = opset13.constant(wide.reshape(-1, inputs, *shape))
-    before = [-low for low in first]
-    answer = opset13.convolution(node.input_value(0), flat, [1, 1], before, list(last), [1, 1])
-    return opset13.depth_to_space(answer, "depth_first", stride)
+    answers = [opset13.convolution(node.input_value(0), kernel, [1, 1], *around, [1, 1]) for kernel, *around in kernels]
+    joined = opset13.concat(answers, 1) if len(answers) > 1 else answers[0]
+    return opset13.depth_to_space(joined, "blocks_first", len(rows))
 
 
-def _offsets(kernel: int, padding: int, stride: int) -> tuple[int, int]:
-    """From which to which input pixel, counted from its own, an output pixel looks along one side."""
-    return -((kernel - 1 - padding) // stride), (stride - 1 + padding) // stride
+def _kernel(weights: np.ndarray, rows: list[Phase], columns: list[Phase]) -> _Kernel:
+    """The kernel of a convolution that answers for these phases, one after the other."""
+    before = [-min(phase.first for phase in side) for side in (rows, columns)]
+    after = [max(phase.last for phase in side) for side in (rows, columns)]
+    size = [first + 1 + last for first, last in zip(before, after, strict=True)]
+    kernel = np.zeros((len(rows), len(columns), weights.shape[1], weights.shape[0], *size), np.float32)
+    for (y, row), (x, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        part = weights[:, :, row.taps][..., column.taps].swapaxes(0, 1)
+        top, left = before[0] + row.first, before[1] + column.first
+        kernel[y, x, :, :, top : top + len(row.taps), left : left + len(column.taps)] = part
+    return kernel.reshape(-1, *kernel.shape[3:]), before, after
 
 
-def _vectors(channels: int) -> int:
-    return -(-channels // _VECTOR)
-
-
-def _quantised(end: Input) -> list[Input]:
-    """Where the value at an input comes quantised, or each part that it is joined of; empty where it does not."""
-    source = end.get_source_output().get_node()
-    if source.get_type_name() == "FakeQuantize":
-        return [end]
-    parts = [_quantised(part) for part in source.inputs()] if source.get_type_name() == "Concat" else []
-    return [item for part in parts for item in part] if all(parts) else []
-
-
-def _range(end: Input) -> tuple[float, float]:
-    """The least and the largest value that the quantised one at an input may have."""
-    low, high = (end.get_source_output().get_node().input_value(index).get_node().data for index in (1, 2))
-    return float(low.min()), float(high.max())
+def _work(kernels: list[_Kernel]) -> int:
+    """What convolutions with such kernels take, in vectors of output channels for each of a kernel's weights."""
+    return sum(-(-len(kernel) // _VECTOR) * kernel[0].size for kernel, _, _ in kernels)

@@ -34,7 +34,7 @@ from pipeline.tracing import trace
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0)), Class("Fat", (255, 255, 0))))
 IMAGE = render(5, 641, 383, 1.0, spread=3)[0]
 SIZES = {"fcn": 2, "unet": 3, "heatmap": 3, "basic_unet": 4, "classifier": 2}
-WIDTHS = {"unet": 16}  # so that one of its transposed convolutions stays one
+WIDTHS = {"unet": 16}  # so that its upsampling is of both forms
 
 
 def network(architecture: str) -> tuple[ModelSpec, torch.nn.Module]:
@@ -125,9 +125,17 @@ def test_threads_wander_and_fp32_is_fp32(graphs: dict[str, Path], monkeypatch: p
 
 @pytest.mark.parametrize("architecture", ["fcn", "unet", "heatmap"])
 @pytest.mark.parametrize("precision", ["exact", "fast", "fastest"])
+@pytest.mark.parametrize("threads", ["1", "2"])
 def test_tiled_equals_whole(
-    architecture: str, precision: Precision, graphs: dict[str, Path], int8: dict[str, Path], tmp_path: Path
+    architecture: str,
+    precision: Precision,
+    threads: str,
+    graphs: dict[str, Path],
+    int8: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
     write_slide(IMAGE, tmp_path / "slide.tiff", 1.0)
     slide, spec = open_slide(tmp_path / "slide.tiff"), NETWORKS[architecture][0]
     lattice = slide.base.at(Mpp.square(spec.mpp))
