@@ -22,21 +22,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.losses.dice import DiceLoss
-from scipy import ndimage
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from pipeline.classes import IGNORED
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.layout import quicken
+from pipeline.loss import Loss
 from pipeline.muon import Muon, learns
 from pipeline.network import ModelSpec, normalise
 from pipeline.team import Alone, Team
 
 _CALIBRATION_BATCHES = 12
-_REACH = 3  # pixels on either side of a boundary
 
 Batches = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
 """epoch -> batches of images (N, S, S, 3) uint8 RGB and masks (N, S, S) uint8, IGNORED where nothing is known.
@@ -76,9 +72,7 @@ class Trainer:
             quicken(self.network)
         self.optimisers = _optimisers(self.network, settings, len(spec.classes))
         self._learner = self.team.learner(self.network)
-        self.dice = DiceLoss(batch=True)
-        self.class_weights = np.zeros(IGNORED + 1, np.float32)
-        self.class_weights[: len(spec.classes)] = [settings.class_weights.get(name, 1.0) for name in spec.classes.names]
+        self.loss = Loss([settings.class_weights.get(name, 1.0) for name in spec.classes.names], settings.boundary_weight)
         self.recent = deque[np.ndarray](maxlen=_CALIBRATION_BATCHES)
         self._done, self._started = 0, time.monotonic()
 
@@ -191,8 +185,8 @@ class Trainer:
             logits = logits[:, :, None, None]
         truth = _at_output(masks, masks.shape[1] // logits.shape[2])
         classes = torch.from_numpy(truth).to(self.device, torch.long)
-        weights = torch.from_numpy(self._weights(truth)).to(self.device)
-        loss = self._loss(self.team.whole(logits), self.team.whole(classes), self.team.whole(weights))
+        weights = torch.from_numpy(self.loss.weights(truth)).to(self.device)
+        loss = self.loss(self.team.whole(logits), self.team.whole(classes), self.team.whole(weights))
         self.network.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
@@ -211,34 +205,6 @@ class Trainer:
         """bf16 where that is wanted and the device multiplies it; else fp32."""
         fast = self.settings.precision == "fast" and _multiplies_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
-
-    def _weights(self, truth: np.ndarray) -> np.ndarray:
-        """How much each pixel counts in the cross-entropy, (N, h, w) float32 for (N, h, w) uint8; 0 where nothing is known.
-
-        Pixels near another class count more (Ronneberger et al. 2015, U-Net, where a map of distances does so).
-        """
-        weights: np.ndarray = self.class_weights[truth]
-        if self.settings.boundary_weight:
-            weights *= 1 + np.float32(self.settings.boundary_weight) * near_boundary(truth)
-        return weights
-
-    def _loss(self, logits: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Dice and cross-entropy over the known pixels, (N, C, h, w) against (N, h, w)."""
-        known = truth != IGNORED
-        if not known.any():
-            return logits.sum() * 0
-        entropy = (functional.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="none") * weights).sum()
-        one_hot = truth[:, None] == torch.arange(logits.shape[1], device=truth.device)[:, None, None]  # IGNORED is no class
-        overlap = self.dice(logits.softmax(1) * known[:, None], one_hot.to(logits.dtype))
-        total: torch.Tensor = entropy / weights.sum() + overlap
-        return total
-
-
-def near_boundary(truth: np.ndarray) -> np.ndarray:
-    """Which known pixels have one of another class within 3 px along rows and columns: (N, h, w) uint8 to bool."""
-    window, known = (1, 2 * _REACH + 1, 2 * _REACH + 1), truth != IGNORED
-    highest = ndimage.maximum_filter(truth * known, window)
-    return np.asarray(known & (highest > ndimage.minimum_filter(truth, window)))
 
 
 class _Awaited:

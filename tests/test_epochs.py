@@ -12,9 +12,9 @@ from pipeline import checkpoint
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
+from pipeline.fitting import fit
 from pipeline.phantom import write_slide
 from pipeline.snapshot import Record
-from workflows.train import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon upsampling",
     "team classes geometry files progress contours polygons density staining bootstrap sampling",
-    "config jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
+    "config loss jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
     "dask_cluster components halving slide grid cohort ngff store snapshot config_file",
     "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised annotations",
@@ -24,8 +24,10 @@ FLOORS = [
     "precision tiling",
     "workers",
     "finishing slide_job",
+    "slide_tasks",
     "segmentation",
     "workspace preloaded",
+    "fitting",
 ]
 MODULES = {path.stem for path in (ROOT / "pipeline").glob("[a-z]*.py")}
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

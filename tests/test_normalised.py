@@ -17,22 +17,23 @@ from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import ClusterSettings, Config, EngineSettings, TissueSettings
 from pipeline.config_file import parse_config
 from pipeline.errors import TrainingError
+from pipeline.fitting import fit
 from pipeline.geometry import Mpp, Roi
 from pipeline.grid import Grid
 from pipeline.histology import GLASS, draw, plan
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.runtime import load_engine
-from pipeline.segmentation import plan_slide, seal_slide, segment_block
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
+from pipeline.slide_tasks import plan_slide, seal_slide, segment_block
 from pipeline.staining import METHODS
 from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue
 from pipeline.workspace import open_sources, slide_job
 from workflows.segment import segment
 from workflows.tile import tile, tile_case
-from workflows.train import fit, train
+from workflows.train import train
 from workflows.verify import verify
 
 ROOT = Path(__file__).parents[1]

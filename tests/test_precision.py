@@ -22,9 +22,9 @@ from pipeline.openvino_engine import beside_int8
 from pipeline.patches import PatchIndex, Source, inside
 from pipeline.phantom import make_cohort, make_phantom, write_slide
 from pipeline.precision import calibration_patches, measure_deviation
-from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob
+from pipeline.slide_tasks import plan_slide
 from pipeline.tissue import Tissue, find_tissue
 from workflows.run import run_config
 from workflows.segment import segment

@@ -28,9 +28,9 @@ from pipeline.inputs import tile_inputs, training_facts, training_inputs
 from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
-from pipeline.segmentation import Part, finish_slide, plan_slide, segment_block
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
+from pipeline.slide_tasks import Part, finish_slide, plan_slide, segment_block
 from pipeline.versions import Version
 from pipeline.workspace import open_workspace
 from workflows.__main__ import main

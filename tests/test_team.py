@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from pipeline import fitting
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.inputs import training_facts
@@ -19,8 +20,8 @@ from pipeline.phantom import make_cohort
 from pipeline.snapshot import Record, load_tensors
 from pipeline.team import FabricTeam
 from pipeline.workspace import open_workspace
-from workflows import train
 from workflows.tile import tile_cohort
+from workflows.train import fit_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,21 +63,21 @@ def test_two_processes_equal_one(path: Path, tmp_path: Path, monkeypatch: pytest
     pytest.importorskip("lightning_fabric")
     with open_workspace(load_config(path, [])) as workspace:
         tile_cohort(workspace)
-        config, cases, tiles, _, inputs = train.fit_arguments(workspace)
+        config, cases, tiles, _, inputs = fit_arguments(workspace)
 
     def fit(name: str, **values: object) -> Iterator[Record]:
         training = config.training.model_copy(update=values)
         folder = tmp_path / name / "model.partial"
-        return train.fit(config.model_copy(update={"training": training}), cases, tiles, folder, inputs)
+        return fitting.fit(config.model_copy(update={"training": training}), cases, tiles, folder, inputs)
 
     one, two = list(fit("one")), list(islice(fit("two", devices=2), 2))
-    gone_on, usual = list(fit("two")), train._batches
+    gone_on, usual = list(fit("two")), fitting._batches
 
     def reversed_batches(*arguments: Any) -> Iterator[Patch]:
         for images, masks in usual(*arguments):
             yield np.ascontiguousarray(images[::-1]), np.ascontiguousarray(masks[::-1])
 
-    monkeypatch.setattr(train, "_batches", reversed_batches)
+    monkeypatch.setattr(fitting, "_batches", reversed_batches)
     list(fit("reversed"))
     assert gone_on[:2] == two
     assert figures(gone_on, "learning_rate") == figures(one, "learning_rate")
@@ -94,9 +95,9 @@ def test_validation_that_does_not_fit_into_memory_is_an_error_that_says_what_to_
     monkeypatch.setattr("pipeline.validation.validate", too_large)
     with open_workspace(load_config(path, [])) as workspace:
         tile_cohort(workspace)
-        config, cases, tiles, _, inputs = train.fit_arguments(workspace)
+        config, cases, tiles, _, inputs = fit_arguments(workspace)
     with pytest.raises(TrainingError, match=r"no memory for validation .*network\.width"):
-        list(train.fit(config, cases, tiles, tmp_path / "model.partial", inputs))
+        list(fitting.fit(config, cases, tiles, tmp_path / "model.partial", inputs))
 
 
 def test_what_a_training_depends_on_is_not_who_does_it(path: Path) -> None:

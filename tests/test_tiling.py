@@ -31,9 +31,10 @@ from pipeline.machine import worker_environment
 from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.probe import Probe, kept_probe, probe
-from pipeline.segmentation import plan_slide, with_tile_sizes
+from pipeline.segmentation import with_tile_sizes
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished, job_tile_size
+from pipeline.slide_tasks import plan_slide
 from pipeline.stitching import stitching
 from pipeline.tasks import Outcome
 from pipeline.tiling import GIB, choose, estimate, tile_size_for

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from pipeline import training
 from pipeline.architectures import build_network
@@ -91,57 +90,6 @@ def test_a_heavier_class_is_found_where_the_patch_leaves_it_open() -> None:
         return float(answer[0, 1].mean())
 
     assert share() < 0.5 < share(class_weights={"Dark": 3.0})
-
-
-def test_the_unknown_counts_for_nothing() -> None:
-    model = trainer()
-    logits = torch.randn(2, 2, 8, 12, requires_grad=True)
-    truth = torch.randint(0, 2, (2, 8, 12))
-    truth[:, :, 5:] = IGNORED
-    loss_of(model, logits, truth).backward()
-    assert logits.grad[:, :, :, 5:].abs().max() == 0
-    assert logits.grad[:, :, :, :5].abs().min() > 0
-    loss_of(model, logits, torch.full_like(truth, IGNORED)).backward()
-
-
-def loss_of(model: Trainer, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    weights = model._weights(truth.numpy().astype(np.uint8))
-    return model._loss(logits, truth, torch.from_numpy(weights))
-
-
-def test_pixels_near_another_class_are_found_as_a_slow_search_finds_them() -> None:
-    truth = np.random.default_rng(0).choice([0, 0, 0, 0, 0, 1, 2, IGNORED], (2, 3, 5), True).astype(np.uint8)
-    truth = truth.repeat(7, axis=1).repeat(5, axis=2)
-    expected = np.zeros(truth.shape, bool)
-    for patch, row, column in np.ndindex(truth.shape):
-        around = truth[patch, max(row - 3, 0) : row + 4, max(column - 3, 0) : column + 4]
-        others = set(np.unique(around).tolist()) - {IGNORED, truth[patch, row, column]}
-        expected[patch, row, column] = truth[patch, row, column] != IGNORED and bool(others)
-    found = training.near_boundary(truth)
-    assert np.array_equal(found, expected) and 0.1 < found.mean() < 0.9
-
-
-def test_pixels_near_a_boundary_count_more() -> None:
-    truth = np.zeros((1, 20, 20), np.uint8)
-    truth[:, :, 10:], truth[:, 15:] = 1, IGNORED
-    weights = trainer(boundary_weight=4.0, class_weights={"Dark": 2.0})._weights(truth)
-    assert np.array_equal(np.unique(weights[:, :15]), [1, 2, 5, 10]) and not weights[:, 15:].any()
-    assert (weights[:, :15, 7:13] == [5] * 3 + [10] * 3).all()
-    assert np.array_equal(np.unique(trainer(boundary_weight=0.0)._weights(truth)), [0, 1])
-
-
-def test_the_loss_is_dice_and_cross_entropy() -> None:
-    logits, truth = torch.randn(3, 2, 8, 12), torch.randint(0, 2, (3, 8, 12))
-    shares = logits.softmax(1)
-    dice = []
-    for index in range(2):
-        is_class = (truth == index).float()
-        overlap = (shares[:, index] * is_class).sum()
-        dice.append(1 - 2 * overlap / (shares[:, index].sum() + is_class.sum()))
-    each, near = functional.cross_entropy(logits, truth, reduction="none"), training.near_boundary(truth.numpy())
-    counts = torch.from_numpy(1 + 3.0 * near)
-    expected = torch.stack(dice).mean() + (each * counts).sum() / counts.sum()
-    assert loss_of(trainer(boundary_weight=3.0), logits, truth).item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_the_rate_warms_up_and_anneals() -> None:

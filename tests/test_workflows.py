@@ -33,9 +33,9 @@ from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
 from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine
-from pipeline.segmentation import plan_slide
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished
+from pipeline.slide_tasks import plan_slide
 from pipeline.snapshot import read_standing
 from pipeline.tally import find_tally
 from pipeline.tasks import Cluster

@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, FullfieldError
 from pipeline.files import locked
+from pipeline.fitting import fit
 from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
 from pipeline.progress import console, new_table, progress
@@ -20,7 +21,7 @@ from pipeline.tasks import Cluster
 from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
-from workflows.train import begin, fit, fit_arguments
+from workflows.train import begin, fit_arguments
 
 _FILES = ("sweep.csv", "sweep.md", "sweep.png")
 _SPLIT = "val"

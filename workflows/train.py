@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +10,22 @@ import numpy as np
 from pyarrow import parquet
 
 from pipeline import checkpoint, snapshot
-from pipeline.architectures import build_learner, for_slides
-from pipeline.augment import Augmentation
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.files import locked
+from pipeline.fitting import fit
 from pipeline.inputs import check_model, read_stamp, tile_inputs, training_facts, training_inputs
-from pipeline.lineage import ancestry, begin_lineage, case_facts, models_facts, other_ways, ways, write_lineage
-from pipeline.machine import has_gpu, threads
-from pipeline.network import ModelSpec
-from pipeline.processes import together
+from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
-from pipeline.snapshot import Record, Standing
-from pipeline.workspace import Workspace, left_as_scanned, model_spec, open_sources, open_workspace, rest_index
+from pipeline.snapshot import Record
+from pipeline.workspace import Workspace, open_workspace
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
 
 if TYPE_CHECKING:
-    from pipeline.patches import Patch, PatchStream, Source
-    from pipeline.team import Team
     from pipeline.tracking import Run
-    from pipeline.training import Epoch, Trainer
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
@@ -189,131 +181,6 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
         console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
     if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):
         console.print("train: few epochs fit into training.max_minutes: a smaller training.patches_per_epoch gives more")
-
-
-def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
-    """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it.
-
-    After each epoch the state is kept beside it; where there is one of this very training, its epochs are told again and it
-    goes on. With several `training.devices` or `training.nodes`, processes of their own do it together.
-    """
-    arguments, training = (config, cases, tiles, folder, inputs), config.training
-    if training.processes > 1:
-        yield from together(_fit_share, arguments, training.devices, training.nodes)
-    else:
-        yield from _fit(None, *arguments)
-
-
-def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
-    """What each of several processes does."""
-    from pipeline.team import FabricTeam
-
-    training = config.training
-    team = FabricTeam(training.devices, training.nodes, training.strategy)
-    yield from _fit(team, config, *arguments)
-    team.close()
-
-
-def _fit(
-    team: Team | None, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str
-) -> Iterator[Record]:
-    """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
-    import torch
-
-    from pipeline.engine import TorchEngine
-    from pipeline.footprint import with_footprint
-    from pipeline.memory import remembered
-    from pipeline.training import Trainer, memory_sufficing
-    from pipeline.validation import validate
-
-    torch.manual_seed(config.seed)
-    learner = build_learner(model_spec(config))
-    opened, normalisation = open_sources(cases, config)
-    sources, as_scanned = remembered(opened), left_as_scanned(opened)
-    spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
-    validation = [sources[case.slide_id] for case in cases if case.split == "val"]
-    stream = _stream(config, tiles, sources)
-    trainer = Trainer(spec, learner, config.training, config.seed, team)
-    rank, size = trainer.team.rank, trainer.team.size
-    seen = [case_facts(case) for case in cases]
-    state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
-    yield from standing.records
-    for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
-        with memory_sufficing("validation"):
-            averaged = for_slides(trainer.averaged())
-            counts = trainer.team.total(validate(validation[rank::size], TorchEngine(spec, averaged)))
-        dice = _dice(counts, spec, rest_index(config))
-        metrics = _metrics(epoch, dice)
-        record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
-        if record.best and rank == 0:
-            took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
-            origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
-            checkpoint.save(folder, spec, averaged, *origins)
-        standing = standing.after(record, trainer.seconds)
-        tensors = trainer.state()
-        if rank == 0:
-            snapshot.save(state, standing, tensors)
-        yield record
-
-
-def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:
-    """Where the training stands; the trainer goes on from there. Raises TrainingError where its state is broken."""
-    state = snapshot.beside(folder)
-    standing = snapshot.read_standing(state)
-    if standing is None or standing.changes(facts):
-        return Standing(facts, (), 0.0)
-    try:
-        trainer.restore(snapshot.load_tensors(state), len(standing.records), standing.seconds)
-    except (KeyError, RuntimeError) as error:
-        raise snapshot.broken(state, error) from error
-    return standing
-
-
-def _metrics(epoch: Epoch, dice: Mapping[str, float]) -> dict[str, float]:
-    """What is logged of an epoch."""
-    metrics = {"loss": epoch.loss, "learning_rate": epoch.learning_rate, "seconds": epoch.seconds, "waiting": epoch.waiting}
-    if dice:
-        metrics["dice"] = sum(dice.values()) / len(dice)
-    return metrics | {f"dice {name}": value for name, value in dice.items()}
-
-
-def _run_record(
-    config: Config, inputs: str, epoch: int, dice: Mapping[str, float], as_scanned: Sequence[str]
-) -> dict[str, object]:
-    """What the run hands on with its model: see `checkpoint.save`."""
-    return {
-        "inputs": inputs,
-        "seed": config.seed,
-        "epoch": epoch,
-        "dice": dict(dice),
-        "as_scanned": list(as_scanned),
-        "tissue": config.tissue.model_dump(),
-        **ways(config),
-    }
-
-
-def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> PatchStream:
-    from pipeline.patches import PatchStream, read_index
-
-    augmentation = Augmentation(**config.training.augmentation.model_dump())
-    index = read_index(tiles, config.class_list.names, "train")
-    # One thread keeps up with a step on processors, and would take more from it than it brings.
-    readers = max(threads() // config.training.devices, 1) if has_gpu() else 1
-    return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers)
-
-
-def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: int) -> Iterator[Patch]:
-    """The share of every batch of process `rank` of so many."""
-    training = config.training
-    return stream.batches(epoch, range(rank, training.patches_per_epoch, size), training.batch_size // size)
-
-
-def _dice(counts: np.ndarray, spec: ModelSpec, rest: int | None) -> dict[str, float]:
-    """The pooled Dice of the classes that the truth has: what is invented costs those that it is taken from."""
-    from pipeline.metrics import ratios
-
-    values, known = ratios(counts, rest)["dice"], counts.any(axis=1)
-    return {spec.classes.names[index]: float(values[index]) for index in np.flatnonzero(known)}
 
 
 def _note(record: Record) -> str:
