@@ -1,7 +1,9 @@
 """Fitting a network to patches, wherever the cluster puts it: epochs, their validation, and what is kept of them.
 
-patches -- Trainer, an epoch --> averaged network -- validation --> kept, if none was better --> its Record
-                                                              `--> the state, from which a killed training goes on
+    patches -- Trainer, an epoch --> averaged network -- validation --> kept, if none was better --> its Record
+                                                                  `--> the state, from which a killed training goes on
+
+It yields; who called tells of it and logs it.
 """
 
 from __future__ import annotations
