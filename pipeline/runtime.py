@@ -114,12 +114,12 @@ def settled(settings: EngineSettings) -> EngineSettings:
     `fast` print them: one thread, windows of 1024 px, allocator as workers have it, torch fused:
 
                         fp32, AVX2    fp32, AVX-512   bf16, AVX-512
-        fcn             1.57  1.67     1.99  2.08      3.72  4.27
-        heatmap         2.73  2.90     3.44  3.61      6.30  7.38
-        classifier      1.04  1.08     1.35  1.40      2.61  2.91
-        unet            2.95  3.04     3.77  3.96      7.21  8.00
-        basic_unet      1.92  2.01     2.33  2.45      4.34  4.86
-        flexible_unet   0.56  0.56     0.70  0.72      1.37  1.46
+        fcn             1.57  1.67     1.99  2.08      3.59  4.21
+        heatmap         2.73  2.90     3.44  3.61      6.08  6.49
+        classifier      1.04  1.08     1.35  1.40      2.58  2.87
+        unet            2.95  3.04     3.77  3.96      7.04  7.15
+        basic_unet      1.92  2.01     2.33  2.45      4.21  4.42
+        flexible_unet   0.56  0.56     0.70  0.72      1.35  1.45
     """
     if settings.backend != "auto":
         return settings
