@@ -34,7 +34,10 @@ class Loss:
         return weights
 
     def __call__(self, logits: torch.Tensor, truth: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One number for (N, C, h, w) against class indices and `weights`, (N, h, w) both; 0 where nothing is known."""
+        """One number for (N, C, h, w) against class indices and their `weights`, (N, h, w) both; 0 where nothing is known.
+
+        The weights come from outside, since each process has those of its share of a batch.
+        """
         known = truth != IGNORED
         if not known.any():
             return logits.sum() * 0

@@ -8,8 +8,8 @@ depend on the phase alone. So each phase is a convolution, and their answers are
 
     to few channels        one convolution for all phases fills vectors that would stay part empty
     in half precision      OpenVINO sums a transposed convolution up in an order that follows the window's size and the
-                           number of threads, and 8 bits tell; a plain one's order does not
-    in int8                it computes a transposed one of values with a zero point in fp32
+                           number of threads, and 8 bits tell; of plain ones none was found to (`fullfield verify` tells)
+    in int8                it computes a transposed one of values with a zero point in larger numbers
 """
 
 from __future__ import annotations

@@ -149,6 +149,21 @@ def test_tiled_equals_whole(
     assert found.difference <= TOLERANCE
 
 
+@pytest.mark.parametrize("precision", ["fast", "fastest"])
+def test_below_exact_no_convolution_is_transposed(
+    precision: Precision, graphs: dict[str, Path], int8: dict[str, Path]
+) -> None:
+    """Its order of additions would follow the window; see upsampling.py."""
+    if precision == "fast" and beside_int8() != half():
+        pytest.skip("a processor without half precision")
+    engine = OpenVinoEngine(NETWORKS["unet"][0], (int8 if precision == "fastest" else graphs)["unet"], precision)
+    engine(IMAGE[None, :64, :96])
+    run = next(iter(engine._requests.values())).get_compiled_model().get_runtime_model()
+    kinds = {node.get_rt_info()["layerType"].astype(str) for node in run.get_ops()}
+    assert "Convolution" in kinds and "Deconvolution" not in kinds
+    assert "ConvolutionBackpropData" in graphs["unet"].read_text()  # exact keeps what is faster so
+
+
 @pytest.mark.parametrize("architecture", ["fcn", "unet", "heatmap"])
 def test_int8_is_int8_and_near(architecture: str, graphs: dict[str, Path], int8: dict[str, Path]) -> None:
     spec = NETWORKS[architecture][0]
