@@ -27,13 +27,17 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every weight that has a gradient, with Nesterov's momentum."""
         for group in self.param_groups:
+            alike: dict[int, list[_Update]] = {}
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                momentum.lerp_(weight.grad, 1 - _MOMENTUM)
-                update = _orthogonal(weight.grad.lerp(momentum, _MOMENTUM))
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                if weight.grad is not None:
+                    momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                    momentum.lerp_(weight.grad, 1 - _MOMENTUM)
+                    update = _Update(weight, weight.grad.lerp(momentum, _MOMENTUM))
+                    alike.setdefault(len(update.matrix), []).append(update)
+            for updates in alike.values():
+                towards = _towards_one(torch.stack([update.matrix @ update.matrix.T for update in updates]))
+                for update, factor in zip(updates, towards, strict=True):
+                    update.apply(factor, group["lr"], group["weight_decay"])
 
 
 def learns(weight: torch.Tensor, classes: int) -> bool:
@@ -44,26 +48,40 @@ def learns(weight: torch.Tensor, classes: int) -> bool:
     return weight.ndim > 1 and min(weight.shape[:2]) > max(3, classes)
 
 
-def _orthogonal(update: torch.Tensor) -> torch.Tensor:
-    """The update with singular values of about 1, scaled to what AdamW's would be; of the same shape."""
-    rows = int(update.shape[0] > update.shape[1])
-    moved = update.movedim(rows, 0)
-    matrix = moved.flatten(1)
-    unit = matrix / matrix.norm().clamp(min=1e-7)
-    scale: float = _AS_ADAMW * max(matrix.shape) ** 0.5
-    towards: torch.Tensor = _towards_one(unit @ unit.T) @ unit
-    return towards.mul_(scale).view(moved.shape).movedim(0, rows)
+class _Update:
+    """A weight, and what is to be taken from it, as a matrix with a row for each of its fewer channels.
+
+    The columns come as they lie in memory, so that the matrix is no copy: it makes no difference to the singular values.
+    """
+
+    def __init__(self, weight: torch.Tensor, update: torch.Tensor) -> None:
+        rows = int(update.shape[0] > update.shape[1])
+        others = sorted(set(range(update.ndim)) - {rows}, key=update.stride, reverse=True)
+        self.weight, self.order = weight, (rows, *others)
+        self.laid_out = update.permute(self.order)
+        self.matrix = self.laid_out.flatten(1)
+
+    def apply(self, factor: torch.Tensor, rate: float, decay: float) -> None:
+        """Take `factor` times the matrix from the weight, scaled to what AdamW's update would be."""
+        scale = _AS_ADAMW * max(self.matrix.shape) ** 0.5
+        self.weight.mul_(1 - rate * decay)
+        self.weight.permute(self.order).sub_((factor @ self.matrix).view(self.laid_out.shape), alpha=rate * scale)
 
 
-def _towards_one(gram: torch.Tensor) -> torch.Tensor:
-    """What X is multiplied by to have singular values of about 1, from X X^T, which has far fewer columns than X.
+def _towards_one(grams: torch.Tensor) -> torch.Tensor:
+    """What each X is multiplied by to have singular values of about 1, from all X X^T, (n, rows, rows) float32.
 
-    Newton-Schulz iterations are polynomials of X X^T times X, so that all of them can be done to it, and one product with X
-    at the end is enough.
+    Newton-Schulz iterations are polynomials of X X^T times X, so that all of them can be done to it, which has far fewer
+    columns, and one product with X at the end is enough. The first divides X by its norm, which is the root of the trace.
     """
     linear, cubic, quintic = _QUINTIC
-    product = identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    for _ in range(_ITERATIONS):
-        factor = linear * identity + cubic * gram + quintic * (gram @ gram)
-        product, gram = factor @ product, factor @ gram @ factor
-    return product
+    squared = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14)[:, None, None]
+    grams = grams / squared
+    product = torch.eye(grams.shape[1], device=grams.device, dtype=grams.dtype).expand_as(grams)
+    for left in reversed(range(_ITERATIONS)):
+        factor = torch.baddbmm(grams, grams, grams, beta=cubic, alpha=quintic)
+        factor.diagonal(dim1=1, dim2=2).add_(linear)
+        product = factor @ product
+        if left:
+            grams = factor @ grams @ factor
+    return product / squared.sqrt()

