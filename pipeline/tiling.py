@@ -41,6 +41,7 @@ _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
 _MOST_GIB = 3.0  # where the halo would cost more than `_DEAR`
 _DEAR = 1.2
+_WORTH = 1.1  # times the pixels, at most, are read so that the halo is not dear
 _SHARE = 0.8  # of the free memory of the machine, or of all that its container may take
 _SAMPLED = 4  # slides at most whose tissue is looked for, the largest among them, by this many um/px or more
 _COARSE_MPP = 32.0
@@ -141,6 +142,8 @@ def foresee(
 def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Probe, memory_gib: float | None) -> int:
     """The tile size, in pixels, with which the tissue of these slides is read least, within the memory of a worker.
 
+    Sizes at which the halo costs more than a fifth are taken only where all others read a tenth more: so large slides and
+    small ones, which differ in how much glass lies in their tiles, get tiles of one size, and take as much memory.
     `memory_gib` None: as much as the machine has free, up to 2 GiB, or 3 where the halo would cost more than a fifth.
     Raises ClusterError where not even the smallest tile fits.
     """
@@ -157,7 +160,9 @@ def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Pro
     if not fitting:
         raise _too_little(limits[-1], step, _peak(way, step, found))
     few = [size for size in fitting if size >= least] or fitting[-1:]
-    return min(few, key=lambda size: (sum(_read(way, *slide, size) for slide in slides), size))
+    read = {size: sum(_read(way, *slide, size) for slide in slides) for size in few}
+    cheap = [size for size in few if way.cost(size) <= _DEAR and read[size] <= _WORTH * min(read.values())]
+    return min(cheap or few, key=lambda size: (read[size], size))
 
 
 def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, tile_size: int, workers: int) -> Estimate:

@@ -120,6 +120,25 @@ def test_no_other_size_reads_less_of_tissue_among_glass(halo: int, seed: int) ->
     assert choose(model, [full(slide)], MODEST, 3.0) >= chosen
 
 
+@pytest.mark.parametrize(("radius", "dear"), [(3.5, True), (4.5, False), (20.0, False)])
+def test_a_dear_halo_is_paid_only_where_it_spares_a_tenth(radius: float, dear: bool) -> None:
+    rows, columns = np.ogrid[:48, :48]
+    cells = np.hypot(rows - 23, columns - 23) < radius
+    slide = lattice(49_152, 49_152)
+    tissue = Tissue(np.kron(cells, np.ones((8, 8), bool)), slide.at(Mpp.square(128.0)))
+    way = stitching(spec(96), blended=False)
+
+    def read(tile: int) -> int:
+        grid = way.grid(slide, tile)
+        return sum(cell.read_roi.area for cell in grid if tissue.fraction(cell.write_roi, slide) > 0)
+
+    chosen = choose(spec(96), [(slide, tissue)], MODEST, 3.0)
+    sizes = [size for size in range(768, 4097, 256) if MODEST.peak_bytes((size + 192) ** 2) <= 3.0 * GIB]
+    cheap = min(read(size) for size in sizes if way.cost(size) <= 1.2)
+    assert (cheap > 1.1 * min(read(size) for size in sizes)) == (way.cost(chosen) > 1.2) == dear
+    assert read(chosen) == (min(read(size) for size in sizes) if dear else cheap)
+
+
 def test_a_slide_of_glass_has_a_tile_size() -> None:
     slide = lattice(30_001, 20_003)
     glass = Tissue(np.zeros((20, 30), bool), slide.at(Mpp.square(1000.0)))
