@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline import __version__
 from pipeline.config import EngineSettings
 from pipeline.errors import EngineError
 from pipeline.files import write_json
@@ -50,7 +51,7 @@ def check(found: Deviation, settings: EngineSettings, model: Path) -> None:
 def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
     """Write beside the model what was found of a way to run it. Raises EngineError where it may not be used."""
     check(found, settings, model)
-    content = {"engine": describe(model, settings), "max_label_change": settings.max_label_change, "found": asdict(found)}
+    content = {"engine": _way(settings, model), "max_label_change": settings.max_label_change, "found": asdict(found)}
     write_json(_path(settings, model), content)
 
 
@@ -58,7 +59,7 @@ def approval(settings: EngineSettings, model: Path) -> Deviation | None:
     """What was found of a way to run the model; None where it was not held against exact, or not approved."""
     try:
         content = json.loads(_path(settings, model).read_text(encoding="utf-8"))
-        same = content["engine"] == describe(model, settings)
+        same = content["engine"] == _way(settings, model)
         return Deviation(**content["found"]) if same else None
     except (FileNotFoundError, EngineError):
         return None
@@ -79,6 +80,11 @@ def require_approval(settings: EngineSettings, model: Path) -> None:
             "configuration that the model was trained with; of a copied model, copy "
             f"{engines_folder(model).parent.name} along. Or say --precision exact.",
         )
+
+
+def _way(settings: EngineSettings, model: Path) -> str:
+    """What was held against exact: another version of Fullfield may compute otherwise. Raises EngineError."""
+    return f"{describe(model, settings)}, fullfield {__version__}"
 
 
 def _path(settings: EngineSettings, model: Path) -> Path:

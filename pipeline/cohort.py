@@ -48,7 +48,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         raise CohortError(str(path), f"other letters ({error})", "UTF-8", "Save it as CSV UTF-8.") from error
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     columns = [name.strip() for name in reader.fieldnames or []]
-    problems = _column_problems(columns)
+    problems = _column_problems(columns) if columns else ["nothing in the first line, which is to name the columns"]
     cases: list[Case] = []
     if "slide" in columns:
         reader.fieldnames = columns
@@ -93,9 +93,9 @@ def write_manifest(path: Path, cases: Sequence[Case]) -> None:
     """Write cases as a manifest with every column and absolute paths, whole or not at all."""
     rows = [
         {
-            "slide": case.slide.resolve(),
+            "slide": case.slide.absolute(),  # a link's name may matter: parts of MIRAX or DICOM lie beside it
             "slide_id": case.slide_id,
-            "annotation": case.annotation.resolve() if case.annotation else None,
+            "annotation": case.annotation.absolute() if case.annotation else None,
             "patient": case.patient,
             "split": case.split,
             "mpp": case.mpp,
@@ -134,8 +134,10 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: no such slide: {slide}")
     if annotation and not _is_file(folder / annotation):
         problems.append(f"line {line}: no such annotation: {folder / annotation}")
-    if slide_id in (".", "..", "pooled") or "/" in slide_id or "\\" in slide_id:
+    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
         problems.append(f"line {line}: slide_id {slide_id!r} cannot name a folder")
+    if slide_id == "pooled":
+        problems.append(f"line {line}: slide_id {slide_id!r} is what metrics call all slides together")
     if len(os.fsencode(slide_id)) > LONGEST_ID:
         problems.append(f"line {line}: slide_id of more than {LONGEST_ID} bytes: {slide_id}")
     if values.get("split", "") not in ("", *SPLITS):
@@ -175,6 +177,12 @@ def _alike(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
+def _number(name: str) -> str:
+    """A name that is a number as spreadsheets leave it, who write 007 as 7 or as 7.0; any other as it is."""
+    plain = name.removesuffix(".0")
+    return str(int(plain)) if plain.isdecimal() else name
+
+
 def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     if not cases:
         return ["no slides"]
@@ -183,7 +191,7 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     for case in cases:
         by_id[_alike(case.slide_id)].append(case)
         by_file[_file(case.slide)].append(case)
-        by_patient[_alike(case.patient)].append(case)
+        by_patient[_number(_alike(case.patient))].append(case)
     for file, same in by_file.items():
         if len(same) > 1:
             problems.append(f"slide stands {len(same)} times: {file}")
@@ -194,7 +202,7 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     for same in by_patient.values():
         patient, names = same[0].patient, sorted({case.patient for case in same})
         if len(names) > 1:
-            alike = "in capital letters, spaces or the encoding of accents alone"
+            alike = "in capital letters, spaces, the encoding of accents or zeros alone"
             problems.append(f"patients {', '.join(map(repr, names))} differ {alike}: write one patient alike")
         elif len({case.split for case in same}) > 1:
             places = ", ".join(f"{case.slide_id} in {case.split or 'no split'}" for case in same)
@@ -224,6 +232,6 @@ def _apportion(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
 
 def _is_scale(text: str) -> bool:
     try:
-        return MPP_RANGE[0] <= float(text) <= MPP_RANGE[1]
+        return "_" not in text and MPP_RANGE[0] <= float(text) <= MPP_RANGE[1]  # Python reads 0_1 as 1
     except ValueError:
         return False

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.classes import Class, Classes
 from pipeline.geometry import MPP_RANGE
@@ -30,6 +30,16 @@ ALIAS, RESERVED_ALIAS = r"[A-Za-z][A-Za-z0-9_\-]*", r"latest|v\d+"
 SHARING = frozenset({"devices", "nodes", "strategy"})
 """Keys of `training` that say who does the work; on them its result does not depend."""
 
+
+def _at_home(path: Path) -> Path:
+    """The path with the home folder that a leading ~ stands for."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"should lead somewhere: {error}") from error
+
+
+Place = Annotated[Path, AfterValidator(_at_home)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -59,7 +69,7 @@ class Fractions(Section):
 class CohortSettings(Section):
     """Which slides there are."""
 
-    manifest: Path
+    manifest: Place
     fractions: Fractions = Fractions()
 
 
@@ -168,6 +178,12 @@ class TrainingSettings(Section):
         return self.devices * self.nodes
 
     @model_validator(mode="after")
+    def _some_after_the_warmup(self) -> TrainingSettings:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs should be no more than epochs, {self.epochs}")
+        return self
+
+    @model_validator(mode="after")
     def _even_shares(self) -> TrainingSettings:
         if self.batch_size % self.processes or self.patches_per_epoch % self.processes:
             shares = f"devices x nodes, {self.processes}: each has as large a share of a batch"
@@ -245,7 +261,7 @@ class TrackingSettings(Section):
 class Config(Section):
     """Everything that a run depends on."""
 
-    output: Path
+    output: Place
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     cohort: CohortSettings
     classes: Annotated[tuple[ClassSettings, ...], Field(min_length=2, max_length=254)]
@@ -285,6 +301,8 @@ class Config(Section):
         for key, found in used.items():
             if unknown := sorted(str(name) for name in found.difference(names)):
                 raise ValueError(f"{key} should name classes of {names}, found {unknown}")
+        if self.annotations.rest in self.evaluation.lesions:
+            raise ValueError(f"evaluation.lesions should not name {self.annotations.rest}, which is annotations.rest")
         if self.network.norm == "instance" and not self.segmentation.blend:
             raise ValueError(
                 "segmentation.blend should be true for network.norm instance: it looks at the whole image at once, so that "

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS, _LONELY_SECONDS = 5.0, 30.0  # from one look for workers to the next; without one, before it is told
-_SMALLER_TILES = (
-    "set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` (--tile-size), delete this slide's "
-    "output, and run again"
-)
+_FEWER_WORKERS = "start fewer workers (`cluster.workers`), or some with more memory, and run again"
 _SMALLER_TRAINING = "lower training.batch_size, tiles.patch_size or network.width, and run again"
 
 
@@ -80,7 +77,7 @@ class DaskCluster:
             if future not in self._tasks:
                 continue
             task = self._tasks.pop(future)
-            outcome = self._outcome(task[0], future, _SMALLER_TILES)
+            outcome = self._outcome(task[0], future, _FEWER_WORKERS)
             if isinstance(outcome.error, WorkerError) and future is not alone:
                 # Dask blames all tasks that a dead worker had, so those that it gives up are tried again one by one.
                 self._suspects.append(task)

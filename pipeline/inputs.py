@@ -40,6 +40,10 @@ def read_stamp(tiles: Path) -> tuple[str, bool] | None:
         metadata = parquet.read_schema(tiles).metadata or {}
     except (FileNotFoundError, ArrowInvalid):
         return None
+    except OSError as error:
+        if error.errno is None:  # what is damaged where pyarrow does not look for it
+            return None
+        raise
     return metadata.get(TILE_STAMP, b"").decode(), metadata.get(TILE_COMPLETE) == b"True"
 
 

@@ -44,8 +44,8 @@ class LabelImageTruth:
         base_rows, base_columns = centres(roi, lattice, self.base)
         scale_x, scale_y = self.base.scale_to(self.labels)
         y, x = centres(roi, lattice, self.labels)
-        rows = np.minimum(np.floor(y - self.part.y * scale_y).astype(np.int64), self.labels.height - 1)
-        columns = np.minimum(np.floor(x - self.part.x * scale_x).astype(np.int64), self.labels.width - 1)
+        rows = np.clip(np.floor(y - self.part.y * scale_y).astype(np.int64), 0, self.labels.height - 1)
+        columns = np.clip(np.floor(x - self.part.x * scale_x).astype(np.int64), 0, self.labels.width - 1)
         in_rows = (base_rows >= self.part.y) & (base_rows < self.part.bottom)
         in_columns = (base_columns >= self.part.x) & (base_columns < self.part.right)
         if in_rows.any() and in_columns.any():

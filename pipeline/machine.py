@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import gettempdir, mkdtemp
 
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
@@ -67,13 +67,22 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 def cache_folder() -> Path:
     """The folder for what can be made again; where it may not be written, this user's own among temporary files."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    usual = (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
-    with suppress(OSError):
-        usual.mkdir(parents=True, exist_ok=True)
-    if os.access(usual, os.W_OK):
-        return usual
+    if usual := _usual_cache():
+        with suppress(OSError):
+            usual.mkdir(parents=True, exist_ok=True)
+        if os.access(usual, os.W_OK):
+            return usual
     temporary = Path(gettempdir()) / f"fullfield-{os.getuid()}"
     with suppress(OSError):
         temporary.mkdir(mode=0o700, exist_ok=True)
-    return temporary if temporary.is_dir() and temporary.stat().st_uid == os.getuid() else usual
+    own = temporary.is_dir() and temporary.stat().st_uid == os.getuid()
+    return temporary if own else usual or Path(mkdtemp(prefix="fullfield-"))
+
+
+def _usual_cache() -> Path | None:
+    """Where the desktop standard has it; None for a user without a name and a home, as containers have."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(chosen) if chosen else Path.home() / ".cache") / "fullfield"
+    except RuntimeError:
+        return None

@@ -249,10 +249,10 @@ def _region(region: Element, book: _Sketchbook) -> list[NDArray[np.float64]]:
 
 
 def _cut(positive: list[Area], negative: list[Area]) -> None:
-    """Cuts holes, in place; an island drawn inside a hole stays."""
+    """Cuts holes, in place; an island drawn inside a hole stays, but not what another hole leaves of a region there."""
     drawn = np.asarray(positive, dtype=object)
     for index, hole in shapely.STRtree(negative).query(drawn, predicate="intersects").T:
-        if not negative[hole].covers(positive[index]):
+        if not negative[hole].covers(drawn[index]):
             positive[index] = positive[index].difference(negative[hole])
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import cycle
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,12 +87,13 @@ class _Mean:
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """See Engine; of windows with three channels for each member, every one takes its own."""
-        seen = (windows,) if windows.shape[-1] == 3 else map(np.ascontiguousarray, np.split(windows, len(self._engines), -1))
-        answers = (engine(window) for engine, window in zip(self._engines, cycle(seen), strict=False))
+        count = len(self._engines)
+        seen = [windows] * count if windows.shape[-1] == 3 else np.split(windows, count, -1)
+        answers = (engine(np.ascontiguousarray(own)) for engine, own in zip(self._engines, seen, strict=True))
         total = next(answers)
         for answer in answers:
             total += answer
-        total /= len(self._engines)
+        total /= count
         return total
 
 
@@ -136,9 +137,11 @@ def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> Eng
 def describe(model: Path, settings: EngineSettings) -> str:
     """What labels depend on besides the model: how numbers are held, backend, and the int8 graph's digest.
 
-    Raises EngineError.
+    Below exact, where another way to compute the same shows, the backend's version too. Raises EngineError.
     """
     parts: list[str] = [held(settings), settings.backend]
+    if settings.precision != "exact":
+        parts[1] += f" {openvino_graph.openvino_version() if settings.backend == 'openvino' else version('torch')}"
     if settings.precision == "fastest":
         parts += [openvino_graph.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
     if settings.flips:

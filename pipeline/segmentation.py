@@ -18,6 +18,10 @@ from pipeline.slide_tasks import Part, Plan, finish_slide, get_ready, plan_slide
 from pipeline.tasks import Cluster, Outcome
 from pipeline.tiling import tile_size_for
 
+_SMALLER_TILES = (
+    "Or set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` (--tile-size), delete this slide's "
+    "output, and run again."
+)
 _SLIDES_AT_ONCE = 4  # and no fewer than there are workers, which small slides would leave without work
 
 
@@ -147,6 +151,8 @@ class _Active:
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, OSError) and (told := refusal(error, self.job.folder)):
             return told
+        if isinstance(error, WorkerError):
+            return f"{error} {_SMALLER_TILES}"
         return str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
 
     def _planned(self, plan: Plan) -> Step:

@@ -16,6 +16,7 @@ from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CanvasError
 from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
+from pipeline.origin import source_digest
 from pipeline.runtime import EXACT, describe, settled
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.staining import Staining
@@ -188,6 +189,7 @@ class OpenedJob:
             "members": [str(member.resolve()) for member in ensemble.members(self.job.model)],
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "identity": self.identity(),
+            "code": source_digest(),
             "exact": self.stitching.exact and self.job.engine.precision == "exact",
             "stitching": str(self.stitching),
             "model_spec": self.spec.to_dict(),

@@ -85,13 +85,15 @@ def _convolutions(node: Node, rows: list[Phase], columns: list[Phase], every: bo
     from openvino import opset13
 
     weights = node.input_value(1).get_node().data
-    apart = [_kernel(weights, [row], [column]) for row, column in itertools.product(rows, columns)]
-    kernels = min(apart, [_kernel(weights, rows, columns)], key=_work)
-    if kernels is apart and not every:
+    kernels = [_kernel(weights, [row], [column]) for row, column in itertools.product(rows, columns)]
+    joined = [_kernel(weights, rows, columns)]
+    if _work(joined) < _work(kernels):
+        kernels = joined
+    elif not every:
         return None
     answers = [opset13.convolution(node.input_value(0), kernel, [1, 1], *around, [1, 1]) for kernel, *around in kernels]
-    joined = opset13.concat(answers, 1) if len(answers) > 1 else answers[0]
-    return opset13.depth_to_space(joined, "blocks_first", len(rows))
+    beside = opset13.concat(answers, 1) if len(answers) > 1 else answers[0]
+    return opset13.depth_to_space(beside, "blocks_first", len(rows))
 
 
 def _kernel(weights: np.ndarray, rows: list[Phase], columns: list[Phase]) -> _Kernel:

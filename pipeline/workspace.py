@@ -72,6 +72,11 @@ class Workspace:
         """The cases of some splits of which something is known."""
         return [case for case in self.cases if case.split in splits and case.annotation is not None]
 
+    def tiled(self, splits: Sequence[str]) -> list[Case]:
+        """Those of them that have cells in the table of tiles: slides that cannot be read have none."""
+        found = set(parquet.read_table(self.tiles, columns=["slide_id"])["slide_id"].to_pylist())
+        return [case for case in self.annotated(splits) if case.slide_id in found]
+
 
 @contextmanager
 def open_workspace(config: Config, own: str | None = None) -> Iterator[Workspace]:
@@ -115,7 +120,7 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     manifest, dealt = config.cohort.manifest, config.output / "cohort.csv"
-    if manifest.absolute() == dealt and not all(case.split for case in read_manifest(manifest)):
+    if _is_same(manifest, dealt) and not all(case.split for case in read_manifest(manifest)):
         remedy = "Call it otherwise, give it a column `split`, or choose another `output`."
         raise CohortError(str(manifest), "the manifest, where the cohort with its splits is to be", "another file", remedy)
     cases = dealt_cases(config)
@@ -124,6 +129,11 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     write_manifest(dealt, cases)
     write_text(config.output / "config.yaml", config.to_yaml())
     return config, cases
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two paths, or links, lead to one file that is there."""
+    return path.exists() and other.exists() and path.samefile(other)
 
 
 def _check_tables(output: Path, own: str | None) -> None:

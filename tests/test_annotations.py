@@ -375,6 +375,20 @@ def test_labels_at_their_own_scale(tmp_path: Path, mpp: float) -> None:
     np.testing.assert_array_equal(truth.read(piece, lattice), seen[piece.slices()])
 
 
+@pytest.mark.parametrize("y", range(3990, 4000))
+def test_labels_of_a_part_begin_with_it(tmp_path: Path, y: int) -> None:
+    """Where the centre of a pixel lies on the part's very edge, rounding must not lead before the first label."""
+    labels = np.random.default_rng(6).integers(0, 3, (364, 60)).astype(np.uint8)
+    part, base = Roi(0, y, 390, 2366), Lattice(400, y + 2400, Mpp.square(0.2))
+    tiled_pyramid(tmp_path / "l.tif", labels)
+    truth, lattice = open_truth(tmp_path / "l.tif", base, naming(), 1.3, part), base.at(Mpp.square(2.0))
+    seen = truth.read(lattice.roi, lattice)
+    for row in range(lattice.height):
+        place = (row + 0.5) * 10 - y
+        if place == 0 or place % 6.5:  # elsewhere on an edge, either label will do
+            assert seen[row, 0] == (labels[int(place / 6.5), 0] if 0 <= place < 2366 else X)
+
+
 def test_a_coarse_view_of_large_labels_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.label_image._BLOCK_PIXELS", 100)
     WRITERS["strips.tif"](tmp_path / "l.tif", LABELS)

@@ -25,12 +25,12 @@ def test_columns_have_defaults_and_paths_are_relative(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("P1", "p1"), ("P 1", "P\u00a01"), ("M\u00fcller", "Mu\u0308ller")],
-    ids=["capitals", "spaces", "accents"],
+    [("P1", "p1"), ("P 1", "P\u00a01"), ("M\u00fcller", "Mu\u0308ller"), ("007", "7"), ("07", "7.0")],
+    ids=["capitals", "spaces", "accents", "zeros", "fraction"],
 )
 def test_a_patient_is_written_alike(tmp_path: Path, one: str, other: str) -> None:
     text = f"slide,patient,split\na.svs,{one},train\nb.svs,{other},val\n"
-    with pytest.raises(CohortError, match="differ in capital letters, spaces or the encoding of accents alone"):
+    with pytest.raises(CohortError, match="differ in capital letters, spaces, the encoding of accents or zeros alone"):
         read_manifest(manifest(tmp_path, text, "a.svs", "b.svs"))
 
 
@@ -39,6 +39,21 @@ def test_a_scan_under_two_names_is_one_scan(tmp_path: Path) -> None:
     (tmp_path / "b.svs").symlink_to("a.svs")
     with pytest.raises(CohortError, match=r"slide stands 2 times: .*a\.svs"):
         read_manifest(path)
+
+
+def test_slides_are_no_patients_and_may_differ_in_zeros(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "slide,patient\n01.svs,P1\n1.svs,P2\n", "01.svs", "1.svs")
+    assert [case.slide_id for case in read_manifest(path)] == ["01", "1"]
+
+
+def test_a_link_keeps_its_name_in_what_is_written(tmp_path: Path) -> None:
+    """What belongs to a slide of many files lies beside the link, not beside the file that it leads to."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "5f3a").write_bytes(b"")
+    (tmp_path / "a.mrxs").symlink_to("store/5f3a")
+    write_manifest(tmp_path / "written.csv", read_manifest(manifest(tmp_path, "slide\na.mrxs\n")))
+    (case,) = read_manifest(tmp_path / "written.csv")
+    assert case.slide == tmp_path / "a.mrxs"
 
 
 def test_ids_that_differ_in_capitals_alone_are_one_folder_on_some_disks(tmp_path: Path) -> None:
@@ -78,7 +93,10 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide,stain\nz.svs,HE\n", "unknown column 'stain'(.|\n)*no such slide"),
         ("patient\nP1\n", "no column 'slide'"),
         ("slide\n", "no slides"),
-        ("", "no column 'slide'"),
+        ("", "nothing in the first line"),
+        ("\nslide\na.svs\n", "nothing in the first line"),
+        ("slide,slide_id\na.svs,pooled\n", "what metrics call all slides together"),
+        ("slide,mpp\na.svs,0_1\n", "'0_1'"),
         ("slide,slide_id\na.svs,../b\n", "cannot name a folder"),
         (f"slide,slide_id\na.svs,{'é' * 121}\n", "more than 240 bytes"),
         ("slide,mpp\na.svs,352\n", "'352'"),

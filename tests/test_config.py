@@ -89,6 +89,8 @@ def test_overrides_reach_any_key() -> None:
         ("segmentation.splits=[]", "`segmentation.splits`"),
         ("network.norm=instance", "segmentation.blend should be true"),
         ("network.norm=group", "`network.norm`"),
+        ("training.warmup_epochs=61", "no more than epochs, 60"),
+        ("output=~nobody-has-this-name/out", "should lead somewhere"),
         ("seed", "no `=`"),
         ("seed=[", "broken YAML"),
     ],
@@ -96,6 +98,17 @@ def test_overrides_reach_any_key() -> None:
 def test_what_makes_no_sense_is_refused_by_its_key(override: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part.replace("[", r"\[")):
         parse_config(minimal(), "test", [override])
+
+
+def test_what_is_everything_else_has_no_lesions() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.lesions should not name Other"):
+        parse_config(minimal(), "test", ["annotations.rest=Other", "evaluation.lesions=[Other]"])
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse_config(minimal(), "test", ["output=~/out", "cohort.manifest=~/cohort.csv"])
+    assert (config.output, config.cohort.manifest) == (Path("/home/me/out"), Path("/home/me/cohort.csv"))
 
 
 def test_batch_norm_needs_more_than_a_pixel() -> None:

@@ -243,6 +243,14 @@ def test_a_training_without_a_cell_says_so(config: Path, tmp_path: Path) -> None
         run(config, overrides)
 
 
+def test_a_combination_with_nothing_to_learn_from_is_a_row_too(config: Path, tmp_path: Path) -> None:
+    fixed = ["training.epochs=1", "training.patches_per_epoch=8", f"output={tmp_path / 'out'}"]
+    assert sweep(config, [*fixed, "tiles.min_tissue=0.05,1", "tiles.patch_size=512"]) == 1
+    rows = {row["name"]: row for row in rows_of(tmp_path / "out" / "sweep.csv")}
+    assert "no cell of an annotated slide" in rows["min_tissue=1"]["reason"]
+    assert {name: row["status"] for name, row in rows.items()} == {"min_tissue=0.05": "done", "min_tissue=1": "failed"}
+
+
 def test_a_sweep_need_not_have_what_its_combinations_say(config: Path, tmp_path: Path) -> None:
     """The file's depth does not go with the patches, that of either combination does."""
     fixed = [f"output={tmp_path / 'out'}", "tiles.patch_size=72", "training.epochs=1", "training.patches_per_epoch=8"]

@@ -219,6 +219,12 @@ def test_imagescope_negative_regions_are_holes_of_their_layer(tmp_path: Path) ->
     assert areas == [("Tumour", 600 - 200), ("Tumour", 6), ("Stroma", 300)]
 
 
+def test_imagescope_holes_that_overlap_are_all_cut(tmp_path: Path) -> None:
+    holes = region(box(0, 0, 18, 20), negative=1) + region(box(14, 0, 40, 20), negative=1)
+    tissue = layer(region(box(0, 0, 30, 20)) + holes, "Tumour")
+    assert not read_outlines(written(tmp_path, f"<Annotations>{tissue}</Annotations>")).outlines
+
+
 def test_imagescope_shapes(tmp_path: Path) -> None:
     corners = [(29.0, 11.0), (1.0, 3.0)]
     shapes = region(corners, kind=1) + region(corners, kind=2) + region(box(1, 3, 29, 11), kind=2)

@@ -175,12 +175,23 @@ def test_an_approval_of_one_half_precision_is_none_of_the_other(tmp_path: Path, 
     assert approval(FAST, model) is None
 
 
+def test_an_approval_counts_for_the_versions_that_it_was_given_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save(tmp_path / "model", 4)
+    approve(Deviation(1000, 0.001, 0.004, 0.31), FAST, model)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.approval.__version__", "another")
+        assert approval(FAST, model) is None
+    assert approval(FAST, model) is not None
+    monkeypatch.setattr(runtime, "version", lambda library: "another")
+    assert approval(FAST, model) is None
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"engine": "ENGINE", "found": {"pixels": 3}}'])
 def test_a_damaged_approval_says_so(tmp_path: Path, content: str) -> None:
     model = save(tmp_path / "model", 4)
     approve(Deviation(1000, 0.001, 0.004, 0.31), FAST, model)
     (path,) = runtime.engines_folder(model).iterdir()
-    path.write_text(content.replace("ENGINE", runtime.describe(model, FAST)))
+    path.write_text(content.replace("ENGINE", json.loads(path.read_text())["engine"]))
     with pytest.raises(EngineError, match="a damaged file"):
         approval(FAST, model)
 
@@ -237,7 +248,7 @@ def test_a_run_holds_int8_against_exact_and_segment_trusts_it(
     assert run_config(load_config(config, ["engine.precision=fastest", "engine.max_label_change=0.2"])) == 0
     assert "fastest with openvino against exact: " in capsys.readouterr().out
     identity = json.loads((project / "out" / "slides" / "phantom-03" / "provenance.json").read_text())["identity"]
-    assert identity["engine"].startswith(f"fastest {beside_int8()}, openvino, ")
+    assert identity["engine"].startswith(f"fastest {beside_int8()}, openvino ")
     assert segment([slide], [str(model)], project / "other", None, 96, where, fastest) == 0
     assert segment([slide], [str(model)], project / "other", None, 96, where, EngineSettings()) == 1
     assert "engine" in capsys.readouterr().out

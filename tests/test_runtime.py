@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_int8_is_the_models_own(model: Path) -> None:
         describe(model, FASTEST)
     quantise(fp32_graph(model), [WINDOWS[0]], int8_folder(model))
     assert isinstance(load_engine(model, FASTEST), OpenVinoEngine)
-    assert describe(model, FASTEST).startswith(f"fastest {beside_int8()}, openvino, ")
+    assert describe(model, FASTEST).startswith(f"fastest {beside_int8()}, openvino {version('openvino')}, ")
     save(model, 2)
     with pytest.raises(EngineError, match="no int8 form of this model"):
         load_engine(model, FASTEST)
@@ -147,6 +148,6 @@ def test_half_is_named_by_the_device_that_torch_finds(model: Path, monkeypatch: 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     fast = EngineSettings(precision="fast", backend="torch")
-    assert describe(model, fast) == "fast bf16, torch"
+    assert describe(model, fast) == f"fast bf16, torch {version('torch')}"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert describe(model, fast) == "fast fp16, torch"
+    assert describe(model, fast) == f"fast fp16, torch {version('torch')}"

@@ -1,15 +1,16 @@
 """How many slides are under way at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import SegmentationSettings, TissueSettings
+from pipeline.errors import WorkerError
 from pipeline.segmentation import segment_slides
 from pipeline.slide_job import SlideJob
-from pipeline.tasks import Here
+from pipeline.tasks import Here, Outcome
 
 
 class Crew(Here):
@@ -39,3 +40,18 @@ def test_no_worker_waits_for_a_slide_and_few_have_many(workers: int, at_once: in
         ended.append(step.row.slide_id)
     assert ended == names
     assert max(under_way) == under_way[0] == at_once
+
+
+class Deadly(Here):
+    """Every task kills its worker."""
+
+    def __iter__(self) -> Iterator[Outcome]:
+        for outcome in super().__iter__():
+            yield Outcome(outcome.key, error=WorkerError("a task", "3 deaths", "life", "Start fewer workers."))
+
+
+def test_who_kills_its_workers_is_told_how_to_take_less(tmp_path: Path) -> None:
+    settings, tissue = SegmentationSettings(tile_size=64), TissueSettings()
+    job = SlideJob("slide", tmp_path / "slide", None, tmp_path, tmp_path / "slide", settings, tissue)
+    (step,) = segment_slides([job], Deadly())
+    assert step.row is not None and "3 deaths" in step.row.reason and "--tile-size" in step.row.reason

@@ -303,6 +303,15 @@ def test_a_damaged_slide_of_a_cohort_is_left_out_and_told(project: Path, tmp_pat
     assert (tmp_path / "out" / "tiles.parquet").exists()
 
 
+def test_a_slide_that_was_damaged_later_is_left_out_of_the_figures(project: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(project / "out", tmp_path / "out"))
+    cohort = Path(shutil.copytree(project / "cohort", tmp_path / "cohort"))
+    broken = next(case for case in read_manifest(cohort / "cohort.csv") if case.split == "test")
+    broken.slide.write_bytes(broken.slide.read_bytes()[:5000])
+    overrides = (f"output={output}", f"cohort.manifest={cohort / 'cohort.csv'}")
+    assert f"left out {broken.slide_id}: " in fullfield("evaluate", project / "config.yaml", *overrides, code=1)
+
+
 def test_a_table_of_other_tiles_is_not_trained_on(project: Path, tmp_path: Path) -> None:
     output = f"output={tmp_path / 'out'}"
     assert "Run `fullfield tile` first" in fullfield("train", project / "config.yaml", output, code=1)

@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from pipeline import checkpoint
 from pipeline.architectures import build_network
@@ -10,12 +12,13 @@ from pipeline.classes import IGNORED
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, CohortError
 from pipeline.geometry import Roi
-from pipeline.inputs import check_output, training_inputs
+from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp, training_inputs
 from pipeline.phantom import GLASS, make_phantom
+from pipeline.tasks import Here
 from pipeline.truth import ClassMap
-from pipeline.workspace import class_map, model_spec, open_sources
+from pipeline.workspace import Workspace, class_map, model_spec, open_sources, open_workspace
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -61,6 +64,37 @@ def test_glass_beside_the_known_is_learned_but_not_validated_on(tmp_path: Path) 
     assert np.array_equal(validated != IGNORED, inside) and not learned[inside].any()
     beside = (learned != IGNORED) & ~inside
     assert not learned[beside].any() and beside.mean() > 0.1 and (phantom.truth[beside] == GLASS).mean() > 0.98
+
+
+def test_the_users_own_manifest_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "a.svs").write_bytes(b"")
+    (tmp_path / "real" / "cohort.csv").write_text("slide\na.svs\n")
+    said = config(tmp_path / "link", f"cohort.manifest={tmp_path / 'real' / 'cohort.csv'}")
+    with pytest.raises(CohortError, match="where the cohort with its splits is to be"), open_workspace(said):
+        pass
+    assert (tmp_path / "real" / "cohort.csv").read_text() == "slide\na.svs\n"
+
+
+def test_slides_without_cells_are_not_learned_from(tmp_path: Path) -> None:
+    cases = tuple(Case(name, name, tmp_path / name, tmp_path / "truth", "val") for name in "ab")
+    parquet.write_table(pa.table({"slide_id": ["b", "b"]}), tmp_path / "tiles.parquet")
+    workspace = Workspace(config(tmp_path), cases, Here(), None)
+    assert [case.slide_id for case in workspace.tiled(("val",))] == ["b"]
+
+
+def test_a_damaged_table_of_tiles_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.parquet"
+    table = pa.table({"slide_id": [str(number) for number in range(50)]})
+    parquet.write_table(table.replace_schema_metadata({TILE_STAMP: "stamp", TILE_COMPLETE: "True"}), path)
+    assert read_stamp(path) == ("stamp", True)
+    whole, rng = path.read_bytes(), np.random.default_rng(7)
+    for place in len(whole) - rng.integers(9, min(600, len(whole)), 60):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        read_stamp(path)  # whatever it finds, it does not fail
+    path.write_bytes(b"PAR1")
+    assert read_stamp(path) is None
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import AnnotationError, CanvasError
+from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.metrics import POOLED, Report, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
@@ -54,8 +54,8 @@ def evaluate_cohort(workspace: Workspace) -> int:
     missing = 0
     with progress("evaluate: slides", len(cases)) as bar:
         for outcome in workspace.cluster:
-            if isinstance(outcome.error, CanvasError | AnnotationError):
-                console.print(f"evaluate: left out {outcome.error}")
+            if isinstance(outcome.error, CanvasError | AnnotationError | SlideError | WorkerError):
+                console.print(f"evaluate: left out {outcome.key.slide_id}: {outcome.error}")
                 missing += 1
             elif outcome.error is not None:
                 raise outcome.error

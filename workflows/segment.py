@@ -152,7 +152,7 @@ def segment_cohort(workspace: Workspace) -> int:
 
 def _approve_engine(workspace: Workspace, run: Run) -> None:
     """Compare the run's engine with the exact one in a worker, print and log. Raises EngineError where it strays too far."""
-    config, cases = workspace.config, workspace.annotated(("train", "val"))
+    config, cases = workspace.config, workspace.tiled(("train", "val"))
     for backend, found in workspace.cluster.stream(approve_engine, config, cases, workspace.tiles, workspace.model):
         console.print(f"{config.engine.precision} with {backend} against exact: {found}")
         run.log_metrics(asdict(found))

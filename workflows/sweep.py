@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
@@ -86,15 +87,22 @@ def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldErr
         for part in opened:
             adopt_tiles(part, whole.tiles, whole.config)
             tile_cohort(part)
-        waiting = {part.output: part for part in opened if not part.model.exists()}
-        return _watch(waiting, whole.cluster)
+        waiting, failed = list[tuple[Workspace, tuple[Any, ...]]](), dict[Path, FullfieldError]()
+        for part in opened:
+            try:
+                if not part.model.exists():
+                    waiting.append((part, fit_arguments(part)))
+            except FullfieldError as error:
+                failed[part.output] = error
+        return failed | _watch(waiting, whole.cluster)
 
 
-def _watch(parts: Mapping[Path, Workspace], cluster: Cluster) -> dict[Path, FullfieldError]:
-    tasks = {output: (fit, fit_arguments(part)) for output, part in parts.items()}
-    runs = {output: begin(part, anew=not part.is_interrupted()) for output, part in parts.items()}
+def _watch(waiting: Sequence[tuple[Workspace, tuple[Any, ...]]], cluster: Cluster) -> dict[Path, FullfieldError]:
+    """Train parts, each with what `fit` is called with, and log their epochs; returns why some failed."""
+    tasks = {part.output: (fit, arguments) for part, arguments in waiting}
+    runs = {part.output: begin(part, anew=not part.is_interrupted()) for part, _ in waiting}
     logged = {output: run.steps("loss") for output, run in runs.items()}
-    failed, planned = dict[Path, FullfieldError](), {output: part.config.training.epochs for output, part in parts.items()}
+    failed, planned = dict[Path, FullfieldError](), {part.output: part.config.training.epochs for part, _ in waiting}
     with progress("sweep: epochs of all", sum(planned.values())) as bar:
         for outcome in cluster.streams(tasks):
             output, record = outcome.key, outcome.value

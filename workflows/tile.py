@@ -15,7 +15,7 @@ from rich.table import Table
 from pipeline.cohort import Case
 from pipeline.config import SPLITS, TILE_COLUMNS, Config
 from pipeline.config_file import load_config
-from pipeline.errors import AnnotationError, CohortError, SlideError
+from pipeline.errors import AnnotationError, CohortError, SlideError, WorkerError
 from pipeline.files import replacing
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
@@ -81,7 +81,7 @@ def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
                 run.log_dataset(case.slide_id, found.digest, case.slide, case.split)
                 for remark in found.remarks:
                     console.print(f"tile: {case.slide_id}: {remark}")
-            elif isinstance(outcome.error, SlideError):
+            elif isinstance(outcome.error, SlideError | WorkerError):
                 unreadable.append(f"{outcome.key.slide_id}: {outcome.error}")
             elif isinstance(outcome.error, AnnotationError):
                 unusable.append(str(outcome.error))

@@ -124,8 +124,7 @@ def _cases(workspace: Workspace) -> list[Case]:
 
     Raises TrainingError where there is none to learn from.
     """
-    tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
-    cases = [case for case in workspace.annotated(("train", "val")) if case.slide_id in tiled]
+    cases = workspace.tiled(("train", "val"))
     if not any(case.split == "train" for case in cases):
         remedy = "Annotate slides to train on, or lower tiles.min_tissue."
         raise TrainingError(str(workspace.tiles), "no cell of an annotated slide to train on", "some", remedy)
