@@ -126,20 +126,15 @@ class _Active:
         """Count a task that ended well, and submit what follows from it."""
         if self.over:
             return Step(self.job)
-        if isinstance(value, Plan):
-            return self._planned(value)
-        if value is None:
-            return self._ended("done", self.remark)
-        if isinstance(value, Part):
-            self.parts -= 1
-            if not self.parts:
-                self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2)
-            return Step(self.job)
-        self.blocks -= 1
-        self.megapixels += value
-        if not self.blocks:
-            self._finish()
-        return Step(self.job, blocks_done=1, megapixels=value)
+        match value:
+            case Plan():
+                return self._planned(value)
+            case float():  # the megapixels of a block
+                return self._block_done(value)
+            case Part():
+                return self._part_done()
+            case None:  # it is sealed
+                return self._ended("done", self.remark)
 
     def failed(self, error: BaseException) -> Step:
         """The slide is over; what is still out for it no longer counts."""
@@ -164,6 +159,19 @@ class _Active:
         if not plan.blocks:
             self._finish()
         return Step(self.job, blocks=len(plan.blocks))
+
+    def _block_done(self, megapixels: float) -> Step:
+        self.blocks -= 1
+        self.megapixels += megapixels
+        if not self.blocks:
+            self._finish()
+        return Step(self.job, blocks_done=1, megapixels=megapixels)
+
+    def _part_done(self) -> Step:
+        self.parts -= 1
+        if not self.parts:
+            self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2)
+        return Step(self.job)
 
     def _finish(self) -> None:
         self.parts = len(Part)
