@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.tissue import Tissue
 
 _NO_NAME = "(no name)"
+_LEAST_ON_SLIDE = 0.5  # of a slide's own outlines
 
 
 def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float | None, shown: Roi | None = None) -> Truth:
@@ -68,18 +69,29 @@ class OutlineTruth:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What was left out and what was repaired."""
-        return self._layers.remarks
+        """What was left out, what was repaired, and what lies off the slide."""
+        off = ~self._on_slide()
+        told = f"outlines off the slide of {self.base.width} x {self.base.height} px: {off.sum()} of {off.size}"
+        return (*self._layers.remarks, told) if off.any() else self._layers.remarks
+
+    def _on_slide(self) -> NDArray[np.bool_]:
+        """Which of all outlines lie on the slide, at least in part."""
+        return np.concatenate([np.zeros(0, bool), *(stencil.reaches(self.base) for stencil in self._stencils)])
+
+    @property
+    def _stencils(self) -> list[Stencil]:
+        known = self._layers.known
+        return [stencil for _, stencil in self._layers.painted] + ([] if known is None else [known])
 
     def check(self) -> None:
-        """Raise AnnotationError where no outline lies on the slide: they will be those of another."""
-        stencils = [stencil for _, stencil in self._layers.painted]
-        stencils += [] if self._layers.known is None else [self._layers.known]
-        if stencils and not any(stencil.reaches(self.base) for stencil in stencils):
-            bounds = np.array([stencil.bounds for stencil in stencils])
+        """Raise AnnotationError where most outlines lie off the slide: they will be those of another."""
+        on_slide = self._on_slide()
+        if on_slide.size and on_slide.mean() < _LEAST_ON_SLIDE:
+            bounds = np.array([stencil.bounds for stencil in self._stencils])
             (left, top), (right, bottom) = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
             found = f"outlines from x {left:g}, y {top:g} to x {right:g}, y {bottom:g}"
-            expected = f"some on the slide, which has {self.base.width} x {self.base.height} px"
+            size, share = f"{self.base.width} x {self.base.height} px", f"{on_slide.sum()} of {on_slide.size}"
+            expected = f"most of them on the slide of {size}, where {share} are"
             raise AnnotationError(str(self.path), found, expected, "Name the annotation of this slide.")
 
     def known_roi(self) -> Roi:

@@ -257,7 +257,7 @@ def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas
         height, width = array["shape"]
         write_size: int = array["chunk_grid"]["configuration"]["chunk_shape"][0]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        remedy = "Segment the slide first, or delete what is there."
+        remedy = "Delete it, if it is there, and segment the slide."
         raise CanvasError(str(path), f"no readable canvas ({error})", "the output of a segmentation", remedy) from error
     if identity is not None and dict(identity) != found:
         raise _other_identity(path, found, identity)

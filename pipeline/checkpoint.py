@@ -1,6 +1,7 @@
 """A trained model on disk: a folder with what it is, what it has learnt and how the two give an answer.
 
-    model.yaml            the spec, where it comes from, the version that wrote it
+    model.yaml            the spec, where it comes from, the version that wrote it; SHA-256 of all three, so that a model
+                          whose halo was edited, or whose weights were damaged on their way, is refused
     weights.safetensors   the weights
     network.json          the network as a graph, see graph.py; absent where it has none, and `build_network` builds it
 
@@ -37,9 +38,11 @@ _FILES = (_SPEC, _WEIGHTS, _GRAPH)
 _ANCESTRY = "ancestry.json"
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _RUN_RECORD = "lineage"  # its key in model.yaml
-_REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", _RUN_RECORD}
+_SEAL, _WEIGHTS_DIGEST = "spec_sha256", "weights_sha256"
+_REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", _SEAL, _WEIGHTS_DIGEST, _RUN_RECORD}
 _SHOWN = 4  # weights that an error names
 _WHOLE = "Keep the files of a model together, as they were written."
+_AS_WRITTEN = "Use the file as Fullfield wrote it, or train the model again."
 
 
 def save(
@@ -90,10 +93,10 @@ def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:
     spec, graph = load_spec(folder), _load_graph(folder)
     weights = _load_weights(folder / _WEIGHTS)
     if graph is not None:
-        _check_fit(folder / _WEIGHTS, described(weights), graph.weights)
+        _check_weights(folder, described(weights), graph.weights)
         return spec, _assembled(folder / _GRAPH, spec, graph, weights)
     network = build_network(spec)
-    _check_fit(folder / _WEIGHTS, described(weights), described(network.state_dict()))
+    _check_weights(folder, described(weights), described(network.state_dict()))
     network.load_state_dict(weights)
     return spec, network.eval()
 
@@ -102,10 +105,15 @@ def load_spec(folder: Path) -> ModelSpec:
     """What the model in a folder is, without loading its weights. Raises CheckpointError."""
     content = _read(folder)
     try:
-        return ModelSpec.from_dict(content["spec"])
+        spec = ModelSpec.from_dict(content["spec"])
     except NetworkError as error:
         subject = f"{folder / _SPEC}, written by Fullfield {content['fullfield']}: {error.subject}"
         raise CheckpointError(subject, error.found, error.expected, error.remedy) from error
+    sealed = _sealed(content["spec"])
+    if content.get(_SEAL, sealed) != sealed:
+        found = f"a spec of SHA-256 {sealed}: it was changed"
+        raise CheckpointError(str(folder / _SPEC), found, f"the one of {_SEAL}, {content[_SEAL]}", _AS_WRITTEN)
+    return spec
 
 
 def load_run_record(folder: Path) -> dict[str, Any]:
@@ -156,7 +164,10 @@ def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mappin
 
     from pipeline.tracing import trace
 
-    content: dict[str, object] = {"fullfield": __version__, "spec": spec.to_dict()}
+    weights = save({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()})
+    (folder / _WEIGHTS).write_bytes(weights)  # safetensors' save_file leaves a file that nobody else may read
+    digests = {_SEAL: _sealed(spec.to_dict()), _WEIGHTS_DIGEST: hashlib.sha256(weights).hexdigest()}
+    content: dict[str, object] = {"fullfield": __version__, "spec": spec.to_dict(), **digests}
     try:
         graph = trace(network, spec).to_json()
     except NetworkError:  # what has no graph can still be built by whoever loads it
@@ -166,8 +177,11 @@ def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mappin
         content["network"] = hashlib.sha256(graph.encode()).hexdigest()
     text = yaml.safe_dump({**content, **more}, sort_keys=False, allow_unicode=True)
     (folder / _SPEC).write_text(text, encoding="utf-8")
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    (folder / _WEIGHTS).write_bytes(save(weights))  # its save_file leaves a file that nobody else may read
+
+
+def _sealed(spec: object) -> str:
+    """A SHA-256 over a spec as it is written, in plain values: other versions may write other keys."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
 def _load_graph(folder: Path) -> Graph | None:
@@ -183,6 +197,15 @@ def _load_graph(folder: Path) -> Graph | None:
     from pipeline.graph import Graph
 
     return Graph.from_json(content.decode("utf-8", "replace"), str(path))
+
+
+def _check_weights(folder: Path, described: Mapping[str, str], needed: Mapping[str, str]) -> None:
+    """Raise CheckpointError where the weights are not such as the network needs, or not those that `model.yaml` names."""
+    path, expected = folder / _WEIGHTS, _read(folder).get(_WEIGHTS_DIGEST)
+    _check_fit(path, described, needed)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if expected is not None and found != expected:
+        raise CheckpointError(str(path), f"SHA-256 {found}", f"the file of SHA-256 {expected}, by {_SPEC}", _WHOLE)
 
 
 def _load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -222,16 +245,15 @@ def _read(folder: Path) -> dict[str, Any]:
     """The content of `model.yaml`: the keys fullfield and spec, and perhaps network and lineage."""
     _check_files(folder)
     path = folder / _SPEC
-    remedy = "Use the file as Fullfield wrote it, or train the model again."
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(path), f"broken YAML ({error})", "a model's description", remedy) from error
+        raise CheckpointError(str(path), f"broken YAML ({error})", "a model's description", _AS_WRITTEN) from error
     if not isinstance(content, dict) or not _REQUIRED <= set(content) <= _REQUIRED | _OPTIONAL:
         found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(str(path), found, "the keys fullfield and spec, perhaps network and lineage", remedy)
+        raise CheckpointError(str(path), found, "the keys fullfield and spec, perhaps network and lineage", _AS_WRITTEN)
     if not isinstance(content.get(_RUN_RECORD, {}), dict):
-        raise CheckpointError(str(path), f"the lineage {content[_RUN_RECORD]!r}", "keys and values", remedy)
+        raise CheckpointError(str(path), f"the lineage {content[_RUN_RECORD]!r}", "keys and values", _AS_WRITTEN)
     return content
 
 
@@ -242,13 +264,15 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(str(folder), "a pickle", expected, remedy)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
-        raise CheckpointError(str(folder), found, expected, "Give the folder that `fullfield train` wrote.")
+        raise CheckpointError(str(folder), found, expected, "Give the folder of the model, OUTPUT/model.")
     missing = [name for name in (_SPEC, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         pickles = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in _PICKLES)
         beside = f", but the pickle {pickles[0]}, which is never loaded" if pickles else ""
         found = f"no {' and no '.join(missing)}{beside}"
-        raise CheckpointError(str(folder), found, expected, "Give the folder that `fullfield train` wrote, whole.")
+        inner = next((folder / name for name in ("model", "ensemble") if (folder / name).is_dir()), None)
+        remedy = "Give the folder of the model, OUTPUT/model, whole." if inner is None else f"Give {inner}."
+        raise CheckpointError(str(folder), found, expected, remedy)
 
 
 def _check_fit(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -108,6 +108,9 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
             )
         try:
             yield local
+        except KeyboardInterrupt:
+            console.print("Stopping; the same command goes on from what is done")
+            raise
         finally:
             with suppress(TimeoutError):  # on a busy machine: workers that are slow to end will end with this process
                 local.close()

@@ -241,6 +241,12 @@ class ClusterSettings(Section):
     workers: Annotated[int, Field(ge=0)] | None = None
     worker_memory_gib: Positive | None = None
 
+    @model_validator(mode="after")
+    def _either(self) -> ClusterSettings:
+        if self.scheduler is not None and self.workers is not None:
+            raise ValueError("workers should be null where a scheduler is named, which has its own")
+        return self
+
 
 class TrackingSettings(Section):
     """Where MLflow keeps the record; null: SQLite in the output folder, unless MLFLOW_TRACKING_URI is set."""

@@ -42,9 +42,10 @@ def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Co
     try:
         return Config.model_validate_json(text, strict=True)
     except ValidationError as error:
-        found = "; ".join(_describe(item) for item in error.errors())
+        found = "; ".join(_describe(item) for item in _causes(error.errors()))
         remedy = "See `fullfield config example` for every key."
-        raise ConfigError(source, found, "a configuration that makes sense", remedy) from error
+        subject = " with ".join(filter(None, (source, ", ".join(overrides))))
+        raise ConfigError(subject, found, "a configuration that makes sense", remedy) from error
 
 
 def parse_values(override: str) -> tuple[str, list[Any]]:
@@ -63,14 +64,26 @@ def parse_values(override: str) -> tuple[str, list[Any]]:
     return key, values
 
 
+def _causes(errors: Sequence[Any]) -> list[Any]:
+    """All but what follows from others: of a list whose items are wrong, that it is too short."""
+    places = [error["loc"] for error in errors]
+
+    def follows(error: Any) -> bool:
+        place = error["loc"]
+        return error["type"] == "too_short" and any(len(one) > len(place) and one[: len(place)] == place for one in places)
+
+    return [error for error in errors if not follows(error)]
+
+
 def _describe(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "(whole file)"
+    key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"no `{key}`, which is required"
     if error["type"] == "extra_forbidden":
         return f"unknown key `{key}`"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"`{key}`: {message}" + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
+    told = f"`{key}`: {message}" if key else message
+    return told + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
 
 
 def _override(content: dict[str, Any], text: str) -> None:

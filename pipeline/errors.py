@@ -28,8 +28,17 @@ def refusal(error: OSError, place: object) -> str | None:
     """
     if error.filename is None and error.errno not in _FULL:
         return None
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{error.filename or place}: found a file; expected a folder. Choose another name."
     found = error.strerror or str(error)
     return f"{error.filename or place}: found {found!r}; expected a place to read and write. Make room or give access."
+
+
+def unread(error: Exception) -> str:
+    """What is wrong with a file of JSON that cannot be read, in words."""
+    if isinstance(error, OSError):
+        return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    return f"{'broken JSON' if isinstance(error, ValueError) else 'other values'} ({error})"
 
 
 class FullfieldError(Exception):

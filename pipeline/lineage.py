@@ -18,7 +18,7 @@ from typing import Any
 from pipeline import checkpoint
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.errors import CohortError, FullfieldError
+from pipeline.errors import CohortError, FullfieldError, unread
 from pipeline.files import file_digest, locked, put_aside, write_json
 from pipeline.origin import origin, packages
 from pipeline.slide import open_slide
@@ -139,7 +139,7 @@ def read_lineage(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CohortError(str(path), str(error), "the lineage of a run", remedy) from error
+        raise CohortError(str(path), unread(error), "the lineage of a run", remedy) from error
     missing = [name for name in ("origins", "slides", "models") if name not in found]
     if missing:
         raise CohortError(str(path), f"no {', '.join(missing)}", "the lineage of a run", remedy)

@@ -83,10 +83,10 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
     Raises TrackingError where there is no such model.
     """
     if not reference.startswith(("runs:/", "models:/")):
-        if Path(reference).is_dir():
+        if reference and Path(reference).is_dir():
             return _checkpoint_in(Path(reference))
         expected = "a model's folder, runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION"
-        raise TrackingError(reference, "no such folder", expected, "Train a model, or correct the path.")
+        raise TrackingError(reference or "--model", "no such folder", expected, "Train a model, or correct the path.")
     store = store_for(reference, uri)
     with store.conversation(reference):
         from mlflow.artifacts import download_artifacts

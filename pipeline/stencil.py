@@ -51,10 +51,10 @@ class Stencil:
         owner = polygon_of_ring[ring_of_point[:-1][is_edge]]
         self._first_edge = np.searchsorted(owner, np.arange(len(polygons) + 1))
 
-    def reaches(self, base: Lattice) -> bool:
-        """Whether the box of a polygon lies, at least in part, on the lattice of the polygons' coordinates."""
+    def reaches(self, base: Lattice) -> NDArray[np.bool_]:
+        """Which polygons' boxes lie, at least in part, on the lattice of the polygons' coordinates: (polygons,)."""
         left, top, right, bottom = self._boxes.T
-        return bool(((right > 0) & (bottom > 0) & (left < base.width) & (top < base.height)).any())
+        return np.asarray((right > 0) & (bottom > 0) & (left < base.width) & (top < base.height))
 
     def fill(self, roi: Roi, lattice: Lattice, base: Lattice) -> NDArray[np.bool_]:
         """Which pixels of `roi`, a window of `lattice`, have their centre in a polygon.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import CohortError
+from pipeline.errors import CohortError, unread
 from pipeline.files import write_text
 from pipeline.metrics import SlideConfusion, number, ratios
 from pipeline.store import run_file
@@ -150,8 +150,8 @@ def read_tally(path: Path) -> Tally:
         rows = tuple(_row(slide_id, slide) for slide_id, slide in content["slides"].items())
         return Tally(tuple(content["classes"]), content["rest"], float(content["mpp"]), rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        remedy = "Run `fullfield evaluate` (or `fullfield run`) with that run's configuration."
-        raise CohortError(str(path), str(error), "the counts of an evaluated run", remedy) from error
+        remedy = "Name the output of a run; `fullfield run`, or `evaluate`, with its configuration writes them."
+        raise CohortError(str(path), unread(error), "the counts of an evaluated run", remedy) from error
 
 
 def find_tally(reference: str) -> Tally:

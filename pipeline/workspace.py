@@ -39,6 +39,9 @@ from pipeline.truth import ClassMap, Truth
 TABLES = {"folds.csv": "crossval", "sweep.csv": "sweep"}
 """What works of many runs leave in their outputs, and the verbs that do."""
 
+_WRITTEN = "# Written by Fullfield, which replaces it: what you want to keep belongs into a file of another name.\n"
+_RESULTS = ("slides.csv", "metrics.csv", "calibration.csv", *TABLES)
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -119,16 +122,30 @@ def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
     """Check, deal out the splits and write both into the output folder; the configuration then has it absolute."""
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
-    manifest, dealt = config.cohort.manifest, config.output / "cohort.csv"
-    if _is_same(manifest, dealt) and not all(case.split for case in read_manifest(manifest)):
-        remedy = "Call it otherwise, give it a column `split`, or choose another `output`."
-        raise CohortError(str(manifest), "the manifest, where the cohort with its splits is to be", "another file", remedy)
     cases = dealt_cases(config)
     check_output(config, cases)
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_manifest(dealt, cases)
-    write_text(config.output / "config.yaml", config.to_yaml())
+    write_setup(config, cases)
     return config, cases
+
+
+def write_setup(config: Config, cases: Sequence[Case]) -> None:
+    """Write a configuration, and the cohort with its splits, into its output.
+
+    Raises CohortError where files are there that Fullfield did not write, and would replace.
+    """
+    own, dealt, manifest = config.output / "config.yaml", config.output / "cohort.csv", config.cohort.manifest
+    written = own.is_file() and own.read_bytes().startswith(_WRITTEN.encode())
+    theirs = [path for path in (own, dealt) if path.exists() and not written]
+    theirs += [path for path in map(config.output.joinpath, _RESULTS) if _is_same(path, manifest)]
+    if _is_same(dealt, manifest) and not all(case.split for case in read_manifest(manifest)):
+        theirs.append(dealt)
+    if theirs:
+        found = f"a file that Fullfield did not write, where it writes {theirs[0].name}"
+        remedy = "Call it otherwise, or choose another `output`, for instance output=runs/mine."
+        raise CohortError(str(theirs[0]), found, "no file of that name, or Fullfield's own", remedy)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_text(own, _WRITTEN + config.to_yaml())  # first: it says whose the other one is
+    write_manifest(dealt, cases)
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -147,6 +164,12 @@ def _check_tables(output: Path, own: str | None) -> None:
 def dealt_cases(config: Config) -> tuple[Case, ...]:
     """The cohort with its splits. Raises CohortError."""
     return deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
+
+
+def require_output(config: Config, verb: str) -> None:
+    """Raise CohortError where the output, which an earlier stage makes, is not there: its name may be misspelt."""
+    if not config.output.is_dir():
+        raise CohortError(str(config.output), "no such folder", "an output", f"Run `fullfield {verb}` first.")
 
 
 def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:

@@ -117,14 +117,22 @@ def test_outside_the_slide_nothing_is_known(tmp_path: Path) -> None:
 
 
 def test_outlines_of_another_slide_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match="outlines from x 500, y 0 to x 504, y 4; expected some on the slide"):
+    with pytest.raises(AnnotationError, match="outlines from x 500, y 0 to x 504, y 4; expected most of them on the slide"):
         drawn(tmp_path, naming(), feature("Gland", shapely.box(500, 0, 504, 4)))
 
 
 def test_outlines_on_either_side_of_a_slide_are_not_on_it(tmp_path: Path) -> None:
     sides = [feature("Gland", shapely.box(x, 0, x + 4, 4)) for x in (-50, 60)]
-    with pytest.raises(AnnotationError, match="some on the slide"):
+    with pytest.raises(AnnotationError, match="on the slide of .* where 0 of 2 are"):
         drawn(tmp_path, naming(), *sides)
+
+
+def test_outlines_off_the_slide_are_told_and_refused_where_they_are_most(tmp_path: Path) -> None:
+    on, off = feature("Gland", shapely.box(2, 2, 6, 6)), feature("Gland", shapely.box(500, 0, 504, 4))
+    (remark,) = drawn(tmp_path, naming(), on, off).remarks
+    assert remark.startswith("outlines off the slide of ") and remark.endswith(": 1 of 2")
+    with pytest.raises(AnnotationError, match="where 1 of 3 are"):
+        drawn(tmp_path, naming(), on, off, off)
 
 
 def test_unnamed_objects(tmp_path: Path) -> None:
@@ -195,7 +203,7 @@ def test_a_coarse_pixel_has_the_class_of_its_centre(tmp_path: Path) -> None:
 
 
 def test_truth_travels_light_and_a_changed_file_is_read_anew(tmp_path: Path) -> None:
-    many = [feature("Gland", shapely.Point(x, 9).buffer(3)) for x in range(300)]
+    many = [feature("Gland", shapely.Point(x / 10, 9).buffer(3)) for x in range(300)]
     truth = drawn(tmp_path, naming(), *many)
     packed = pickle.dumps(truth)
     assert len(packed) < 1000

@@ -204,10 +204,10 @@ def test_another_identity_is_refused_with_what_differs(tmp_path: Path) -> None:
 
 
 def test_what_is_no_canvas_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CanvasError, match="Segment the slide first"):
+    with pytest.raises(CanvasError, match="Delete it, if it is there, and segment the slide"):
         open_canvas(tmp_path / "none.ome.zarr")
     zarr.create_group(tmp_path / "other.ome.zarr")
-    with pytest.raises(CanvasError, match="Segment the slide first"):
+    with pytest.raises(CanvasError, match="Delete it, if it is there, and segment the slide"):
         open_canvas(tmp_path / "other.ome.zarr")
 
 

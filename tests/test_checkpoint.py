@@ -161,13 +161,21 @@ def test_a_folder_with_other_things_is_not_overwritten(saved: Path) -> None:
 
 
 def _edit(**changes: Any) -> Callable[[Path], None]:
+    """Changes model.yaml as somebody would who wants it believed."""
+
     def edit(folder: Path) -> None:
         content = yaml.safe_load((folder / "model.yaml").read_text())
         for key, value in changes.items():
             (content["spec"] if key in content["spec"] else content)[key] = value
+        content["spec_sha256"] = hashlib.sha256(json.dumps(content["spec"], sort_keys=True).encode()).hexdigest()
         (folder / "model.yaml").write_text(yaml.safe_dump(content))
 
     return edit
+
+
+def _untold_edit(folder: Path) -> None:
+    text = (folder / "model.yaml").read_text()
+    (folder / "model.yaml").write_text(text.replace("mpp: ", "mpp: 1"))
 
 
 def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -219,7 +227,9 @@ def _cut(folder: Path) -> None:
         (lambda folder: (folder / "model.yaml").write_bytes(b"\xff\xfe\x00"), "broken YAML"),
         (lambda folder: (folder / "model.yaml").write_text("- spec"), "found list"),
         (lambda folder: (folder / "model.yaml").write_text("!!python/object/apply:os.getcwd []"), "broken YAML"),
-        (_edit(note="x"), "the keys fullfield, lineage, network, note, spec"),
+        (_edit(note="x"), "the keys fullfield, lineage, network, note, spec, spec_sha256, weights_sha256"),
+        (_untold_edit, r"a spec of SHA-256 \w+: it was changed"),
+        (_weights(lambda weights: weights["head.conv.bias"].add_(1)), "SHA-256 .*; expected the file of SHA-256"),
         (_edit(lineage=[1]), "the lineage"),
         (_edit(mpp=-1), "`mpp`"),
         (_edit(architecture="vgg"), "written by Fullfield 0"),

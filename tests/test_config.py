@@ -89,6 +89,7 @@ def test_overrides_reach_any_key() -> None:
         ("segmentation.splits=[]", "`segmentation.splits`"),
         ("network.norm=instance", "segmentation.blend should be true"),
         ("network.norm=group", "`network.norm`"),
+        ("cluster={workers: 2, scheduler: 'tcp://head:8786'}", "workers should be null where a scheduler is named"),
         ("training.warmup_epochs=61", "no more than epochs, 60"),
         ("output=~nobody-has-this-name/out", "should lead somewhere"),
         ("seed", "no `=`"),
@@ -98,6 +99,11 @@ def test_overrides_reach_any_key() -> None:
 def test_what_makes_no_sense_is_refused_by_its_key(override: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part.replace("[", r"\[")):
         parse_config(minimal(), "test", [override])
+
+
+def test_an_override_at_fault_is_named_and_what_follows_from_it_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"^test with segmentation\.splits=\[vall\]: found (?!.*at least 1)"):
+        parse_config(minimal(), "test", ["segmentation.splits=[vall]"])
 
 
 def test_what_is_everything_else_has_no_lesions() -> None:

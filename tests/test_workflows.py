@@ -215,7 +215,8 @@ def test_verify_proves_it_and_sees_a_wrong_halo(project: Path, tmp_path: Path) -
     text = (broken / "model.yaml").read_text()
     spec = yaml.safe_load(text)
     halo = spec["spec"]["halo"] if "spec" in spec else spec["halo"]
-    (broken / "model.yaml").write_text(text.replace(f"halo: {halo}", "halo: 0"))
+    believed = text.replace(f"halo: {halo}", "halo: 0").replace("spec_sha256", "#")
+    (broken / "model.yaml").write_text(believed)
     assert "NOT exact" in fullfield("verify", slide, "--model", broken, code=1)
 
 
@@ -454,6 +455,9 @@ def test_a_worker_that_takes_over_tells_no_epoch_twice(project: Path, tmp_path: 
 
 def test_inspect_says_what_a_slide_is(project: Path, tmp_path: Path) -> None:
     slide = project / "cohort" / "phantom-01.tiff"
+    whole = slide.read_bytes()
+    assert "one that ends on .png" in fullfield("inspect", slide, "--picture", slide, code=1)
+    assert slide.read_bytes() == whole
     facts = json.loads(fullfield("inspect", slide, "--json", "--picture", tmp_path / "slide.png"))
     assert (facts["width"], facts["height"]) == (1501, 1203)
     assert facts["mpp"] == pytest.approx([1.0, 1.0], rel=1e-3)

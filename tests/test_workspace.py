@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp,
 from pipeline.phantom import GLASS, make_phantom
 from pipeline.tasks import Here
 from pipeline.truth import ClassMap
-from pipeline.workspace import Workspace, class_map, model_spec, open_sources, open_workspace
+from pipeline.workspace import Workspace, class_map, model_spec, open_sources, open_workspace, write_setup
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -72,9 +73,28 @@ def test_the_users_own_manifest_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "real" / "a.svs").write_bytes(b"")
     (tmp_path / "real" / "cohort.csv").write_text("slide\na.svs\n")
     said = config(tmp_path / "link", f"cohort.manifest={tmp_path / 'real' / 'cohort.csv'}")
-    with pytest.raises(CohortError, match="where the cohort with its splits is to be"), open_workspace(said):
+    with pytest.raises(CohortError, match="a file that Fullfield did not write"), open_workspace(said):
         pass
     assert (tmp_path / "real" / "cohort.csv").read_text() == "slide\na.svs\n"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "cohort.csv"])
+def test_a_file_of_the_users_own_in_the_output_is_not_replaced(tmp_path: Path, name: str) -> None:
+    case, own = Case("a", "P1", tmp_path / "a.svs", split="train"), tmp_path / "out" / name
+    write_setup(config(tmp_path / "out"), [case])
+    write_setup(config(tmp_path / "out", "seed=3"), [case])  # its own it replaces
+    shutil.rmtree(tmp_path / "out")
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(CohortError, match=rf"{name}: found a file that Fullfield did not write"):
+        write_setup(config(tmp_path / "out"), [case])
+    assert own.read_text() == "mine" and len(list(own.parent.iterdir())) == 1
+
+
+def test_a_manifest_does_not_lie_where_results_will(tmp_path: Path) -> None:
+    (tmp_path / "slides.csv").write_text("slide\n")
+    with pytest.raises(CohortError, match=r"slides\.csv: found a file that Fullfield did not write"):
+        write_setup(config(tmp_path, f"cohort.manifest={tmp_path / 'slides.csv'}"), [])
 
 
 def test_slides_without_cells_are_not_learned_from(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
                 failures.append(run_stages(fold))
         failures.append(_publish(workspace, [part.output for part in parts]))
         command = workspace.run.open_command()
-    console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
+    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
     return 1 if any(failures) else 0
 
 

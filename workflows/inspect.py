@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from pipeline.config import TissueSettings
-from pipeline.errors import ScaleError
+from pipeline.errors import CanvasError, ScaleError
 from pipeline.pictures import outlined, thumbnail, write_png
 from pipeline.progress import console
 from pipeline.slide import Slide, fallback_mpp, open_slide
@@ -20,7 +20,12 @@ _UM2_PER_MM2 = 1e6
 
 
 def inspect(path: Path, as_json: bool, picture: Path | None, mpp: float | None) -> None:
-    """Print what a slide says of itself and how much tissue it has; write a picture where one is asked for."""
+    """Print what a slide says of itself and how much tissue it has; write a picture where one is asked for.
+
+    Raises CanvasError where the picture is to have another file's name, such as a slide's.
+    """
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise CanvasError(str(picture), "a picture of that name", "one that ends on .png", "Call it otherwise (--picture).")
     slide, problem = _open(path, mpp)
     tissue = None if problem else find_tissue(slide, TissueSettings())
     facts = _facts(slide, tissue, problem)

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import snapshot
-from pipeline.cohort import write_manifest
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
-from pipeline.files import write_text
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
-from pipeline.workspace import TABLES
+from pipeline.workspace import TABLES, write_setup
 
 _LETTERS = 9  # of a commit
 
@@ -30,11 +28,9 @@ def reproduce(reference: str, output: Path | None) -> int:
     if taken := [path.name for path in results if path.exists()]:
         found, expected = f"the results of another run ({taken[0]})", "a folder without any"
         raise CheckpointError(str(output), found, expected, "Choose another folder (--output).")
-    output.mkdir(parents=True, exist_ok=True)
     cases = [case_of(facts) for facts in lineage["slides"]]
     cohort = old.cohort.model_copy(update={"manifest": output / "cohort.csv"})
-    write_manifest(output / "cohort.csv", cases)
-    write_text(output / "config.yaml", old.model_copy(update={"output": output, "cohort": cohort}).to_yaml())
+    write_setup(old.model_copy(update={"output": output, "cohort": cohort}), cases)
     differences = list(changes(lineage, [case_facts(case) for case in cases]))
     if lineage.get("config_digest", old.digest()) != old.digest():
         differences.append(

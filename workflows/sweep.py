@@ -57,7 +57,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
             failures.append(failure)
         _publish(workspace, ranked(entries))
         command = workspace.run.open_command()
-    console.print(f"\nResults are in {config.output}. The record opens with\n  {command}", soft_wrap=True)
+    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
     return 1 if any(failures) else 0
 
 

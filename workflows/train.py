@@ -20,7 +20,7 @@ from pipeline.inputs import check_model, read_stamp, tile_inputs, training_facts
 from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace, open_workspace, require_output
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 def train(path: Path, overrides: Sequence[str]) -> int:
     """Run the stage by itself."""
-    with open_workspace(load_config(path, overrides)) as workspace:
+    config = load_config(path, overrides)
+    require_output(config, "tile")
+    with open_workspace(config) as workspace:
         train_model(workspace)
     return 0
 
