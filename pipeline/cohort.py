@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.config import SPLITS
 from pipeline.errors import CohortError
-from pipeline.files import write_csv
+from pipeline.files import csv_text, write_text
 from pipeline.geometry import MPP_RANGE
 
 COLUMNS = ("slide", "slide_id", "annotation", "patient", "split", "mpp")
@@ -90,7 +90,12 @@ def _dealt(patients: Collection[str], fractions: Mapping[str, float], seed: int)
 
 
 def write_manifest(path: Path, cases: Sequence[Case]) -> None:
-    """Write cases as a manifest with every column and absolute paths, whole or not at all."""
+    """Write cases as a manifest, as `manifest_text` has them, whole or not at all."""
+    write_text(path, manifest_text(cases))
+
+
+def manifest_text(cases: Sequence[Case]) -> str:
+    """Cases as a manifest with every column and absolute paths."""
     rows = [
         {
             "slide": case.slide.absolute(),  # a link's name may matter: parts of MIRAX or DICOM lie beside it
@@ -102,7 +107,7 @@ def write_manifest(path: Path, cases: Sequence[Case]) -> None:
         }
         for case in cases
     ]
-    write_csv(path, COLUMNS, rows)
+    return csv_text(COLUMNS, rows)
 
 
 def _column_problems(columns: Sequence[str]) -> list[str]:

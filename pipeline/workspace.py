@@ -15,10 +15,10 @@ from pipeline import snapshot
 from pipeline.ahead import ahead
 from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import connect
-from pipeline.cohort import Case, deal_out, read_manifest, write_manifest
+from pipeline.cohort import Case, deal_out, manifest_text, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, CohortError, TrainingError
-from pipeline.files import replacing, write_text
+from pipeline.files import as_unicode, replacing, write_text
 from pipeline.geometry import Mpp
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read_stamp, tile_inputs
 from pipeline.machine import threads
@@ -135,7 +135,7 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
     """
     own, dealt, manifest = config.output / "config.yaml", config.output / "cohort.csv", config.cohort.manifest
     written = own.is_file() and own.read_bytes().startswith(_WRITTEN.encode())
-    theirs = [path for path in (own, dealt) if path.exists() and not written]
+    theirs = [path for path in (own, dealt) if path.exists() and not written and not _holds(path, manifest_text(cases))]
     theirs += [path for path in map(config.output.joinpath, _RESULTS) if _is_same(path, manifest)]
     if _is_same(dealt, manifest) and not all(case.split for case in read_manifest(manifest)):
         theirs.append(dealt)
@@ -146,6 +146,11 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     write_text(own, _WRITTEN + config.to_yaml())  # first: it says whose the other one is
     write_manifest(dealt, cases)
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file holds this very text, so that nothing is lost by writing it once more."""
+    return path.read_bytes() == as_unicode(text).encode()
 
 
 def _is_same(path: Path, other: Path) -> bool:

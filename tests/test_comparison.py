@@ -117,7 +117,7 @@ def test_a_tally_comes_back_and_sums_the_slides_of_a_patient(tmp_path: Path) -> 
 
 def test_a_damaged_tally_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "confusions.json").write_text('{"classes": ["a"]')
-    with pytest.raises(CohortError, match="fullfield evaluate"):
+    with pytest.raises(CohortError, match="broken JSON.*fullfield run"):
         read_tally(tmp_path / "confusions.json")
 
 

@@ -220,7 +220,7 @@ def test_a_training_tells_of_slides_that_are_left_as_scanned(
 
 
 def test_a_cohort_without_stain_is_not_trained_on(project: Project, tmp_path: Path) -> None:
-    write_slide(np.full((400, 500, 3), 243, np.uint8), tmp_path / "glass.tiff", 1.0)
+    write_slide(np.full((1000, 1200, 3), 243, np.uint8), tmp_path / "glass.tiff", 1.0)
     glass = [replace(case, slide=tmp_path / "glass.tiff") for case in project.cases if case.split == "train"]
     with pytest.raises(TrainingError, match="only 0 stained pixels.*normalisation.method=none"):
         open_sources(glass, project.config)
