@@ -185,7 +185,7 @@ def _alike(name: str) -> str:
 def _number(name: str) -> str:
     """A name that is a number as spreadsheets leave it, who write 007 as 7 or as 7.0; any other as it is."""
     plain = name.removesuffix(".0")
-    return str(int(plain)) if plain.isdecimal() else name
+    return plain.lstrip("0") or "0" if plain.isdecimal() else name
 
 
 def _cohort_problems(cases: Sequence[Case]) -> list[str]:

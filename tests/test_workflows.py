@@ -484,6 +484,11 @@ def test_a_bad_override_is_one_line_and_exit_code_1(project: Path, command: str)
     assert "Traceback" not in log
 
 
+def test_workers_are_the_schedulers_own(tmp_path: Path) -> None:
+    where = ("--workers", 2, "--scheduler", "tcp://127.0.0.1:9")
+    assert "Invalid value for --workers" in fullfield("segment", "a", "--model", "m", "--output", tmp_path, *where, code=2)
+
+
 def test_a_model_that_is_none_is_named(project: Path, tmp_path: Path) -> None:
     log = fullfield(
         "segment", project / "cohort" / "phantom-01.tiff", "--model", tmp_path, "--output", tmp_path / "o", code=1

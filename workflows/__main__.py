@@ -111,6 +111,8 @@ def segment(
     from pipeline.config import ClusterSettings
     from workflows.segment import segment as verb
 
+    if workers is not None and scheduler is not None:
+        raise typer.BadParameter("workers are the scheduler's own where one is named", param_hint="--workers")
     where = ClusterSettings(workers=workers, scheduler=scheduler)
     raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, options.engine(precision, backend), blend, flips))
 
