@@ -49,18 +49,28 @@ def check(found: Deviation, settings: EngineSettings, model: Path) -> None:
 
 
 def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
-    """Write beside the model what was found of a way to run it. Raises EngineError where it may not be used."""
-    check(found, settings, model)
+    """Write beside the model what was found of a way to run it. Raises EngineError where it may not be used.
+
+    Who allows less than an earlier approval did is refused, and leaves that as it is.
+    """
     content = {"engine": _way(settings, model), "max_label_change": settings.max_label_change, "found": asdict(found)}
-    write_json(_path(settings, model), content)
+    if found.label_change <= settings.max_label_change or approval(settings, model) is None:
+        write_json(_path(settings, model), content)
+    check(found, settings, model)
 
 
 def approval(settings: EngineSettings, model: Path) -> Deviation | None:
     """What was found of a way to run the model; None where it was not held against exact, or not approved."""
+    found, allowed = _known(settings, model) or (None, 0.0)
+    return found if found and found.pixels and found.label_change <= allowed else None
+
+
+def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | None:
+    """What was found of a way to run the model, and the share of labels that was allowed to change then; None: nothing."""
     try:
         content = json.loads(_path(settings, model).read_text(encoding="utf-8"))
         same = content["engine"] == _way(settings, model)
-        return Deviation(**content["found"]) if same else None
+        return (Deviation(**content["found"]), float(content["max_label_change"])) if same else None
     except (FileNotFoundError, EngineError):
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -71,9 +81,10 @@ def approval(settings: EngineSettings, model: Path) -> Deviation | None:
 def require_approval(settings: EngineSettings, model: Path) -> None:
     """Raise EngineError where a precision below exact was never approved for the model."""
     if settings.precision != "exact" and approval(settings, model) is None:
+        known = _known(settings, model)
         raise EngineError(
             f"{model}, engine.precision {settings.precision}, engine.backend {settings.backend}",
-            "a way to run it that was never held against exact",
+            f"a way to run it that was {f'refused: {known[0]}' if known else 'never held against exact'}",
             "one that was approved on validation tissue",
             f"Run `fullfield run CONFIG engine.precision={settings.precision} engine.backend={settings.backend} "
             f"engine.flips={str(settings.flips).lower()}` with the "

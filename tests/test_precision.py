@@ -159,9 +159,12 @@ def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
     require_approval(FAST, model)
     assert approval(FAST, model) == found
     assert approval(FAST.model_copy(update={"backend": "openvino"}), model) is None
+    refused = FAST.model_copy(update={"backend": "openvino"})
     with pytest.raises(EngineError):
-        approve(Deviation(1000, 0.5, 0.004, 0.31), FAST.model_copy(update={"backend": "openvino"}), model)
-    assert approval(FAST.model_copy(update={"backend": "openvino"}), model) is None
+        approve(Deviation(1000, 0.5, 0.004, 0.31), refused, model)
+    assert approval(refused, model) is None
+    with pytest.raises(EngineError, match="refused: 50.000% of 1000 pixels"):
+        require_approval(refused, model)
     save(model, 5)
     assert approval(FAST, model) is None
 
@@ -243,7 +246,7 @@ def test_a_run_holds_int8_against_exact_and_segment_trusts_it(
         run_config(strict)
     slide, where = project / "cohort" / "phantom-03.tiff", load_config(config).cluster
     fastest = EngineSettings(precision="fastest")
-    with pytest.raises(EngineError, match="never held against exact"):
+    with pytest.raises(EngineError, match="that was refused: "):
         segment([slide], [str(model)], project / "other", None, 96, where, fastest)
     assert run_config(load_config(config, ["engine.precision=fastest", "engine.max_label_change=0.2"])) == 0
     assert "fastest with openvino against exact: " in capsys.readouterr().out

@@ -68,7 +68,8 @@ def segment(
         for member in found:
             require_approval(settled(engine), member)
     folder = ensemble.gather(found, output / "ensemble")
-    output.mkdir(parents=True, exist_ok=True)  # which may be refused: better before workers are started
+    with locked(output / "slides.csv"):  # which may be refused: better before workers are started
+        pass
     jobs = _jobs(slides, mpp, folder, output / "slides", SegmentationSettings(tile_size=tile_size, blend=blend), engine)
     if where.workers is None and where.scheduler is None:
         scale = Mpp.square(spec.mpp)
