@@ -141,13 +141,18 @@ def digest(folder: Path) -> str:
     _check_files(folder)
     total = hashlib.sha256()
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
-        status = path.stat()
-        total.update(_file_digest(path, status.st_size, status.st_mtime_ns, status.st_ino))
+        total.update(_file_digest(path))
     return total.hexdigest()
 
 
+def _file_digest(path: Path) -> bytes:
+    """The SHA-256 of a file, which a process reads but once for it."""
+    status = path.stat()
+    return _stamped_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 @lru_cache(maxsize=256)
-def _file_digest(path: Path, *stamp: int) -> bytes:
+def _stamped_digest(path: Path, *stamp: int) -> bytes:
     """The SHA-256 of a file that its `stamp` tells from another in its place."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -203,7 +208,7 @@ def _check_weights(folder: Path, described: Mapping[str, str], needed: Mapping[s
     """Raise CheckpointError where the weights are not such as the network needs, or not those that `model.yaml` names."""
     path, expected = folder / _WEIGHTS, _read(folder).get(_WEIGHTS_DIGEST)
     _check_fit(path, described, needed)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = _file_digest(path).hex()
     if expected is not None and found != expected:
         raise CheckpointError(str(path), f"SHA-256 {found}", f"the file of SHA-256 {expected}, by {_SPEC}", _WHOLE)
 

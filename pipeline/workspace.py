@@ -135,10 +135,10 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
     """
     own, dealt, manifest = config.output / "config.yaml", config.output / "cohort.csv", config.cohort.manifest
     written = own.is_file() and own.read_bytes().startswith(_WRITTEN.encode())
-    theirs = [path for path in (own, dealt) if path.exists() and not written and not _holds(path, manifest_text(cases))]
-    theirs += [path for path in map(config.output.joinpath, _RESULTS) if _is_same(path, manifest)]
-    if _is_same(dealt, manifest) and not all(case.split for case in read_manifest(manifest)):
+    theirs = [own] if own.exists() and not written else []
+    if (not written or _is_same(dealt, manifest)) and not _may_hold(dealt, manifest_text(cases)):
         theirs.append(dealt)
+    theirs += [path for path in map(config.output.joinpath, _RESULTS) if _is_same(path, manifest)]
     if theirs:
         found = f"a file that Fullfield did not write, where it writes {theirs[0].name}"
         remedy = "Call it otherwise, or choose another `output`, for instance output=runs/mine."
@@ -148,9 +148,9 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
     write_manifest(dealt, cases)
 
 
-def _holds(path: Path, text: str) -> bool:
-    """Whether a file holds this very text, so that nothing is lost by writing it once more."""
-    return path.read_bytes() == as_unicode(text).encode()
+def _may_hold(path: Path, text: str) -> bool:
+    """Whether nothing is lost by writing this text into a file, which is not there or holds it already."""
+    return not path.exists() or path.read_bytes() == as_unicode(text).encode()
 
 
 def _is_same(path: Path, other: Path) -> bool:
