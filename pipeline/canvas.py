@@ -26,7 +26,6 @@ from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CanvasError
 from pipeline.files import write_json
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.halving import halve_labels, halve_probabilities
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
 from pipeline.shards import Place, ShardedArray
 
@@ -70,25 +69,29 @@ class Canvas:
         """Side of the squares that are compressed one by one, in pixels; it divides `write_size`."""
         return _largest_divisor(self.write_size, _LARGEST_CHUNK, _SMALLEST_CHUNK)
 
-    def write(self, roi: Roi, probabilities: np.ndarray) -> None:
+    def write(self, roi: Roi, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Write one tile: its probabilities, then the class of highest probability (the first, where two are equal).
 
         `roi` is a square of `write_size` pixels at a multiple of it, cut at the right and lower edge of the lattice;
-        `probabilities` is (classes, rows, columns) float32, 0 to 1.
+        `probabilities` is (classes, rows, columns) float32, 0 to 1. Returns what is then on disk: (classes, rows, columns)
+        uint8, 255 times the probabilities, and (rows, columns) uint8 class indices.
         Raises CanvasError where they are not numbers from 0 to 1.
         """
         place = (roi.y // self.write_size, roi.x // self.write_size)
         if not roi.area or self.tile_roi(place) != roi or probabilities.shape != (len(self.classes), *roi.shape):
             raise ValueError(f"{roi} with probabilities of shape {probabilities.shape} is no tile of {self.path}")
         likelihoods, labels = self.probability_shards(0), self.label_shards(0)
+        levels, winners = np.empty(probabilities.shape, np.uint8), np.empty(roi.shape, np.uint8)
         likelihood_chunks, label_chunks = {}, {}
         for y in range(0, roi.height, self.chunk):
             for x in range(0, roi.width, self.chunk):
-                levels, winners = self._quantise(probabilities[:, y : y + self.chunk, x : x + self.chunk])
-                likelihood_chunks[y // self.chunk, x // self.chunk] = likelihoods.encode(levels)
-                label_chunks[y // self.chunk, x // self.chunk] = labels.encode(winners)
+                part = (slice(y, y + self.chunk), slice(x, x + self.chunk))
+                levels[:, *part], winners[part] = self._quantise(probabilities[:, *part])
+                likelihood_chunks[y // self.chunk, x // self.chunk] = likelihoods.encode(levels[:, *part])
+                label_chunks[y // self.chunk, x // self.chunk] = labels.encode(winners[part])
         likelihoods.store(place, likelihood_chunks)
         labels.store(place, label_chunks)
+        return levels, winners
 
     def done(self) -> list[Place]:
         """(row, column) of every tile that is written, probabilities and labels, row by row."""
@@ -96,16 +99,11 @@ class Canvas:
 
     def whole(self) -> list[Place]:
         """Those of the tiles that are `done` whose files are whole; it reads the end of each."""
-        return [place for place in self.done() if self._is_whole(place, 0)]
+        return [place for place in self.done() if self.is_whole(place, 0)]
 
-    def has_pyramid(self) -> bool:
-        """Whether the coarser levels hold, in whole files, all that follows from the tiles that are `done`."""
-        places = set(self.done())
-        for level in range(1, len(self.levels)):
-            places = {(row // 2, column // 2) for row, column in places}
-            if not all(self._is_whole(place, level) for place in places):
-                return False
-        return True
+    def is_whole(self, place: Place, level: int) -> bool:
+        """Whether both shards at a place of a level are on disk, whole."""
+        return self.probability_shards(level).is_whole(place) and self.label_shards(level).is_whole(place)
 
     def written(self, level: int) -> np.ndarray:
         """(rows, columns) bool: of which squares of `write_size` pixels of a level something is written."""
@@ -156,40 +154,11 @@ class Canvas:
         shape = (len(self.classes), *self.levels[level].shape)
         return ShardedArray(self.path / str(level), shape, self.write_size, self.chunk, 0)
 
-    def build_pyramid(self) -> None:
-        """Make the coarser levels from the finest one, reading what is examined and nothing else.
-
-        A coarse label is the most frequent of its four (the lowest, where two are equal), not counting the unexamined;
-        a coarse probability is the mean over the examined ones. What an earlier, interrupted call left is replaced.
-        """
-        for level in range(1, len(self.levels)):
-            for place in sorted({(row // 2, column // 2) for row, column in self.label_shards(level - 1).places()}):
-                self._build_shard(level, place)
-
     def remove_partial_files(self) -> None:
         """Remove what killed writers left behind; to be called when nobody writes."""
         for level in range(len(self.levels)):
             self.label_shards(level).remove_partial_files()
             self.probability_shards(level).remove_partial_files()
-
-    def _is_whole(self, place: Place, level: int) -> bool:
-        return self.probability_shards(level).is_whole(place) and self.label_shards(level).is_whole(place)
-
-    def _build_shard(self, level: int, place: Place) -> None:
-        likelihoods, labels = self.probability_shards(level), self.label_shards(level)
-        likelihood_chunks, label_chunks = {}, {}
-        across = self.write_size // self.chunk
-        for row, column in np.ndindex(across, across):
-            x, y = place[1] * self.write_size + column * self.chunk, place[0] * self.write_size + row * self.chunk
-            source = Roi(2 * x, 2 * y, 2 * self.chunk, 2 * self.chunk)
-            fine = self.read_labels(source, level - 1)
-            if np.all(fine == IGNORED):
-                continue
-            label_chunks[row, column] = labels.encode(halve_labels(fine))
-            means = halve_probabilities(self.read_probabilities(source, level - 1), fine != IGNORED)
-            likelihood_chunks[row, column] = likelihoods.encode(means)
-        likelihoods.store(place, likelihood_chunks)
-        labels.store(place, label_chunks)
 
     def _quantise(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(C, h, w) levels and (h, w) winners, by channel: numpy's argmax over a first axis is six times slower."""

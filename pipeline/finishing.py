@@ -17,6 +17,7 @@ from pipeline.geojson import write_geojson
 from pipeline.measurement import measure, write_measurements
 from pipeline.ome_tiff import write_entropy, write_ome_tiff
 from pipeline.pictures import outlined, overlay, write_png
+from pipeline.pyramid import build_pyramid
 from pipeline.regions import find_regions
 from pipeline.slide import Slide
 from pipeline.tissue import Tissue
@@ -24,7 +25,7 @@ from pipeline.tissue import Tissue
 
 def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, tissue: Tissue, ensemble: bool) -> None:
     """Build the canvas's pyramid, and write what follows from it, and pictures; of an `ensemble` its entropy as well."""
-    canvas.build_pyramid()
+    build_pyramid(canvas)
     write_ome_tiff(canvas, folder / "segmentation.ome.tif")
     if ensemble:
         write_entropy(canvas, folder / "entropy.ome.tif")

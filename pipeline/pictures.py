@@ -28,7 +28,6 @@ _PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
 _HATCHING = 12  # pixels from one line to the next
 _WHITE, _INK, _GREY, _LINE = (255, 255, 255), (40, 40, 40), (150, 150, 150), (0, 160, 60)
 _CROSS = ndimage.generate_binary_structure(2, 1)
-_DIMMED = (np.arange(256) // 4 * 3 + 32).astype(np.uint8)  # grey levels
 
 
 def thumbnail(slide: Slide) -> np.ndarray:
@@ -41,7 +40,7 @@ def outlined(slide: Slide, tissue: Tissue) -> np.ndarray:
     """The thumbnail with a line round the tissue and the glass dimmed: (rows, columns, 3) uint8 RGB."""
     seen = slide.base.seen(slide.base.mpp, PICTURE_PIXELS)
     picture, mask = slide.read(seen.roi, seen), tissue.sampled(seen.roi, seen)
-    picture = np.where(mask[..., None], picture, _DIMMED.take(picture))
+    picture = np.where(mask[..., None], picture, picture // 4 * np.uint8(3) + np.uint8(32))
     picture[ndimage.morphological_gradient(mask.view(np.uint8), footprint=_CROSS) > 0] = _LINE
     return picture
 

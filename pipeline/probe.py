@@ -29,6 +29,7 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import cache_folder, release_memory, threads
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
+from pipeline.pyramid import CoarseShard
 from pipeline.runtime import describe, open_engine, settled
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
@@ -131,9 +132,10 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
     with TemporaryDirectory(prefix="fullfield-") as folder:
         shape = wide.shrink(spec.output_stride)
         canvas = create_canvas(Path(folder) / "probe", shape, spec.classes, grid.write_size // spec.output_stride, {})
+        coarse = CoarseShard(canvas, (row // 2, column // 2))
         times, peaks = [], []
         for tile, probabilities in way.predict(slide, grid, tiles, engine):
-            canvas.write(tile.target(spec.output_stride), probabilities)
+            coarse.add(tile.index, *canvas.write(tile.target(spec.output_stride), probabilities))
             times.append(time.perf_counter())
             peaks.append(_peak_resident())
             if len(times) == 1:  # an engine may compile itself for windows of this size, which takes memory but once

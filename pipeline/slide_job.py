@@ -17,6 +17,7 @@ from pipeline.errors import CanvasError
 from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
+from pipeline.pyramid import has_pyramid
 from pipeline.runtime import EXACT, describe, settled
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.staining import Staining
@@ -63,7 +64,7 @@ def is_finished(job: SlideJob) -> bool:
     # A machine that loses power may leave a file under its own name that is empty.
     filled = same and all(path.exists() and path.stat().st_size for path in map(job.folder.joinpath, made))
     complete = filled and is_segmented(job)
-    return complete and open_canvas(job.folder / CANVAS).has_pyramid()
+    return complete and has_pyramid(open_canvas(job.folder / CANVAS))
 
 
 def is_segmented(job: SlideJob) -> bool:

@@ -25,6 +25,7 @@ from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.files import locked, write_json
 from pipeline.grid import Tile
 from pipeline.machine import release_memory
+from pipeline.pyramid import CoarseShard
 from pipeline.runtime import load_engine
 from pipeline.slide_job import (
     CANVAS,
@@ -39,7 +40,8 @@ from pipeline.slide_job import (
     too_coarse,
 )
 
-_BLOCK_TILES = 2  # a block is this many tiles wide and high: what neighbours read twice, their halos, is in memory then
+_BLOCK_TILES = 2
+"""A block is this many tiles wide and high, as a coarse shard is; halos that neighbours read twice are in memory then."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,20 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
     engine, opened = load_engine(job.model, job_engine(job)), OpenedJob(job)
     canvas = open_canvas(job.folder / CANVAS, opened.identity())
 
+    coarse = CoarseShard(canvas, (block[0][0] // _BLOCK_TILES, block[0][1] // _BLOCK_TILES))
+
     def write(done: tuple[Tile, np.ndarray]) -> int:
         tile, probabilities = done
-        canvas.write(tile.target(opened.spec.output_stride), probabilities)
+        coarse.add(tile.index, *canvas.write(tile.target(opened.spec.output_stride), probabilities))
         return tile.write_roi.area
 
     tiles = (opened.grid[index] for index in block)
     with locked(job.folder, shared=True):
+        coarse.begin()
         predicted = opened.stitching.predict(opened.pixels(canvas), opened.grid, tiles, engine)
-        return sum(pixels for _, pixels in ahead(write, predicted)) / 1e6
+        area = sum(pixels for _, pixels in ahead(write, predicted))
+        coarse.store()
+    return area / 1e6
 
 
 def finish_slide(job: SlideJob, part: Part) -> Part:

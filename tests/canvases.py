@@ -8,6 +8,7 @@ from scipy import ndimage
 from pipeline.canvas import Canvas, create_canvas
 from pipeline.classes import Class, Classes
 from pipeline.geometry import Lattice
+from pipeline.pyramid import build_pyramid
 
 CLASSES = Classes((Class("Glass", (240, 240, 240)), Class("Drüse", (0, 160, 80)), Class("Fat", (250, 180, 10))))
 
@@ -26,5 +27,5 @@ def make(folder: Path, lattice: Lattice, write_size: int) -> Canvas:
         if (row + column) % 3 != 1:
             part = labels[roi.slices()]
             canvas.write(roi, np.stack([part == index for index in range(3)]).astype(np.float32))
-    canvas.build_pyramid()
+    build_pyramid(canvas)
     return canvas

@@ -19,6 +19,7 @@ from pipeline.geometry import Lattice, Mpp
 from pipeline.metrics import POOLED, report, table
 from pipeline.objects import object_scores, object_sums
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_phantom
+from pipeline.pyramid import build_pyramid
 from pipeline.truth import ClassMap
 from workflows.evaluate import _rules
 
@@ -49,7 +50,7 @@ def canvas_of(path, labels, classes, sure=0.8):
         if (part != IGNORED).all():
             hot = np.stack([np.where(part == index, sure, others) for index in range(len(classes))])
             canvas.write(roi, hot.astype(np.float32))
-    canvas.build_pyramid()
+    build_pyramid(canvas)
     return canvas
 
 

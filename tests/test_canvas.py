@@ -10,13 +10,12 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import CanvasError
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.halving import halve_labels, halve_probabilities
+from pipeline.pyramid import build_pyramid
 
 CLASSES = Classes((Class("Stroma", (255, 0, 128)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 IDENTITY = {"model": "a1", "config": "b2", "slide": "c3"}
@@ -36,20 +35,6 @@ def write_all(canvas: Canvas, probabilities: np.ndarray) -> None:
     for place in np.ndindex(rows, columns):
         roi = canvas.tile_roi(place)
         canvas.write(roi, probabilities[:, *roi.slices()])
-
-
-def slow_pyramid(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One level coarser, pixel by pixel."""
-    height, width = (-(-side // 2) for side in labels.shape)
-    coarse, means = np.full((height, width), IGNORED, np.uint8), np.zeros((len(probabilities), height, width), np.uint8)
-    for y, x in np.ndindex(height, width):
-        window = (slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
-        known = labels[window] != IGNORED
-        if known.any():
-            values, votes = np.unique(labels[window][known], return_counts=True)
-            coarse[y, x] = values[votes.argmax()]
-            means[:, y, x] = np.floor(probabilities[:, *window][:, known].mean(axis=1) + 0.5)
-    return coarse, means
 
 
 def test_what_is_written_is_read_back_by_us_and_by_zarr(tmp_path: Path) -> None:
@@ -103,43 +88,6 @@ def test_blocks_cover_what_is_examined_once(tmp_path: Path, write_size: int, chu
             assert max(roi.shape) <= block
             seen[roi.slices()] += 1
     assert np.array_equal(seen, canvas.read_labels(canvas.lattice.roi) != IGNORED)
-
-
-@pytest.mark.parametrize("write_size", [64, 75, 1031])
-def test_pyramid_equals_a_slow_one(tmp_path: Path, write_size: int) -> None:
-    canvas = make(tmp_path, width=1061, height=133, write_size=write_size)
-    probabilities = scores(canvas)
-    done = [place for place in np.ndindex(3, 17) if canvas.tile_roi(place).area and sum(place) % 3]
-    for place in done:
-        roi = canvas.tile_roi(place)
-        canvas.write(roi, probabilities[:, *roi.slices()])
-    canvas.build_pyramid()
-    assert [level.shape for level in canvas.levels] == [(133, 1061), (67, 531), (34, 266)]
-    labels, means = canvas.read_labels(canvas.lattice.roi), canvas.read_probabilities(canvas.lattice.roi)
-    for level in (1, 2):
-        labels, means = slow_pyramid(labels, means)
-        assert np.array_equal(canvas.labels(level)[:], labels)
-        assert np.array_equal(canvas.probabilities(level)[:], means)
-
-
-def test_a_half_built_pyramid_is_made_anew(tmp_path: Path) -> None:
-    canvas = make(tmp_path, width=1061, height=533, write_size=256)
-    write_all(canvas, scores(canvas))
-    canvas.build_pyramid()
-    expected = [canvas.labels(level)[:] for level in range(3)]
-    canvas.label_shards(1).path((0, 1)).unlink()
-    canvas.label_shards(2).path((0, 0)).write_bytes(canvas.label_shards(1).path((0, 0)).read_bytes())
-    canvas.build_pyramid()
-    assert all(np.array_equal(canvas.labels(level)[:], expected[level]) for level in range(3))
-
-
-@given(hnp.arrays(np.uint8, (4, 6), elements=st.sampled_from([0, 1, 2, 3, IGNORED])), st.integers(0, 2**32 - 1))
-def test_halving_equals_a_slow_one(labels: np.ndarray, seed: int) -> None:
-    probabilities = np.random.default_rng(seed).integers(0, 256, (2, 4, 6), np.uint8)
-    probabilities[:, labels == IGNORED] = 0
-    coarse, means = slow_pyramid(labels, probabilities)
-    assert np.array_equal(halve_labels(labels), coarse)
-    assert np.array_equal(halve_probabilities(probabilities, labels != IGNORED), means)
 
 
 def test_metadata_is_valid_ngff_with_classes_and_micrometres(tmp_path: Path) -> None:
@@ -306,7 +254,7 @@ def test_kill_at_any_moment_leaves_only_whole_tiles(tmp_path: Path) -> None:
             assert np.abs(canvas.read_probabilities(roi) - 255 * probabilities[:, *roi.slices()]).max() <= 0.5001
             canvas.label_shards(0).path(place).unlink()
     write_all(canvas, probabilities)
-    canvas.build_pyramid()
+    build_pyramid(canvas)
     assert np.array_equal(canvas.read_labels(canvas.lattice.roi), expected)
     canvas.remove_partial_files()
     assert not list(canvas.path.rglob("*.partial"))
@@ -315,7 +263,7 @@ def test_kill_at_any_moment_leaves_only_whole_tiles(tmp_path: Path) -> None:
 def test_a_slide_is_few_files(tmp_path: Path) -> None:
     canvas = make(tmp_path, width=1500, height=700, write_size=256)
     write_all(canvas, scores(canvas))
-    canvas.build_pyramid()
+    build_pyramid(canvas)
     tiles, coarse = 6 * 3, 3 * 2 + 2
     shards = [path for path in canvas.path.rglob("*") if path.is_file() and path.name != "zarr.json"]
     assert len(shards) <= 2 * (tiles + coarse)
