@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -118,15 +117,18 @@ class Canvas:
         size = self.write_size
         return Roi(place[1] * size, place[0] * size, size, size).intersect(self.lattice.roi)
 
-    def block_rows(self) -> Iterator[list[Roi]]:
-        """All that is examined, cut into blocks of some 1024 pixels a side, one row of blocks after the other."""
+    def bands(self) -> list[int]:
+        """The rows of tiles of which one or more are `done`, from the top."""
+        return sorted({row for row, _ in self.done()})
+
+    def block_rows(self, band: int) -> Iterator[list[Roi]]:
+        """What is examined of a row of tiles, in blocks of some 1024 pixels a side, one row of blocks after the other."""
         step = self.chunk * _largest_divisor(self.write_size // self.chunk, max(_LARGEST_BLOCK // self.chunk, 1), 1)
-        for row, places in groupby(self.done(), key=lambda place: place[0]):
-            columns = [column for _, column in places]
-            for y in range(row * self.write_size, self.tile_roi((row, 0)).bottom, step):
-                starts = (x for c in columns for x in range(c * self.write_size, (c + 1) * self.write_size, step))
-                blocks = (Roi(x, y, step, step).intersect(self.lattice.roi) for x in starts)
-                yield [block for block in blocks if block.area]
+        columns = [column for row, column in self.done() if row == band]
+        for y in range(band * self.write_size, self.tile_roi((band, 0)).bottom, step):
+            starts = (x for c in columns for x in range(c * self.write_size, (c + 1) * self.write_size, step))
+            blocks = (Roi(x, y, step, step).intersect(self.lattice.roi) for x in starts)
+            yield [block for block in blocks if block.area]
 
     def read_labels(self, roi: Roi, level: int = 0) -> np.ndarray:
         """(rows, columns) uint8 class indices of a rectangle of a level; IGNORED where not examined or outside it."""

@@ -27,6 +27,8 @@ _UNWATCHED = {"distributed.worker.profile.enabled": False, "distributed.admin.ti
 """Of Dask's settings: it would look at its workers a hundred times a second, for profiles that nobody sees here."""
 _REPLACED = {"distributed.deploy.lost-worker-timeout": "365 days"}
 """By default a worker that is not back 15 s after it died, since it died again or starts slowly, is given up for ever."""
+_UNHURRIED = {"distributed.scheduler.worker-saturation": 1.0}
+"""By default a worker that has work is sent the next task already, where it waits although another has nothing to do."""
 _DEATHS = 2  # of local workers, before a task is tried alone, and again before it is given up
 
 
@@ -92,7 +94,7 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": worker_environment(max(cores() // count, 1)),
     }
     with dask.config.set(_REPLACED):  # Dask asks for it whenever it loses one
-        with dask.config.set({**start, **_UNWATCHED}), uninterrupted():
+        with dask.config.set({**start, **_UNWATCHED, **_UNHURRIED}), uninterrupted():
             # No limit of memory: tasks return numbers, so there is nothing to spill, and a worker that keeps its memory for
             # the next activation would be paused for ever.
             local = LocalCluster(

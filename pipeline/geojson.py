@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,26 +14,39 @@ from pipeline.files import replacing
 from pipeline.regions import Region
 
 _DECIMALS = 3  # of an area in um2
+_SEPARATOR = b",\n"
 
 
-def write_geojson(
+def write_features(
     path: Path, regions: Iterable[Region], classes: Classes, corner: tuple[int, int] = (0, 0)
 ) -> dict[str, int]:
-    """Write regions as a GeoJSON FeatureCollection that QuPath opens in place; `corner` is the pixel that it calls 0, 0.
+    """Write regions as features with commas between them, for `write_geojson` to put together.
 
-    Returns how many whole ones there are of each class, by name. The file appears when it is complete.
+    `corner` is the pixel that QuPath calls 0, 0. Returns how many whole ones there are of each class, by name. The file
+    appears when it is complete.
     """
     counts = dict.fromkeys(classes.names, 0)
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(b'{"type": "FeatureCollection", "features": [')
-        separator = b"\n"
         for region in regions:
             item = classes[region.class_index]
-            file.write(separator + orjson.dumps(_feature(region, item, corner), option=orjson.OPT_SERIALIZE_NUMPY))
-            separator = b",\n"
+            feature = orjson.dumps(_feature(region, item, corner), option=orjson.OPT_SERIALIZE_NUMPY)
+            file.write(_SEPARATOR + feature if file.tell() else feature)
             counts[item.name] += not region.part
-        file.write(b"\n]}\n")
     return counts
+
+
+def write_geojson(path: Path, features: Iterable[Path]) -> None:
+    """Put files of `write_features` together as a GeoJSON FeatureCollection; the file appears when it is complete."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(b'{"type": "FeatureCollection", "features": [')
+        separator = b"\n"
+        for part in features:
+            if part.stat().st_size:
+                file.write(separator)
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+                separator = _SEPARATOR
+        file.write(b"\n]}\n")
 
 
 def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, object]:

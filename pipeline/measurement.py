@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +30,24 @@ class Measurement:
     tissue_share: float
 
 
-def measure(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
-    """One measurement a class, in the order of the classes; the canvas is read block by block."""
-    pixels, on_tissue = np.zeros(len(canvas.classes), np.int64), np.zeros(len(canvas.classes), np.int64)
-    for row in canvas.block_rows():
-        for roi in row:
-            labels, stained = canvas.read_labels(roi), tissue.sampled(roi, canvas.lattice)
-            for index in range(len(canvas.classes)):
-                found = labels == index
-                pixels[index] += np.count_nonzero(found)
-                on_tissue[index] += np.count_nonzero(found & stained)
-    examined = max(int(on_tissue.sum()), 1)
+def count_pixels(canvas: Canvas, band: int, tissue: Tissue) -> np.ndarray:
+    """(2, classes) int64: of a row of tiles, the examined pixels of each class, and those of them that are on tissue."""
+    counts = np.zeros((2, len(canvas.classes)), np.int64)
+    for roi in chain.from_iterable(canvas.block_rows(band)):
+        labels, stained = canvas.read_labels(roi), tissue.sampled(roi, canvas.lattice)
+        for index in range(len(canvas.classes)):
+            found = labels == index
+            counts[:, index] += np.count_nonzero(found), np.count_nonzero(found & stained)
+    return counts
+
+
+def measure(canvas: Canvas, counts: np.ndarray) -> tuple[Measurement, ...]:
+    """One measurement a class, in the order of the classes, from the `count_pixels` of all bands together."""
+    pixels, on_tissue = counts.tolist()
+    examined = max(sum(on_tissue), 1)
     pixel_mm2 = canvas.lattice.mpp.area_um2 / _UM2_PER_MM2
-    return tuple(
-        Measurement(item.name, int(pixels[index]) * pixel_mm2, int(on_tissue[index]) / examined)
-        for index, item in enumerate(canvas.classes)
-    )
+    rows = zip(canvas.classes.names, pixels, on_tissue, strict=True)
+    return tuple(Measurement(name, found * pixel_mm2, stained / examined) for name, found, stained in rows)
 
 
 def write_measurements(path: Path, measurements: Sequence[Measurement], regions: Mapping[str, int]) -> None:

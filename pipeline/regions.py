@@ -1,13 +1,15 @@
 """From a canvas to regions: connected pixels of one class, outlined along pixel edges and joined across blocks.
 
-The canvas is read block by block, one row of blocks after the other. A region that touches no edge of its block is
-finished at once; the others wait until no row of blocks below can reach them any more. What would become too long an outline
-to hold in memory, such as that of stroma with all its holes throughout a slide, is cut along edges of blocks.
+    band by band, side by side     blocks --> regions that end in the band, and those that reach its edges
+    then once                      the latter of all bands --> the regions that they make
+
+A band is a row of tiles, read block by block, one row of blocks after the other. A region that touches no edge of its block
+is finished at once; the others wait until no row of blocks below can reach them any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -21,8 +23,8 @@ from pipeline.components import find_runs
 from pipeline.contours import Rings, find_corners, trace_rings
 from pipeline.geometry import Lattice, Roi
 from pipeline.machine import threads
+from pipeline.open_regions import Component, Edge, OpenRegions, Waiting
 
-_LONGEST = 250_000  # corners of a region that goes on in another block: longer outlines are cut
 _BATCH = 60_000  # corners that are made into outlines at once
 
 
@@ -42,23 +44,21 @@ class Region:
     part: bool
 
 
-def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()) -> Iterator[Region]:
-    """The regions of all classes but those whose index is in `skip`, from top to bottom by where they end.
+def band_regions(
+    canvas: Canvas, band: int, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()
+) -> Generator[Region, None, OpenRegions]:
+    """The regions that end within a band of the canvas, from top to bottom by where they end; returns what it leaves open.
 
-    Outlines are in pixels of `base`; regions below `min_area_um2` are left out, but not parts of larger ones. Memory grows
-    with the blocks of a row, not with the slide.
+    They are of all classes but those whose index is in `skip`, outlined in pixels of `base`. Regions below `min_area_um2`
+    are left out, but not parts of larger ones. Memory grows with the blocks of a row, not with the slide.
     """
-    finish = _Finish(canvas.lattice.scale_to(base), canvas.lattice.mpp.area_um2, min_area_um2)
-    waiting, nothing = _Waiting(), _Edge.empty(canvas.lattice.width)
-    above, bottom, first = nothing, 0, 1
-    blocks = ahead(
-        partial(_Block.read, canvas, skip=skip), chain.from_iterable(canvas.block_rows()), 2 * threads(), threads()
-    )
-    for top, row in groupby(blocks, key=lambda found: found[0].y):
-        if top != bottom:
-            yield from finish.regions(waiting.release(nothing))
-            above = nothing
-        below, left, right = _Edge.empty(canvas.lattice.width), nothing, -1
+    finish, waiting, first = _Finish.of(canvas, base, min_area_um2), Waiting(), 1
+    nothing = Edge.empty(canvas.lattice.width)
+    upper, above, whole = Edge.empty(canvas.lattice.width), nothing, canvas.tile_roi((band, 0))
+    rows = chain.from_iterable(canvas.block_rows(band))
+    blocks = ahead(partial(_Block.read, canvas, skip=skip), rows, 2 * threads(), threads())
+    for y, row in groupby(blocks, key=lambda found: found[0].y):
+        below, left, right = Edge.empty(canvas.lattice.width), nothing, -1
         for roi, uncounted in row:
             block = replace(uncounted, first=first)
             first += len(block.pixels)
@@ -69,50 +69,30 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
                 waiting.join(left, block.edge(slice(None), 0))
             left, right = block.edge(slice(None), -1), roi.right
             below.fill(roi.x, block.edge(-1, slice(None)))
-        yield from finish.regions(waiting.release(below))
-        above, bottom = below, roi.bottom
-    yield from finish.regions(waiting.release(nothing))
+            if y == whole.y:
+                upper.fill(roi.x, block.edge(0, slice(None)))
+        yield from finish.regions(waiting.release(upper, below))
+        above = below
+    return OpenRegions(whole.y, whole.bottom, first, upper, above, waiting.components())
 
 
-@dataclass
-class _Component:
-    """A region, or what is known of it: `corners` are (n, 3) int32 arrays of row, column and mask of vertices, `length` is
-    how many they are together. What is `cut` is a part of a larger region.
-    """
-
-    number: int
-    class_index: int
-    pixels: int
-    weight: float
-    corners: list[np.ndarray]
-    length: int
-    cut: bool = False
-
-    def absorb(self, other: _Component) -> None:
-        self.pixels += other.pixels
-        self.weight += other.weight
-        self.corners.extend(other.corners)
-        self.length += other.length
-        self.cut |= other.cut
-
-
-@dataclass(frozen=True)
-class _Edge:
-    """A line of pixels: their class indices (IGNORED where none) and the numbers of their components."""
-
-    labels: np.ndarray
-    numbers: np.ndarray
-
-    @classmethod
-    def empty(cls, length: int) -> _Edge:
-        return cls(np.full(length, IGNORED, np.uint8), np.zeros(length, np.int64))
-
-    def part(self, start: int, stop: int) -> _Edge:
-        return _Edge(self.labels[start:stop], self.numbers[start:stop])
-
-    def fill(self, start: int, other: _Edge) -> None:
-        stop = start + len(other.labels)
-        self.labels[start:stop], self.numbers[start:stop] = other.labels, other.numbers
+def joined_regions(
+    canvas: Canvas, bands: Iterable[OpenRegions], base: Lattice, min_area_um2: float = 0.0
+) -> Iterator[Region]:
+    """The regions that reach edges of bands, which come from top to bottom; see `band_regions`."""
+    finish, waiting = _Finish.of(canvas, base, min_area_um2), Waiting()
+    above, bottom, first = Edge.empty(canvas.lattice.width), -1, 0
+    for counted in bands:
+        band = counted.numbered_from(first)
+        first = band.last
+        if band.top != bottom:
+            yield from finish.regions(waiting.release())
+            above = Edge.empty(canvas.lattice.width)
+        waiting.add(band.components)
+        waiting.join(above, band.upper)
+        yield from finish.regions(waiting.release(band.lower))
+        above, bottom = band.lower, band.bottom
+    yield from finish.regions(waiting.release())
 
 
 @dataclass(frozen=True)
@@ -157,62 +137,17 @@ class _Block:
         of_components = (pixels[1:], weights[1:], classes[1:], touching[1:])
         return cls(roi, 0, labels, numbers, *of_components, corner_owners, corners)
 
-    def edge(self, rows: int | slice, columns: int | slice) -> _Edge:
-        return _Edge(self.labels[rows, columns], self.ids[rows, columns].astype(np.int64) + self.first)
+    def edge(self, rows: int | slice, columns: int | slice) -> Edge:
+        return Edge(self.labels[rows, columns], self.ids[rows, columns].astype(np.int64) + self.first)
 
-    def components(self, chosen: np.ndarray) -> Iterator[_Component]:
+    def components(self, chosen: np.ndarray) -> Iterator[Component]:
         """The components for which `chosen`, one bool each, is true."""
         numbers = np.flatnonzero(chosen)
         starts, stops = (np.searchsorted(self.owners, numbers, side) for side in ("left", "right"))
         for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops.tolist(), strict=True):
             pixels, weight = int(self.pixels[number]), float(self.weights[number])
             own = [self.corners[start:stop].copy()]
-            yield _Component(self.first + number, int(self.classes[number]), pixels, weight, own, stop - start)
-
-
-class _Waiting:
-    """Components that may go on in blocks not yet read, joined where they meet (union-find)."""
-
-    def __init__(self) -> None:
-        self._parents: dict[int, int] = {}
-        self._components: dict[int, _Component] = {}
-
-    def add(self, components: Iterable[_Component]) -> None:
-        for component in components:
-            self._parents[component.number] = component.number
-            self._components[component.number] = component
-
-    def join(self, one: _Edge, other: _Edge) -> None:
-        """Join what is of one class on either side of two edges that lie side by side, unless it would be too long."""
-        meet = (one.labels == other.labels) & (one.labels != IGNORED)
-        pairs = np.unique(np.stack([one.numbers[meet], other.numbers[meet]]), axis=1)
-        for pair in pairs.T.tolist():
-            first, second = (self._components[self._root(number)] for number in pair)
-            if first is second:
-                continue
-            if first.length + second.length > _LONGEST:
-                first.cut = second.cut = True
-                continue
-            small, large = sorted((first, second), key=lambda component: len(component.corners))
-            self._parents[small.number] = large.number
-            large.absorb(self._components.pop(small.number))
-
-    def release(self, below: _Edge) -> list[_Component]:
-        """Hand out the components that do not reach the edge `below`; on it, number the others by their roots."""
-        inside = below.labels != IGNORED
-        numbers, places = np.unique(below.numbers[inside], return_inverse=True)
-        roots = np.array([self._root(number) for number in numbers.tolist()], np.int64)
-        below.numbers[inside] = roots[places]
-        reached = set(roots.tolist())
-        finished = [component for root, component in self._components.items() if root not in reached]
-        self._components = {root: self._components[root] for root in reached}
-        self._parents = {root: root for root in reached}
-        return finished
-
-    def _root(self, number: int) -> int:
-        while (parent := self._parents[number]) != number:
-            self._parents[number] = number = self._parents[parent]
-        return number
+            yield Component(self.first + number, int(self.classes[number]), pixels, weight, own, stop - start)
 
 
 @dataclass(frozen=True)
@@ -222,6 +157,10 @@ class _Finish:
     scale: tuple[float, float]
     pixel_um2: float
     min_area_um2: float
+
+    @classmethod
+    def of(cls, canvas: Canvas, base: Lattice, min_area_um2: float) -> _Finish:
+        return cls(canvas.lattice.scale_to(base), canvas.lattice.mpp.area_um2, min_area_um2)
 
     def large(self, pixels: np.ndarray) -> np.ndarray:
         """Whether components of so many pixels are large enough."""
@@ -241,9 +180,9 @@ class _Finish:
             parts = np.zeros(len(batch), bool)
             yield from self._measured(outlines, block.classes[batch], block.pixels[batch], block.weights[batch], parts)
 
-    def regions(self, components: Iterable[_Component]) -> Iterator[Region]:
+    def regions(self, components: Iterable[Component]) -> Iterator[Region]:
         """The regions of components, so many at once that their corners fit into memory."""
-        batch: list[_Component] = []
+        batch: list[Component] = []
         corners = 0
         for component in components:
             batch.append(component)
@@ -253,7 +192,7 @@ class _Finish:
                 batch, corners = [], 0
         yield from self._outline(batch)
 
-    def _outline(self, batch: list[_Component]) -> Iterator[Region]:
+    def _outline(self, batch: list[Component]) -> Iterator[Region]:
         large = self.large(np.array([component.pixels for component in batch]))
         batch = [component for component, enough in zip(batch, large, strict=True) if enough or component.cut]
         if not batch:

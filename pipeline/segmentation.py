@@ -1,20 +1,21 @@
 """How many slides go through a cluster, some at a time, and what is told of them.
 
-A slide is planned, then its tiles are run in blocks of neighbours, then it is finished in two parts and sealed: tasks that
-return numbers, see slide_tasks.py.
+A slide is planned, then its tiles are run in blocks of neighbours, then it is sealed. Meanwhile it is finished part by part,
+each as soon as it can be. All are tasks that return numbers, see slide_tasks.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.blending import TILE_SIZE
 from pipeline.errors import CanvasError, FullfieldError, WorkerError, refusal
 from pipeline.slide_job import SlideJob, job_tile_size
-from pipeline.slide_tasks import Part, Plan, finish_slide, get_ready, plan_slide, seal_slide, segment_block
+from pipeline.slide_tasks import Made, Part, Plan, Segmented, finish_slide, get_ready, plan_slide, seal_slide, segment_block
 from pipeline.tasks import Cluster, Outcome
 from pipeline.tiling import tile_size_for
 
@@ -114,25 +115,27 @@ def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]
 
 
 class _Active:
-    """A slide that is under way: how many of its blocks are still out, and what they have cost."""
+    """A slide that is under way: what of it is still out, and what it has cost."""
 
     def __init__(self, job: SlideJob, cluster: Cluster) -> None:
         self.job, self.cluster = job, cluster
         self.started, self.blocks, self.megapixels = time.monotonic(), 0, 0.0
-        self.tissue_mm2, self.remark, self.parts, self.over = 0.0, "", 0, False
+        self.tissue_mm2, self.remark, self.over = 0.0, "", False
+        self.rows = Counter[int]()  # of tiles, each with how many blocks it waits for
+        self.bands, self.parts = set[int](), {"tissue", "pyramid", "regions"}  # what is to be made, or under way
         cluster.submit(job.slide_id, plan_slide, job)
 
-    def advanced(self, value: Plan | float | Part | None) -> Step:
+    def advanced(self, value: Plan | Segmented | Part | None) -> Step:
         """Count a task that ended well, and submit what follows from it."""
         if self.over:
             return Step(self.job)
         match value:
             case Plan():
                 return self._planned(value)
-            case float():  # the megapixels of a block
+            case Segmented():
                 return self._block_done(value)
             case Part():
-                return self._part_done()
+                return self._part_done(value)
             case None:  # it is sealed
                 return self._ended("done", self.remark)
 
@@ -154,29 +157,43 @@ class _Active:
         if plan.finished:
             return replace(self._ended("done", plan.remark), skipped=True)
         self.blocks, self.tissue_mm2, self.remark = len(plan.blocks), plan.tissue_mm2, plan.remark
+        self.bands.update(plan.bands)
         for block in plan.blocks:
             self.cluster.submit(self.job.slide_id, segment_block, self.job, block)
-        if not plan.blocks:
-            self._finish()
+            self.rows.update({row for row, _ in block})
+        self._make("tissue")
+        self._finish(plan.bands)
         return Step(self.job, blocks=len(plan.blocks))
 
-    def _block_done(self, megapixels: float) -> Step:
+    def _block_done(self, block: Segmented) -> Step:
         self.blocks -= 1
-        self.megapixels += megapixels
-        if not self.blocks:
-            self._finish()
-        return Step(self.job, blocks_done=1, megapixels=megapixels)
+        self.megapixels += block.megapixels
+        self.rows.subtract(block.rows)
+        self._finish(sorted(block.rows))
+        return Step(self.job, blocks_done=1, megapixels=block.megapixels)
 
-    def _part_done(self) -> Step:
-        self.parts -= 1
+    def _finish(self, rows: Iterable[int]) -> None:
+        """Make what can be made now that these rows of tiles wait for a block less."""
+        for row in rows:
+            if not self.rows[row]:
+                self._make("band", row)
+        if not self.blocks:
+            self._make("pyramid")
+        if not self.bands:
+            self._make("regions")
+
+    def _make(self, made: Made, band: int = 0) -> None:
+        self.cluster.submit(self.job.slide_id, finish_slide, self.job, Part(made, band))
+
+    def _part_done(self, part: Part) -> Step:
+        if part.made == "band":
+            self.bands.remove(part.band)
+            if not self.bands:
+                self._make("regions")
+        self.parts.discard(part.made)
         if not self.parts:
             self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2)
         return Step(self.job)
-
-    def _finish(self) -> None:
-        self.parts = len(Part)
-        for part in Part:
-            self.cluster.submit(self.job.slide_id, finish_slide, self.job, part)
 
     def _ended(self, status: str, reason: str) -> Step:
         self.over = True

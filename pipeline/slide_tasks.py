@@ -1,11 +1,11 @@
 """What segmenting one slide takes, as tasks that return numbers.
 
-    plan_slide --> segment_block, ... --> finish_slide (regions) and finish_slide (pyramid) --> seal_slide
+    plan_slide --> segment_block, ... --> finish_slide, ... --> seal_slide
 
 Planning finds the tissue and makes the canvas; a block is tiles that lie side by side; finishing makes what follows from the
-canvas; sealing writes the provenance. A tile is done when its shards are on disk, whole, a slide when its provenance is; so
-a run that was killed at any moment is finished by running it again. A worker that outlives its command may still write; so
-what plans or seals a slide has its folder alone, and all others share a lock on it.
+canvas, part by part; sealing writes the provenance. A tile is done when its shards are on disk, whole, a slide when its
+provenance is; so a run that was killed at any moment is finished by running it again. A worker that outlives its command may
+still write; so what plans or seals a slide has its folder alone, and all others share a lock on it.
 
 What only tasks use is imported in them, so that a command has its workers sooner.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from typing import Literal
 
 import numpy as np
 
@@ -48,20 +48,35 @@ _BLOCK_TILES = 2
 class Plan:
     """What is left to do of a slide with so much tissue: blocks of tile indices, (row, column). `finished`: nothing is.
 
-    `remark` is what a reader of the slide's results has to know.
+    `bands` are the rows of tiles that it will have. `remark` is what a reader of the slide's results has to know.
     """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
+    bands: tuple[int, ...]
     tissue_mm2: float
     remark: str = ""
     finished: bool = False
 
 
-class Part(Enum):
-    """The parts of what is made of a finished canvas."""
+@dataclass(frozen=True)
+class Segmented:
+    """What a block was: its rows of tiles, and its megapixels."""
 
-    REGIONS = "regions"
-    PYRAMID = "pyramid"
+    rows: frozenset[int]
+    megapixels: float
+
+
+Made = Literal["band", "regions", "pyramid", "tissue"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is made of a finished canvas: what is in one `band`, or, of all bands together, the `regions`; the
+    `pyramid` with its pictures; the picture of the `tissue`.
+    """
+
+    made: Made
+    band: int = 0
 
 
 def get_ready(job: SlideJob) -> None:
@@ -91,7 +106,7 @@ def plan_slide(job: SlideJob) -> Plan:
         if path.exists():
             canvas = open_canvas(path, identity)
             if is_finished(job):
-                return Plan((), 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
+                return Plan((), (), 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
             (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
             tissue = opened.tissue()
         else:
@@ -104,12 +119,14 @@ def plan_slide(job: SlideJob) -> Plan:
             canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, measured, shown)
         done = set(canvas.whole())
     release_memory()  # what looking for tissue took is in other pieces than tiles need
-    blocks = defaultdict(list)
+    blocks, bands = defaultdict(list), {row for row, _ in done}
     for tile in opened.grid:
         if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
             blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
+            bands.add(tile.index[0])
     tissue_mm2 = tissue.area_um2 / 1e6
-    return Plan(tuple(tuple(block) for block in blocks.values()), tissue_mm2, _remark(opened, canvas, tissue_mm2))
+    planned = tuple(tuple(block) for block in blocks.values())
+    return Plan(planned, tuple(sorted(bands)), tissue_mm2, _remark(opened, canvas, tissue_mm2))
 
 
 def _remark(opened: OpenedJob, canvas: Canvas, tissue_mm2: float) -> str:
@@ -120,8 +137,8 @@ def _remark(opened: OpenedJob, canvas: Canvas, tissue_mm2: float) -> str:
     return "; ".join(filter(None, (nothing, coarse, problem and f"the stain is left as scanned: {problem}")))
 
 
-def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
-    """Run the model over some tiles and write each to the shard that is its alone; returns the megapixels segmented.
+def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:
+    """Run the model over some tiles and write each to the shard that is its alone.
 
     Raises CanvasError where model or slide are no longer what the canvas was begun with.
     """
@@ -141,28 +158,50 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> float:
         predicted = opened.stitching.predict(opened.pixels(canvas), opened.grid, tiles, engine)
         area = sum(pixels for _, pixels in ahead(write, predicted))
         coarse.store()
-    return area / 1e6
+    return Segmented(frozenset(row for row, _ in block), area / 1e6)
 
 
 def finish_slide(job: SlideJob, part: Part) -> Part:
-    """Make a part of what follows from the canvas; the two parts may go side by side, the same of two commands may not."""
-    from pipeline.finishing import write_pyramid, write_regions
+    """Make a part of what follows from the canvas.
 
-    opened, own = OpenedJob(job), job.folder.with_name(f"{job.folder.name}.{part.value}")
-    with locked(job.folder, shared=True), locked(own):
+    A band is for when its tiles are done, the pyramid for when all are, the regions for when all bands are.
+    """
+    from pipeline import finishing
+
+    opened, smallest = OpenedJob(job), job.settings.min_region_um2
+    with locked(job.folder, shared=True):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
-        if part is Part.PYRAMID:
-            write_pyramid(job.folder, opened.slide, canvas, opened.tissue(), len(ensemble.members(job.model)) > 1)
-        else:
-            rest, smallest = opened.spec.rest, job.settings.min_region_um2
-            write_regions(job.folder, opened.slide, canvas, opened.tissue(), rest, smallest)
+        match part:
+            case Part("band", band):
+                given = opened.tissue(), opened.spec.rest, smallest
+                finishing.outline_band(job.folder, opened.slide, canvas, *given, band)
+            case Part("regions"):
+                _join_bands(job, opened, canvas)
+            case Part("pyramid"):
+                with locked(job.folder.with_name(f"{job.folder.name}.pyramid")):  # another command may be at it
+                    finishing.write_pyramid(job.folder, opened.slide, canvas, len(ensemble.members(job.model)) > 1)
+            case Part("tissue"):
+                finishing.write_tissue(job.folder, opened.slide, opened.tissue())
     return part
 
 
+def _join_bands(job: SlideJob, opened: OpenedJob, canvas: Canvas) -> None:
+    from pipeline.finishing import write_regions
+
+    try:
+        write_regions(job.folder, opened.slide, canvas, opened.spec.rest, job.settings.min_region_um2)
+    except FileNotFoundError:
+        if not is_finished(job):  # else another command has done it, and cleared the bands away
+            raise
+
+
 def seal_slide(job: SlideJob, tissue_mm2: float) -> None:
-    """Clear away what killed workers left, and write the provenance, which comes last and says that the slide is done."""
+    """Clear away bands and what killed workers left, and write the provenance, which comes last: the slide is done."""
+    from pipeline.finishing import remove_bands
+
     opened = OpenedJob(job)
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
         canvas.remove_partial_files()
+        remove_bands(job.folder)
         write_json(job.folder / PROVENANCE, opened.provenance(canvas, tissue_mm2))

@@ -7,11 +7,18 @@ import pytest
 from pipeline.canvas import Canvas, create_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.geometry import Lattice, Mpp
-from pipeline.measurement import measure, write_measurements
+from pipeline.measurement import Measurement, count_pixels, measure, write_measurements
 from pipeline.tissue import Tissue
 
 CLASSES = Classes((Class("Stroma", (255, 0, 128)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 LATTICE = Lattice(130, 70, Mpp(2.0, 1.0))
+
+
+def measured(canvas: Canvas, tissue: Tissue) -> tuple[Measurement, ...]:
+    counts = np.zeros((2, len(CLASSES)), np.int64)
+    for band in canvas.bands():
+        counts += count_pixels(canvas, band, tissue)
+    return measure(canvas, counts)
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def canvas(tmp_path: Path, labels: np.ndarray) -> Canvas:
 
 def test_areas_count_every_examined_pixel(canvas: Canvas, labels: np.ndarray) -> None:
     nowhere = Tissue(np.zeros((9, 33), bool), Lattice(33, 9, Mpp.square(8)))
-    for index, item in enumerate(measure(canvas, nowhere)):
+    for index, item in enumerate(measured(canvas, nowhere)):
         assert item.class_name == CLASSES.names[index]
         assert item.area_mm2 == pytest.approx((labels == index).sum() * 2e-6)
         assert item.tissue_share == 0
@@ -45,7 +52,7 @@ def test_shares_are_of_the_examined_tissue(canvas: Canvas, labels: np.ndarray) -
     mask = np.random.default_rng(4).random((9, 33)) < 0.4
     on_tissue = np.repeat(np.repeat(mask, 8, axis=0), 4, axis=1)[: LATTICE.height, : LATTICE.width]
     examined = on_tissue & (labels != IGNORED)
-    measurements = measure(canvas, Tissue(mask, Lattice(33, 9, Mpp.square(8))))
+    measurements = measured(canvas, Tissue(mask, Lattice(33, 9, Mpp.square(8))))
     for index, item in enumerate(measurements):
         assert item.tissue_share == pytest.approx((labels[examined] == index).mean())
     assert sum(item.tissue_share for item in measurements) == pytest.approx(1)
@@ -53,12 +60,12 @@ def test_shares_are_of_the_examined_tissue(canvas: Canvas, labels: np.ndarray) -
 
 def test_a_slide_of_which_nothing_was_examined_has_zeros(tmp_path: Path) -> None:
     canvas = create_canvas(tmp_path / "empty.ome.zarr", LATTICE, CLASSES, 32, {})
-    measurements = measure(canvas, Tissue(np.zeros((9, 33), bool), Lattice(33, 9, Mpp.square(8))))
+    measurements = measured(canvas, Tissue(np.zeros((9, 33), bool), Lattice(33, 9, Mpp.square(8))))
     assert [(item.area_mm2, item.tissue_share) for item in measurements] == [(0, 0)] * 3
 
 
 def test_the_table_has_a_row_a_class(canvas: Canvas, tmp_path: Path) -> None:
-    measurements = measure(canvas, Tissue(np.ones((9, 33), bool), Lattice(33, 9, Mpp.square(8))))
+    measurements = measured(canvas, Tissue(np.ones((9, 33), bool), Lattice(33, 9, Mpp.square(8))))
     write_measurements(tmp_path / "measurements.csv", measurements, {"Stroma": 0, "Gland": 12})
     with (tmp_path / "measurements.csv").open() as file:
         rows = list(csv.DictReader(file))

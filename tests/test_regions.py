@@ -1,4 +1,5 @@
 import json
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,9 +14,10 @@ from scipy import ndimage
 
 from pipeline.canvas import Canvas, create_canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.geojson import write_geojson
+from pipeline.geojson import write_features, write_geojson
 from pipeline.geometry import Lattice, Mpp
-from pipeline.regions import Region, find_regions
+from pipeline.open_regions import OpenRegions
+from pipeline.regions import Region, band_regions, joined_regions
 
 CLASSES = Classes((Class("Glass", (255, 255, 255)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 OUTPUT, BASE = Mpp(1.0, 1.5), Mpp(0.5, 0.25)
@@ -39,6 +41,27 @@ def make(folder: str | Path, labels: np.ndarray, write_size: int, likelihood: np
 def base_of(canvas: Canvas) -> Lattice:
     width, height = canvas.lattice.width * OUTPUT.x / BASE.x, canvas.lattice.height * OUTPUT.y / BASE.y
     return Lattice(int(width), int(height), BASE)
+
+
+def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()) -> Iterator[Region]:
+    """All regions: those of each band, and then those that the bands leave open, which pass through a file."""
+    left = []
+    for band in canvas.bands():
+        found = yield from band_regions(canvas, band, base, min_area_um2, skip)
+        found.save(canvas.path / "open.npz")
+        left.append(OpenRegions.load(canvas.path / "open.npz"))
+    yield from joined_regions(canvas, left, base, min_area_um2)
+
+
+def write(path: Path, regions: Iterable[Region]) -> dict[str, int]:
+    """Regions as one GeoJSON file, put together from three, of which the second is empty."""
+    given, counts = list(regions), dict.fromkeys(CLASSES.names, 0)
+    pieces = [path.with_name(f"{path.name}.{index}") for index in range(3)]
+    for piece, part in zip(pieces, (given[:2], [], given[2:]), strict=True):
+        for name, count in write_features(piece, part, CLASSES).items():
+            counts[name] += count
+    write_geojson(path, pieces)
+    return counts
 
 
 def polygon_of(region: Region) -> shapely.Polygon:
@@ -128,7 +151,7 @@ def test_shapes_that_are_hard_to_join(labels: np.ndarray, write_size: int) -> No
 def test_a_region_whose_outline_is_too_long_is_cut_and_loses_nothing(case: tuple[np.ndarray, int], longest: int) -> None:
     labels, write_size = case
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.regions._LONGEST", longest)
+        patch.setattr("pipeline.open_regions._LONGEST", longest)
         canvas = make(folder, labels, write_size)
         regions = list(find_regions(canvas, base_of(canvas), min_area_um2=6 * OUTPUT.area_um2))
     large = labels.copy()
@@ -145,13 +168,13 @@ def test_outlines_are_no_longer_than_allowed(tmp_path: Path, monkeypatch: pytest
     labels = (np.random.default_rng(2).random((160, 200)) < 0.7).astype(np.uint8)
     canvas = make(tmp_path, labels, 16)
     whole = list(find_regions(canvas, base_of(canvas), skip=[0], min_area_um2=1000))
-    monkeypatch.setattr("pipeline.regions._LONGEST", 600)
+    monkeypatch.setattr("pipeline.open_regions._LONGEST", 600)
     parts = list(find_regions(canvas, base_of(canvas), skip=[0], min_area_um2=1000))
     assert len(whole) == 1 and shapely.count_coordinates(polygon_of(whole[0])) > 10_000
     assert max(shapely.count_coordinates(polygon_of(part)) for part in parts) < 2 * 600
     assert sum(part.area_um2 for part in parts) == whole[0].area_um2
     assert all(part.part for part in parts) and not whole[0].part
-    assert write_geojson(tmp_path / "r.geojson", parts, CLASSES)["Gland"] == 0
+    assert write(tmp_path / "r.geojson", parts)["Gland"] == 0
     measured = [item["properties"]["measurements"] for item in json.loads((tmp_path / "r.geojson").read_text())["features"]]
     assert all(item["Part of a larger region"] == 1 for item in measured)
 
@@ -159,7 +182,7 @@ def test_outlines_are_no_longer_than_allowed(tmp_path: Path, monkeypatch: pytest
 def test_what_a_part_is_joined_to_is_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.ones((16, 48), np.uint8)
     labels[1:15:2, 1:15:2] = 0  # a sieve in the first tile, whose outlines are too long to be joined to the second tile
-    monkeypatch.setattr("pipeline.regions._LONGEST", 200)
+    monkeypatch.setattr("pipeline.open_regions._LONGEST", 200)
     canvas = make(tmp_path, labels, 16)
     regions = list(find_regions(canvas, base_of(canvas), skip=[0]))
     assert sorted(region.area_um2 / OUTPUT.area_um2 for region in regions) == [16 * 16 - 49, 2 * 16 * 16]
@@ -208,7 +231,7 @@ def test_geojson_reads_back_as_the_labels(tmp_path: Path) -> None:
     labels, path = nested(61), tmp_path / "regions.geojson"
     canvas = make(tmp_path, labels, 16)
     regions = list(find_regions(canvas, base_of(canvas), skip=[0]))
-    counts = write_geojson(path, iter(regions), CLASSES)
+    counts = write(path, iter(regions))
     features = json.loads(path.read_text())["features"]
     assert counts == {"Glass": 0, "Gland": 4, "Fat": 3}
     assert len(features) == 7
@@ -232,7 +255,7 @@ def test_geojson_reads_back_as_the_labels(tmp_path: Path) -> None:
 
 
 def test_geojson_of_no_regions_is_an_empty_collection(tmp_path: Path) -> None:
-    counts = write_geojson(tmp_path / "none.geojson", [], CLASSES)
+    counts = write(tmp_path / "none.geojson", [])
     assert json.loads((tmp_path / "none.geojson").read_text()) == {"type": "FeatureCollection", "features": []}
     assert counts == {"Glass": 0, "Gland": 0, "Fat": 0}
 
@@ -241,7 +264,7 @@ def test_coordinates_have_three_decimals_and_whole_numbers_none(tmp_path: Path) 
     canvas, path = make(tmp_path, chessboard(5), 16), tmp_path / "regions.geojson"
     for x, y in ((10 / 3, 7), (4, 7 / 9), (4, 7)):
         base = Lattice(99, 99, Mpp(OUTPUT.x / x, OUTPUT.y / y))
-        write_geojson(path, find_regions(canvas, base), CLASSES)
+        write(path, find_regions(canvas, base))
         features = json.loads(path.read_text())["features"]
         points = [point for item in features for ring in item["geometry"]["coordinates"] for point in ring]
         assert {point[0] for point in points} == {round(column * x, 3) for column in range(9)}

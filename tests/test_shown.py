@@ -13,7 +13,7 @@ from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import TissueSettings
 from pipeline.errors import AnnotationError
-from pipeline.finishing import write_regions
+from pipeline.finishing import outline_band, write_regions
 from pipeline.geometry import Roi
 from pipeline.phantom import render, write_slide
 from pipeline.slide import Slide, open_slide
@@ -73,7 +73,9 @@ def test_outlines_are_read_and_written_from_the_corner_that_is_shown(slide: Slid
         roi = canvas.tile_roi((row, column))
         part = gland[roi.slices()]
         canvas.write(roi, np.stack([1 - part, part]))
-    write_regions(tmp_path, slide, canvas, find_tissue(slide, TissueSettings()), 0, 0.0)
+    for band in canvas.bands():
+        outline_band(tmp_path, slide, canvas, find_tissue(slide, TissueSettings()), 0, 0.0, band)
+    write_regions(tmp_path, slide, canvas, 0, 0.0)
     (feature,) = json.loads((tmp_path / "regions.geojson").read_text())["features"]
     ring = np.array(feature["geometry"]["coordinates"][0])
     assert (ring.min(axis=0).tolist(), ring.max(axis=0).tolist()) == ([200, 100], [600, 300])
