@@ -103,8 +103,8 @@ class OpenRegions:
     def load(cls, path: Path) -> OpenRegions:
         """Read what `save` wrote. Raises OSError where there is no such file."""
         with np.load(path) as file:
-            corners = np.split(file["corners"], np.cumsum(file["facts"][:, 3])[:-1])
-            facts = zip(file["facts"].tolist(), file["weights"].tolist(), corners, strict=False)
+            corners = np.split(file["corners"], np.cumsum(file["facts"][:, 3]))[:-1]
+            facts = zip(file["facts"].tolist(), file["weights"].tolist(), corners, strict=True)
             components = tuple(
                 Component(number, class_index, pixels, weight, [own], length, bool(cut))
                 for (number, class_index, pixels, length, cut), weight, own in facts
