@@ -112,11 +112,13 @@ def segment(
     also OUTPUT/ensemble, which serves as a model, and an entropy map of each slide. The exit code is 1 where a slide failed.
     Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
+    if workers is not None and scheduler is not None:
+        raise typer.BadParameter("workers are the scheduler's own where one is named", param_hint="--workers")
+    if workers != 0 and scheduler is None:
+        _expect_workers(*slides, *(Path(one) for one in model if ":" not in one))
     from pipeline.config import ClusterSettings
     from workflows.segment import segment as verb
 
-    if workers is not None and scheduler is not None:
-        raise typer.BadParameter("workers are the scheduler's own where one is named", param_hint="--workers")
     where = ClusterSettings(workers=workers, scheduler=scheduler)
     raise typer.Exit(verb(slides, model, output, mpp, tile_size, where, options.engine(precision, backend), blend, flips))
 
@@ -140,6 +142,7 @@ def plan(
     compressed.
     Example: `fullfield plan slide.svs --model runs/demo/model`
     """
+    _expect_workers(slide, *([] if ":" in model else [Path(model)]))
     from workflows.plan import plan as verb
 
     verb(slide, model, mpp, tile_size, options.engine(precision, backend), blend, flips, as_json)
@@ -283,6 +286,15 @@ def verify(
     from workflows.verify import verify as verb
 
     raise typer.Exit(verb(slide, model, mpp, options.engine(precision, backend), blend, flips))
+
+
+def _expect_workers(*needed: Path) -> None:
+    """Let what workers need be imported beside what this process does, unless all it will do is to miss one of the files."""
+    from pipeline.forking import start_forking
+    from pipeline.machine import worker_environment
+
+    if all(path.exists() for path in needed):
+        start_forking(worker_environment(1))
 
 
 def main() -> None:
