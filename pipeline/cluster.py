@@ -10,6 +10,7 @@ They are forked, where that is safe, so that they are ready sooner: see forking.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -112,7 +113,16 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
             yield local
         except KeyboardInterrupt:
             console.print("Stopping; the same command goes on from what is done")
+            _kill_workers(local)  # which would else come to the end of a training step, or of a tile, first
             raise
         finally:
             with suppress(TimeoutError):  # on a busy machine: workers that are slow to end will end with this process
                 local.close()
+
+
+def _kill_workers(local: Any) -> None:
+    for nanny in local.workers.values():
+        nanny.auto_restart = False
+        if nanny.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(nanny.pid, signal.SIGKILL)

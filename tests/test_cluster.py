@@ -38,6 +38,12 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def take_a_while(began: Path, ended: Path) -> None:
+    began.touch()
+    time.sleep(2)
+    ended.touch()
+
+
 def environment() -> dict[str, str]:
     return {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_")}
 
@@ -318,3 +324,14 @@ def test_streams_side_by_side_tell_all_in_order_and_one_that_fails_stops_no_othe
     values = {key: [each.value for each in told if each.key == key and each.error is None] for key in tasks}
     assert values == {"long": list(range(200)), "none": [], "bad": [0, 1], "short": list(range(5))}
     assert [(each.key, type(each.error)) for each in told if each.error is not None] == [("bad", SlideError)]
+
+
+def test_an_interrupted_command_does_not_wait_for_what_its_workers_do(tmp_path: Path) -> None:
+    began, ended = tmp_path / "began", tmp_path / "ended"
+    with pytest.raises(KeyboardInterrupt), connect(ClusterSettings(workers=1)) as cluster:
+        cluster.submit("long", take_a_while, began, ended)
+        while not began.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    time.sleep(2.5)
+    assert not ended.exists()
