@@ -73,10 +73,9 @@ class CoarseShard:
         top, left = (index % 2 * size // 2 for index in tile)
         for y in range(0, len(labels), _BAND):
             band = _halved(levels[:, y : y + _BAND], labels[y : y + _BAND])
-            rows, columns = (
-                slice(start, start + size) for start, size in zip((top + y // 2, left), band[1].shape, strict=True)
-            )
-            self._levels[:, rows, columns], self._labels[rows, columns] = band
+            height, width = band[1].shape
+            part = Roi(left, top + y // 2, width, height).slices()
+            self._levels[:, *part], self._labels[part] = band
 
     def store(self) -> None:
         """Write the shard, where all tiles that it follows from were added; else `build_pyramid` makes it."""

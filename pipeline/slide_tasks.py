@@ -71,8 +71,8 @@ Made = Literal["band", "regions", "pyramid", "tissue"]
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is made of a finished canvas: what is in one `band`, or, of all bands together, the `regions`; the
-    `pyramid` with its pictures; the picture of the `tissue`.
+    """Something that is made of a canvas: what is in one `band`, or the `regions` of all bands together; the `pyramid` with
+    its pictures; the picture of the `tissue`.
     """
 
     made: Made
@@ -144,7 +144,6 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:
     """
     engine, opened = load_engine(job.model, job_engine(job)), OpenedJob(job)
     canvas = open_canvas(job.folder / CANVAS, opened.identity())
-
     coarse = CoarseShard(canvas, (block[0][0] // _BLOCK_TILES, block[0][1] // _BLOCK_TILES))
 
     def write(done: tuple[Tile, np.ndarray]) -> int:
@@ -173,8 +172,8 @@ def finish_slide(job: SlideJob, part: Part) -> Part:
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
         match part:
             case Part("band", band):
-                given = opened.tissue(), opened.spec.rest, smallest
-                finishing.outline_band(job.folder, opened.slide, canvas, *given, band)
+                tissue, rest = opened.tissue(), opened.spec.rest
+                finishing.outline_band(job.folder, opened.slide, canvas, tissue, rest, smallest, band)
             case Part("regions"):
                 _join_bands(job, opened, canvas)
             case Part("pyramid"):
