@@ -124,7 +124,7 @@ class Canvas:
     def block_rows(self, band: int) -> Iterator[list[Roi]]:
         """What is examined of a row of tiles, in blocks of some 1024 pixels a side, one row of blocks after the other."""
         step = self.chunk * _largest_divisor(self.write_size // self.chunk, max(_LARGEST_BLOCK // self.chunk, 1), 1)
-        columns = [column for row, column in self.done() if row == band]
+        columns = sorted({*self.probability_shards(0).columns(band)}.intersection(self.label_shards(0).columns(band)))
         for y in range(band * self.write_size, self.tile_roi((band, 0)).bottom, step):
             starts = (x for c in columns for x in range(c * self.write_size, (c + 1) * self.write_size, step))
             blocks = (Roi(x, y, step, step).intersect(self.lattice.roi) for x in starts)

@@ -52,6 +52,11 @@ class ShardedArray:
         found = rows.glob("*/*") if rows.is_dir() else ()
         return sorted((int(file.parent.name), int(file.name)) for file in found if file.name.isdigit())
 
+    def columns(self, row: int) -> list[int]:
+        """The columns of the shards of one row that are on disk, from the left; no other row is looked at."""
+        folder = self.path((row, 0)).parent
+        return sorted(int(file.name) for file in folder.glob("*") if file.name.isdigit())
+
     def is_whole(self, place: Place) -> bool:
         """Whether a shard is on disk with as many bytes as its index says, which is what its checksum was made of.
 
