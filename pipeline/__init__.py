@@ -1,3 +1,3 @@
-"""Fullfield's nouns: slides, tiles, networks, canvases. A module imports only from lower floors (see README)."""
+"""Fullfield's nouns: slides, tiles, networks, canvases. A module imports only from lower floors (see CONTRIBUTING.md)."""
 
 __version__ = "0.1.0"

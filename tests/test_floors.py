@@ -60,8 +60,8 @@ def test_every_module_stands_on_a_floor_but_what_mlflow_runs() -> None:
     assert set(FLOOR) | {"served"} == MODULES
 
 
-def test_the_readme_names_every_module() -> None:
-    house = (ROOT / "README.md").read_text().partition("## The house")[2].split("```")[1]
+def test_the_house_names_every_module() -> None:
+    house = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].split("```")[1]
     rows = house.partition("workflows/")[0].splitlines()
     assert {name for row in rows for name in row[12:60].split()} == MODULES
 
