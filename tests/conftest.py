@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SHARED = _ROOT.parent / "shared" / "data"
@@ -15,6 +17,8 @@ _SHARED = _ROOT.parent / "shared" / "data"
 def pytest_configure() -> None:
     """What Fullfield keeps for later runs is kept from the user's own cache, here and in the commands that tests run."""
     os.environ["XDG_CACHE_HOME"] = str(_ROOT / ".pytest_cache" / "home")
+    # What MLflow stores need not outlive a power cut here, and waiting for the disk takes longest of all on some machines.
+    event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
 
 
 @pytest.fixture(scope="session")
