@@ -1,6 +1,7 @@
-"""The commands, as a user calls them: in processes of their own, on phantoms, real slides and damaged ones."""
+"""The commands, as a user calls them, on phantoms, real slides and damaged ones."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -40,6 +42,7 @@ from pipeline.snapshot import read_standing
 from pipeline.tally import find_tally
 from pipeline.tasks import Cluster
 from pipeline.workspace import open_workspace, slide_job
+from workflows.__main__ import main
 from workflows.train import train, train_model
 
 FULLFIELD = [sys.executable, "-m", "workflows"]
@@ -47,7 +50,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def fullfield(*arguments: object, code: int = 0) -> str:
-    """Run a command; returns what it printed, both streams."""
+    """Run a command in this process, which has imported what it needs; returns what it printed, both streams."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fullfield", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert (ended.value.code or 0) == code, said.getvalue()
+    return said.getvalue()
+
+
+def fullfield_by_itself(*arguments: object, code: int = 0) -> str:
+    """The same in a process of its own."""
     done = subprocess.run(
         [*FULLFIELD, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -74,7 +88,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["segmentation"] = {"tile_size": 96}
     config["cluster"] = {"workers": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "log.txt").write_text(fullfield("run", folder / "config.yaml"))
+    (folder / "log.txt").write_text(fullfield_by_itself("run", folder / "config.yaml"))
     return folder
 
 
@@ -210,7 +224,7 @@ def test_the_registered_model_answers_like_the_engine(project: Path) -> None:
 
 def test_verify_proves_it_and_sees_a_wrong_halo(project: Path, tmp_path: Path) -> None:
     slide = project / "cohort" / "phantom-03.tiff"
-    assert "exact: tiled equals whole" in fullfield("verify", slide, "--model", project / "out" / "model")
+    assert "exact: tiled equals whole" in fullfield_by_itself("verify", slide, "--model", project / "out" / "model")
     broken = shutil.copytree(project / "out" / "model", tmp_path / "model")
     text = (broken / "model.yaml").read_text()
     spec = yaml.safe_load(text)
@@ -395,7 +409,7 @@ def trainings(project: Path, output: Path) -> list[dict[str, object]]:
 
 def test_a_killed_training_goes_on_to_the_same_bits(project: Path, killed: Path, tmp_path: Path) -> None:
     output = shutil.copytree(killed, tmp_path / "out")
-    log = fullfield("train", project / "config.yaml", *killed_options(project, output))
+    log = fullfield_by_itself("train", project / "config.yaml", *killed_options(project, output))
     assert "goes on after epoch 2" in log
     for path in (project / "out" / "model").iterdir():
         if path.name == "ancestry.json":  # tells when and in how many minutes, so not the same
@@ -473,13 +487,13 @@ def test_inspect_tells_of_a_missing_scale(shared_data: Path) -> None:
 
 
 def test_the_example_configuration_is_printed() -> None:
-    assert yaml.safe_load(fullfield("config", "example"))["network"]["mpp"] == 1.0
+    assert yaml.safe_load(fullfield_by_itself("config", "example"))["network"]["mpp"] == 1.0
     assert "properties" in json.loads(fullfield("config", "schema"))
 
 
 @pytest.mark.parametrize("command", ["run", "tile", "train", "evaluate"])
 def test_a_bad_override_is_one_line_and_exit_code_1(project: Path, command: str) -> None:
-    log = fullfield(command, project / "config.yaml", "network.mpp=0", code=1)
+    log = fullfield_by_itself(command, project / "config.yaml", "network.mpp=0", code=1)
     assert "`network.mpp`" in log
     assert "Traceback" not in log
 
