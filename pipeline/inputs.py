@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pyarrow import ArrowInvalid, parquet
 
 from pipeline import __version__, checkpoint, snapshot
-from pipeline.cohort import Case
+from pipeline.cohort import Case, manifest_text
 from pipeline.config import SHARING, Config
+from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, SlideError
-from pipeline.files import file_digest
+from pipeline.files import as_unicode, file_digest
 from pipeline.slide import open_slide
 
 TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
@@ -26,6 +28,7 @@ TILED = ("classes", "annotations", "tissue", "tiles")
 """Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
 
 _SLIDE = "slide "  # begins the names of facts that are slides
+_DIGITS = 8  # of a digest that people read
 
 
 def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
@@ -55,11 +58,17 @@ def training_inputs(config: Config, cases: Sequence[Case]) -> str:
 
 def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
     """All that a training on these cases depends on, by name, so that what differs between two of them can be told."""
-    facts = {"fullfield": __version__}
-    for name, section in _training_sections(config).items():
-        values = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
-        facts |= {key: json.dumps(value) for key, value in values.items()}
+    facts = {"fullfield": __version__, **_named(_training_sections(config))}
     return facts | {f"{_SLIDE}{case.slide_id}": json.dumps(_case_stamp(case)) for case in cases}
+
+
+def _named(sections: Mapping[str, Any]) -> dict[str, str]:
+    """The values of sections of a configuration as JSON, by dotted key."""
+    named = dict[str, str]()
+    for name, section in sections.items():
+        values = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
+        named |= {key: json.dumps(value) for key, value in values.items()}
+    return named
 
 
 def _training_sections(config: Config) -> dict[str, Any]:
@@ -72,11 +81,11 @@ def check_output(config: Config, cases: Sequence[Case]) -> None:
 
     A larger work asks for all its parts before it writes anything.
     """
-    check_model(config, cases)
+    _check_model(config, cases)
     _check_interrupted(config)
 
 
-def check_model(config: Config, cases: Sequence[Case]) -> None:
+def _check_model(config: Config, cases: Sequence[Case]) -> None:
     """Raise CheckpointError where the output has a model of another cohort or configuration."""
     model = config.output / "model"
     if model.exists() and checkpoint.load_run_record(model).get("inputs") != training_inputs(config, cases):
@@ -86,6 +95,29 @@ def check_model(config: Config, cases: Sequence[Case]) -> None:
             "none, or one of this configuration",
             "Choose another `output`, or delete the folders `model` and `slides` there to begin anew.",
         )
+
+
+def check_at_work(config: Config, cases: Sequence[Case]) -> None:
+    """Raise CheckpointError where the command that works in the output has another cohort or configuration than this one.
+
+    It has written both there; one that has not yet will be met again, by `check_output`.
+    """
+    written, dealt = config.output / "config.yaml", config.output / "cohort.csv"
+    if not written.exists() or not dealt.exists():
+        return
+    theirs = _settings(load_config(written), dealt.read_bytes())
+    ours = _settings(config, as_unicode(manifest_text(cases)).encode())
+    if differing := [name for name in ours if theirs[name] != ours[name]]:
+        there, here = (", ".join(f"{name} {shorten(one[name], 60)}" for name in differing) for one in (theirs, ours))
+        remedy = "Wait until that has ended, or choose another `output`."
+        raise CheckpointError(str(config.output), f"another command at work with {there}", f"one with {here}", remedy)
+
+
+def _settings(config: Config, cohort: bytes) -> dict[str, str]:
+    """All on which results depend, by name; of the cohort a digest, wherever its manifest lies."""
+    sections = config.model_dump(mode="json", exclude={"output", "cluster", "tracking", "cohort"})
+    sections["training"] = {key: value for key, value in sections["training"].items() if key not in SHARING}
+    return _named(sections) | {"cohort": hashlib.sha256(cohort).hexdigest()[:_DIGITS]}
 
 
 def _check_interrupted(config: Config) -> None:

@@ -18,9 +18,9 @@ from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, manifest_text, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, CohortError, TrainingError
-from pipeline.files import as_unicode, replacing, write_text
+from pipeline.files import as_unicode, locked, replacing, write_text
 from pipeline.geometry import Mpp
-from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read_stamp, tile_inputs
+from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_at_work, check_output, read_stamp, tile_inputs
 from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate, normalised
@@ -85,14 +85,14 @@ class Workspace:
 def open_workspace(config: Config, own: str | None = None) -> Iterator[Workspace]:
     """Read the cohort, deal out the splits and write them, then connect to MLflow and to the cluster.
 
-    Raises CohortError, ConfigError, NetworkError or TrackingError before anything expensive begins, and CheckpointError,
-    before anything is written, where the folder holds a model of another configuration, or a table of a work of many runs,
-    unless it is the caller's `own`.
+    Nobody else works in the output meanwhile, see `alone`. Raises CohortError, ConfigError, NetworkError or TrackingError
+    before anything expensive begins, and CheckpointError, before anything is written, where the folder holds a model of
+    another configuration, a table of a work of many runs, unless it is the caller's `own`, or, for one who has such a table,
+    a model.
     """
-    _check_tables(config.output, own)
-    config, cases = _prepare(config)
     settings = config.tracking
     with (
+        _prepared(config, own) as (config, cases),
         Run.start(config.output, settings.experiment, config.output.name, settings.uri) as run,
         connect(config.cluster) as cluster,
     ):
@@ -111,21 +111,39 @@ def open_within(whole: Workspace, config: Config) -> Iterator[Workspace]:
     uri = settings.uri if chosen_address(settings.uri) else own_address(whole.output)
     alias = re.sub(r"[^A-Za-z0-9_-]", "-", config.output.name)
     settings = settings.model_copy(update={"uri": uri, "alias": alias})
-    config, cases = _prepare(config.model_copy(update={"tracking": settings}))
-    whole.run.nest(config.output)
-    run = Run.start(config.output, settings.experiment, config.output.name, uri)
-    with replace(run, monitored=False) as run:  # the whole's run records the machine's load
-        yield Workspace(config, cases, whole.cluster, run)
+    with _prepared(config.model_copy(update={"tracking": settings}), None) as (config, cases):
+        whole.run.nest(config.output)
+        run = Run.start(config.output, settings.experiment, config.output.name, uri)
+        with replace(run, monitored=False) as run:  # the whole's run records the machine's load
+            yield Workspace(config, cases, whole.cluster, run)
 
 
-def _prepare(config: Config) -> tuple[Config, tuple[Case, ...]]:
+@contextmanager
+def _prepared(config: Config, own: str | None) -> Iterator[tuple[Config, tuple[Case, ...]]]:
     """Check, deal out the splits and write both into the output folder; the configuration then has it absolute."""
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     cases = dealt_cases(config)
-    check_output(config, cases)
-    write_setup(config, cases)
-    return config, cases
+    with alone(config, cases):
+        _check_owner(config.output, own)
+        check_output(config, cases)
+        write_setup(config, cases)
+        yield config, cases
+
+
+@contextmanager
+def alone(config: Config, cases: Sequence[Case]) -> Iterator[None]:
+    """Have the output to oneself while the block lasts: what another command is at is not replaced under its hands.
+
+    One of the same cohort and configuration is waited for, with a word; for another, raises CheckpointError at once.
+    """
+
+    def busy() -> None:
+        check_at_work(config, cases)
+        console.print(f"Waits for another command in {config.output}")
+
+    with locked(config.output / "model", busy=busy):
+        yield
 
 
 def write_setup(config: Config, cases: Sequence[Case]) -> None:
@@ -158,10 +176,14 @@ def _is_same(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
 
 
-def _check_tables(output: Path, own: str | None) -> None:
-    """Raise CheckpointError where an output is that of a cross-validation or of a sweep, whose results would be replaced."""
-    for name, verb in TABLES.items():
-        if name != own and (output / name).exists():
+def _check_owner(output: Path, own: str | None) -> None:
+    """Raise CheckpointError where an output is that of another kind of work, whose results would be replaced.
+
+    `own` is the table that one of many runs leaves; None for a single run.
+    """
+    others = {name: verb for name, verb in TABLES.items() if name != own} | ({"model": "run"} if own else {})
+    for name, verb in others.items():
+        if (output / name).exists():
             remedy = "Choose another `output`, for instance output=runs/mine."
             raise CheckpointError(str(output), f"the results of `fullfield {verb}`", "a folder of its own", remedy)
 

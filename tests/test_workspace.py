@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,16 @@ from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp,
 from pipeline.phantom import GLASS, make_phantom
 from pipeline.tasks import Here
 from pipeline.truth import ClassMap
-from pipeline.workspace import Workspace, class_map, model_spec, open_sources, open_workspace, write_setup
+from pipeline.workspace import (
+    Workspace,
+    alone,
+    class_map,
+    dealt_cases,
+    model_spec,
+    open_sources,
+    open_workspace,
+    write_setup,
+)
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -95,6 +105,37 @@ def test_a_manifest_does_not_lie_where_results_will(tmp_path: Path) -> None:
     (tmp_path / "slides.csv").write_text("slide\n")
     with pytest.raises(CohortError, match=r"slides\.csv: found a file that Fullfield did not write"):
         write_setup(config(tmp_path, f"cohort.manifest={tmp_path / 'slides.csv'}"), [])
+
+
+def test_what_another_command_works_at_is_not_replaced_but_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.svs").write_bytes(b"")
+    manifest = tmp_path / "slides.csv"
+    manifest.write_text("slide,patient\na.svs,P1\n")
+    at_work, entered = config(tmp_path / "out", f"cohort.manifest={manifest}"), threading.Event()
+    cases = dealt_cases(at_work)
+    others = {"training.epochs=7": "training.epochs 60; expected one with training.epochs 7"}
+    others["cohort.fractions={train: 0, val: 1, test: 0}"] = "cohort [0-9a-f]{8}; expected one with cohort"
+
+    def wait() -> None:
+        with alone(config(tmp_path / "out", f"cohort.manifest={manifest}", "cluster.workers=3"), cases):
+            entered.set()
+
+    second = threading.Thread(target=wait)
+    with alone(at_work, cases):
+        write_setup(at_work, cases)
+        before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        for override, told in others.items():
+            other = config(tmp_path / "out", f"cohort.manifest={manifest}", override)
+            with pytest.raises(CheckpointError, match=f"another command at work with {told}"), open_workspace(other):
+                pass
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        second.start()
+        assert not entered.wait(0.1)
+    second.join()
+    assert entered.is_set()
+    assert "".join(capsys.readouterr().out.split()) == f"Waitsforanothercommandin{tmp_path / 'out'}"
 
 
 def test_slides_without_cells_are_not_learned_from(tmp_path: Path) -> None:

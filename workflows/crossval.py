@@ -36,9 +36,6 @@ _HELD_OUT = "out-of-fold"
 def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
     """Cross-validate a configuration file; the exit code is 1 where a slide failed."""
     config = load_config(path, overrides)
-    if (config.output / "model").exists():
-        remedy = "Choose another `output`, for instance output=runs/crossval."
-        raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
     with open_workspace(config, own="folds.csv") as workspace:

@@ -12,7 +12,7 @@ from pipeline.errors import CheckpointError
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
-from pipeline.workspace import TABLES, write_setup
+from pipeline.workspace import TABLES, alone, write_setup
 
 _LETTERS = 9  # of a commit
 
@@ -24,13 +24,12 @@ def reproduce(reference: str, output: Path | None) -> int:
     with run_file(reference, "config.yaml") as path:
         old = load_config(path)
     output = (output or old.output.with_name(f"{old.output.name}-again")).absolute()
-    results = (output / "model", snapshot.beside(output / "model.partial"), *map(output.joinpath, TABLES))
-    if taken := [path.name for path in results if path.exists()]:
-        found, expected = f"the results of another run ({taken[0]})", "a folder without any"
-        raise CheckpointError(str(output), found, expected, "Choose another folder (--output).")
     cases = [case_of(facts) for facts in lineage["slides"]]
     cohort = old.cohort.model_copy(update={"manifest": output / "cohort.csv"})
-    write_setup(old.model_copy(update={"output": output, "cohort": cohort}), cases)
+    new = old.model_copy(update={"output": output, "cohort": cohort})
+    with alone(new, cases):
+        _check_free(output)
+        write_setup(new, cases)
     differences = list(changes(lineage, [case_facts(case) for case in cases]))
     if lineage.get("config_digest", old.digest()) != old.digest():
         differences.append(
@@ -47,6 +46,14 @@ def reproduce(reference: str, output: Path | None) -> int:
     command = shlex.join(["fullfield", "run", str(output / "config.yaml")])
     console.print(f"Run it again with\n  {command}", soft_wrap=True)
     return 0
+
+
+def _check_free(output: Path) -> None:
+    """Raise CheckpointError where a folder holds the results of a run."""
+    results = (output / "model", snapshot.beside(output / "model.partial"), *map(output.joinpath, TABLES))
+    if taken := [path.name for path in results if path.exists()]:
+        found, expected = f"the results of another run ({taken[0]})", "a folder without any"
+        raise CheckpointError(str(output), found, expected, "Choose another folder (--output).")
 
 
 def _by(origin: Mapping[str, str]) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import CheckpointError, CohortError, FullfieldError
-from pipeline.files import locked
+from pipeline.errors import CohortError, FullfieldError
 from pipeline.fitting import fit
 from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
@@ -32,9 +31,6 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
     """Sweep over a configuration file; the exit code is 1 where a combination, or a slide of one, failed."""
     fixed, combinations = combine(overrides)
     config = load_config(path, [*fixed, *_first(combinations)])
-    if (config.output / "model").exists():
-        remedy = "Choose another `output`, for instance output=runs/sweep."
-        raise CheckpointError(str(config.output), "the results of `fullfield run`", "a folder of its own", remedy)
     configs = [load_config(path, [*fixed, *combination.overrides]) for combination in combinations]
     parts = [_part(config, *pair) for pair in zip(combinations, configs, strict=True)]
     cases = dealt_cases(config)
@@ -82,8 +78,6 @@ def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldErr
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(open_within(whole, part)) for part in parts]
-        for part in opened:
-            stack.enter_context(locked(part.model))
         for part in opened:
             adopt_tiles(part, whole.tiles, whole.config)
             tile_cohort(part)

@@ -14,9 +14,8 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
-from pipeline.files import locked
 from pipeline.fitting import fit
-from pipeline.inputs import check_model, read_stamp, tile_inputs, training_facts, training_inputs
+from pipeline.inputs import read_stamp, tile_inputs, training_facts, training_inputs
 from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
@@ -43,16 +42,13 @@ def train_model(workspace: Workspace) -> None:
     A training that was interrupted goes on after its last whole epoch. Raises TrainingError where there is nothing to learn
     from, or the state of the interrupted training is broken.
     """
-    model = workspace.model
-    with locked(model):
-        address = _trained(workspace, workspace.output / "model.partial")
-    console.print(f"train: model at {model}, in MLflow {address}")
+    address = _trained(workspace, workspace.output / "model.partial")
+    console.print(f"train: model at {workspace.model}, in MLflow {address}")
 
 
 def _trained(workspace: Workspace, unfinished: Path) -> str:
-    """The model's address in the registry, once it is there; nobody else trains in this output meanwhile."""
+    """The model's address in the registry, once it is there."""
     config, model = workspace.config, workspace.model
-    check_model(config, workspace.cases)  # again, since another may have trained it meanwhile
     _check_tiles(workspace)
     cases = _cases(workspace)
     done = 0 if model.exists() else _taken_up(unfinished, training_facts(config, cases))
