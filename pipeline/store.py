@@ -59,6 +59,16 @@ class Store:
         with _conversation(self.address, subject):
             yield
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process has a SQLite store to itself, and have it for the block; a server knows no locks."""
+        path = _sqlite_path(self.address)
+        with ExitStack() as held:
+            if path is not None:
+                with suppress(PermissionError):  # another user's lock
+                    held.enter_context(locked(path))
+            yield
+
     def experiment(self, name: str, files: Path | None) -> str:
         """The identifier of the experiment called `name`, made where there is none.
 

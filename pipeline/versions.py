@@ -65,11 +65,17 @@ def version_with(store: Store, name: str, alias: str) -> Version | None:
     return _version(store, name, str(number), resolve_model(f"models:/{name}/{number}", store.address))
 
 
-def decide(store: Store, version: Version, alias: str, takes: bool, evidence: Mapping[str, object]) -> None:
-    """Keep the evidence as tags of a version, in place of any before, and then, if it `takes` the alias, point it there."""
+def decide(
+    store: Store, version: Version, alias: str, holder: Version | None, takes: bool, evidence: Mapping[str, object]
+) -> None:
+    """Keep the evidence as tags of a version, in place of any before, and then, if it `takes` the alias, point it there.
+
+    Raises TrackingError, and changes nothing, where not the `holder`, against which the evidence is, has the alias any more.
+    """
     mark, client = f"fullfield.{alias}.", store.client
     tags = {f"{mark}{key}": value if isinstance(value, str) else json.dumps(value) for key, value in evidence.items()}
-    with store.conversation(version.reference):
+    with store.alone(), store.conversation(version.reference):
+        _check_holder(store, version.name, alias, holder)
         for tag in client.get_model_version(version.name, version.number).tags:
             if tag.startswith(mark) and tag not in tags:
                 client.delete_model_version_tag(version.name, version.number, tag)
@@ -77,6 +83,16 @@ def decide(store: Store, version: Version, alias: str, takes: bool, evidence: Ma
             client.set_model_version_tag(version.name, version.number, tag, text)
         if takes:
             client.set_registered_model_alias(version.name, alias, version.number)
+
+
+def _check_holder(store: Store, name: str, alias: str, holder: Version | None) -> None:
+    """Raise TrackingError where an alias points to another version than the holder, or, for None, to any."""
+    number = store.client.get_registered_model(name).aliases.get(alias)
+    if (None if number is None else str(number)) != (None if holder is None else holder.number):
+        found = "nobody" if number is None else f"models:/{name}/{number}"
+        expected = "nobody" if holder is None else holder.reference
+        told = f"{found} with it, since it has moved meanwhile"
+        raise TrackingError(f"alias {alias}", told, f"{expected}, as when this began", "Call again.")
 
 
 def _version(store: Store, name: str, number: str, folder: Path) -> Version:

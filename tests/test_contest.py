@@ -15,10 +15,11 @@ from pipeline.architectures import build_network
 from pipeline.checkpoint import save
 from pipeline.classes import Classes
 from pipeline.cohort import read_manifest, write_manifest
-from pipeline.errors import CheckpointError, CohortError
+from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.network import ModelSpec
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_cohort
 from pipeline.store import open_store
+from pipeline.versions import Version, decide
 from workflows.promote import promote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +85,22 @@ def test_the_lower_bound_decides(home: Path, store: mlflow.MlflowClient, registe
     mean, low = (float(tags[f"fullfield.best.{name}"]) for name in ("difference", "low"))
     assert low < mean and holder(-(low + mean) / 2) == champion
     assert holder(-low) == challenger
+
+
+def test_a_verdict_counts_only_against_who_still_has_the_alias(
+    store: mlflow.MlflowClient, home: Path, register: Callable[..., str]
+) -> None:
+    """Two may be promoted at once, and each be better than who had the alias as they began."""
+    place = open_store(f"sqlite:///{home}/store.db", create=False)
+    first, second, third = (Version("tissue", register(), "run", home) for _ in range(3))
+    decide(place, first, "raced", None, True, {"verdict": "taken"})
+    for holder in (None, first):
+        if holder == first:
+            decide(place, second, "raced", first, True, {"verdict": "taken"})
+        with pytest.raises(TrackingError, match="has moved meanwhile.*Call again"):
+            decide(place, third, "raced", holder, True, {"verdict": "taken"})
+    assert store.get_registered_model("tissue").aliases["raced"] == int(second.number)
+    assert not store.get_model_version("tissue", third.number).tags
 
 
 def test_patients_that_either_has_seen_do_not_decide(

@@ -46,7 +46,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     store, challenger = find_version(reference)
     champion = version_with(store, challenger.name, alias)
     if champion is None:
-        decide(store, challenger, alias, True, {"verdict": "taken: nobody had the alias", "when": _now()})
+        decide(store, challenger, alias, None, True, {"verdict": "taken: nobody had the alias", "when": _now()})
         console.print(f"{challenger.reference} takes the alias {alias}, which nobody had")
         return 0
     if champion.number == challenger.number:
@@ -62,7 +62,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     if split == "val":
         verdict = f"{verdict} (by patients for validation, {_FLATTERED})"
     evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin, "split": split}
-    decide(store, challenger, alias, takes, {**evidence, **_figures(difference, theirs, ours)})
+    decide(store, challenger, alias, champion, takes, {**evidence, **_figures(difference, theirs, ours)})
     console.print(f"{challenger.reference}: {verdict}", soft_wrap=True)
     if not takes:
         console.print(f"The alias {alias} stays with {champion.reference}.")
