@@ -92,12 +92,12 @@ class Store:
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
 
-    def fetch(self, run_id: str, name: str, folder: Path) -> Path:
+    def fetch(self, run_id: str, name: str, folder: Path, reference: str) -> Path:
         """A copy, in `folder`, of a file of a run or of one of its stages, any of which may be named.
 
-        Raises TrackingError where none has it.
+        Raises TrackingError, on the `reference` by which the user named it, where none has the file.
         """
-        with self.conversation(run_id):
+        with self.conversation(reference):
             run = self.client.get_run(run_id)
             if run.data.tags.get(STAGE) in _STAGES:
                 run = self.client.get_run(run.data.tags[PARENT])
@@ -106,7 +106,7 @@ class Store:
                 if any(file.path == name for file in self.client.list_artifacts(found.info.run_id)):
                     return Path(self.client.download_artifacts(found.info.run_id, name, str(folder)))
         remedy = "Call `fullfield run` with its configuration again; of a cross-validation or sweep, name one run of it."
-        raise TrackingError(run_id, f"no {name}", "a run that was finished", remedy)
+        raise TrackingError(reference, f"no {name} in MLflow run {run_id}", "the run of a configuration", remedy)
 
     def below(self, run: Any) -> list[Any]:
         """The runs that are nested in one: its stages, folds or combinations."""
@@ -171,7 +171,7 @@ def run_file(reference: str, name: str) -> Iterator[Path]:
         expected = "an output folder, runs:/ID or the ID of an MLflow run"
         raise TrackingError(reference, "neither a folder nor a run", expected, "Correct it.")
     with TemporaryDirectory() as scratch:
-        yield store_for(reference).fetch(run_id, name, Path(scratch))
+        yield store_for(reference).fetch(run_id, name, Path(scratch), reference)
 
 
 def store_for(reference: str, uri: str | None = None) -> Store:

@@ -193,6 +193,14 @@ def dealt_cases(config: Config) -> tuple[Case, ...]:
     return deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
 
 
+def log_inputs(workspace: Workspace) -> None:
+    """Let the MLflow run say what it depends on: configuration, parameters and cohort."""
+    config = workspace.config
+    workspace.run.log_config(config.to_yaml(), config.digest())
+    workspace.run.log_params(config.model_dump(mode="json", exclude={"classes"}))
+    workspace.run.log_file(config.output / "cohort.csv")
+
+
 def require_output(config: Config, verb: str) -> None:
     """Raise CohortError where the output, which an earlier stage makes, is not there: its name may be misspelt."""
     if not config.output.is_dir():

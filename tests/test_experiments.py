@@ -111,8 +111,8 @@ def check_refusals(config: Path, output: Path) -> None:
         assert "9" not in other or [path.read_bytes() for path in files] == kept
     assert ((output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()) == before
     store, run_id = f"sqlite:///{output / 'mlflow.db'}", json.loads((output / "run.json").read_text())["run_id"]
-    with pytest.raises(TrackingError, match="no lineage.json"):
-        open_store(store, create=False).fetch(run_id, "lineage.json", output)
+    with pytest.raises(TrackingError, match=f"^runs/cv: found no lineage.json in MLflow run {run_id}"):
+        open_store(store, create=False).fetch(run_id, "lineage.json", output, "runs/cv")
 
 
 def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,7 @@ def test_a_store_whose_making_was_killed_is_made_anew(tmp_path):
 def test_a_stage_stands_for_its_run_where_a_file_is_looked_up(start, tmp_path):
     with start() as run, run.child("train") as stage:
         run.log_text("lineage.json", "{}")
-    assert run.store.fetch(stage.run_id, "lineage.json", tmp_path).read_text() == "{}"
+    assert run.store.fetch(stage.run_id, "lineage.json", tmp_path, "a run").read_text() == "{}"
 
 
 def test_running_again_continues_the_run_and_its_stages(start):

@@ -39,6 +39,7 @@ from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished
 from pipeline.slide_tasks import plan_slide
 from pipeline.snapshot import read_standing
+from pipeline.store import open_store
 from pipeline.tally import find_tally
 from pipeline.tasks import Cluster
 from pipeline.workspace import open_workspace, slide_job
@@ -433,6 +434,10 @@ def test_another_training_is_refused_until_the_interrupted_one_is_deleted(
     state.unlink()
     shutil.rmtree(output / "model.partial")
     train(project / "config.yaml", options)
+    store = open_store(f"sqlite:///{project}/out/mlflow.db", create=False)
+    run_id = json.loads((output / "run.json").read_text())["run_id"]
+    assert load_config(store.fetch(run_id, "config.yaml", tmp_path, "it")) == load_config(output / "config.yaml")
+    assert store.fetch(run_id, "cohort.csv", tmp_path, "it").read_bytes() == (output / "cohort.csv").read_bytes()
     (stage,) = trainings(project, output)
     assert [step for step, _ in stage["loss"]] == [1]
     assert yaml.safe_load((output / "model" / "model.yaml").read_text())["lineage"]["epoch"] == 1

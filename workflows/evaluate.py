@@ -25,7 +25,7 @@ from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
 from pipeline.truth import Truth
-from pipeline.workspace import Workspace, case_truth, open_workspace, require_output, rest_index, slide_job
+from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace, require_output, rest_index, slide_job
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
 _FIGURES = ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION)
@@ -44,6 +44,7 @@ def evaluate(path: Path, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     require_output(config, "run")
     with open_workspace(config) as workspace:
+        log_inputs(workspace)
         return evaluate_cohort(workspace)
 
 

@@ -53,7 +53,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
         console.print(f"{challenger.reference} has the alias {alias} already")
         return 0
     _check_classes(champion, challenger)
-    config = _own_config(store, challenger, output) if cohort is None else load_config(cohort)
+    config = _own_config(store, challenger, output, reference) if cohort is None else load_config(cohort)
     _check_truth(config, challenger)
     theirs, ours, split = _contest(champion, challenger, config, output)
     difference = paired_difference(theirs, ours)
@@ -111,12 +111,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _own_config(store: Store, version: Version, output: Path) -> Config:
+def _own_config(store: Store, version: Version, output: Path, reference: str) -> Config:
     """The configuration of the run that made a version, with the cohort as it was dealt out then; `output` keeps both."""
     folder = _folder(output, version)
     folder.mkdir(parents=True, exist_ok=True)
-    config = load_config(store.fetch(version.run_id, "config.yaml", folder))
-    cohort = config.cohort.model_copy(update={"manifest": store.fetch(version.run_id, "cohort.csv", folder)})
+    config = load_config(store.fetch(version.run_id, "config.yaml", folder, reference))
+    manifest = store.fetch(version.run_id, "cohort.csv", folder, reference)
+    cohort = config.cohort.model_copy(update={"manifest": manifest})
     return config.model_copy(update={"cohort": cohort})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.progress import console
-from pipeline.workspace import Workspace, open_workspace
+from pipeline.workspace import Workspace, log_inputs, open_workspace
 from workflows.evaluate import evaluate_cohort
 from workflows.segment import segment_cohort
 from workflows.tile import tile_cohort
@@ -31,13 +31,6 @@ def run_config(config: Config) -> int:
 
 def run_stages(workspace: Workspace) -> int:
     """Run every stage in an open workspace; returns 1 where a slide failed, else 0."""
-    _log_inputs(workspace)
+    log_inputs(workspace)
     failures = [stage(workspace) for stage in (tile_cohort, train_model, segment_cohort, evaluate_cohort)]
     return 1 if any(failures) else 0
-
-
-def _log_inputs(workspace: Workspace) -> None:
-    config = workspace.config
-    workspace.run.log_config(config.to_yaml(), config.digest())
-    workspace.run.log_params(config.model_dump(mode="json", exclude={"classes"}))
-    workspace.run.log_file(config.output / "cohort.csv")

@@ -26,7 +26,7 @@ from pipeline.slide import open_slide
 from pipeline.slide_job import too_coarse
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-from pipeline.workspace import Workspace, case_truth, open_workspace
+from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace
 
 Row = dict[str, Any]
 
@@ -43,6 +43,7 @@ class Found:
 def tile(path: Path, overrides: Sequence[str]) -> int:
     """Run the stage by itself; the exit code is 1 where a slide could not be read."""
     with open_workspace(load_config(path, overrides)) as workspace:
+        log_inputs(workspace)
         return tile_cohort(workspace)
 
 

@@ -19,7 +19,7 @@ from pipeline.inputs import read_stamp, tile_inputs, training_facts, training_in
 from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
-from pipeline.workspace import Workspace, open_workspace, require_output
+from pipeline.workspace import Workspace, log_inputs, open_workspace, require_output
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
 
@@ -32,6 +32,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     require_output(config, "tile")
     with open_workspace(config) as workspace:
+        log_inputs(workspace)
         train_model(workspace)
     return 0
 
