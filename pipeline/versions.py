@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import checkpoint
-from pipeline.errors import TrackingError
+from pipeline.errors import TrackingError, unread
 from pipeline.registry import DIGEST, reference_parts, resolve_model
-from pipeline.store import PARENT, Store, chosen_address, open_store, store_for
+from pipeline.store import PARENT, Store, chosen_address, open_store, store_for, without_password
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,19 @@ def _named(store: Store, reference: str) -> tuple[str, str]:
 
 
 def _store_of(output: Path) -> Store:
-    """The store of an output folder's run."""
+    """The store of an output folder's run: the one that it names, but for a name and a password that it leaves out."""
+    record = output / "run.json"
     try:
-        address = json.loads((output / "run.json").read_text(encoding="utf-8"))["store"]
-    except (OSError, ValueError, LookupError) as error:
-        expected = "models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID or the output folder of a run"
-        raise TrackingError(str(output), f"no run ({error})", expected, "Correct it.") from error
-    return open_store(chosen_address(None) or address, create=False)
+        address = json.loads(record.read_text(encoding="utf-8"))["store"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        expected = "the output folder of a run, or models:/NAME/VERSION, models:/NAME@ALIAS or runs:/ID"
+        raise TrackingError(str(record), unread(error), expected, "Name one of these.") from error
+    chosen = chosen_address(None) or address
+    try:
+        return open_store(chosen if without_password(chosen) == address else address, create=False)
+    except TrackingError as error:
+        error.add_note(
+            f"{record} names this store. MLFLOW_TRACKING_URI gives it with a password; of a folder that was moved, "
+            "`fullfield run` with its configuration registers the model anew."
+        )
+        raise

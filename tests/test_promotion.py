@@ -33,6 +33,7 @@ from pipeline.phantom import make_cohort
 from pipeline.registry import resolve_model
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS
+from pipeline.store import open_store
 from pipeline.tally import Tally, paired_means, read_tally
 from pipeline.tracking import Run
 from pipeline.versions import find_version
@@ -197,8 +198,12 @@ def test_a_version_is_found_by_all_that_means_it(
     number = find_version(str(good))[1].number
     for reference in (str(good / "model"), f"runs:/{run_id}", f"models:/tissue/{number}"):
         assert find_version(reference)[1].number == number
-    with pytest.raises(TrackingError, match="no run"):
+    with pytest.raises(TrackingError, match=r"run\.json: found no such file; expected the output folder of a run"):
         find_version(str(tmp_path))
+    open_store(f"sqlite:///{tmp_path}/other.db", create=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    place, version = find_version(str(good))
+    assert (place.address, version.number) == (f"sqlite:///{home}/store.db", number)  # where the folder says that it is
 
 
 @pytest.mark.parametrize(("alias", "said"), [("my alias", "letters, digits, _ and -"), ("latest", "keeps to itself")])
