@@ -106,7 +106,7 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     assert promote(str(good), "champion", 0.01, None, output) == 0
     assert champion(store) == better
     tags = store.get_model_version("tissue", better).tags
-    tallies = {number: read_tally(output / f"tissue-{number}" / "confusions.json") for number in (worse, better)}
+    tallies = {number: read_tally(next(output.glob(f"tissue-{number}-*")) / "confusions.json") for number in (worse, better)}
     tested = {case.patient for case in read_manifest(home / "cohort" / "cohort.csv") if case.split == "test"}
     assert set(json.loads(tags["fullfield.champion.patients"])) == tested
     assert all({row.patient for row in tally.rows} == tested for tally in tallies.values())
@@ -116,7 +116,10 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     assert float(tags["fullfield.champion.low"]) < np.mean(differences)
     assert tags["fullfield.champion.against"] == f"models:/tissue/{worse}"
 
-    assert promote(str(bad), "champion", 0.01, None, output) == 1
+    assert {folder.name for folder in output.iterdir()} == {
+        f"tissue-{number}-{digest(run / 'model')[:8]}" for number, run in ((worse, bad), (better, good))
+    }
+    assert promote(str(bad), "champion", 0.01, None, output) == 3
     assert champion(store) == better
     said = " ".join(capsys.readouterr().out.split())
     assert f"The alias champion stays with models:/tissue/{better}" in said

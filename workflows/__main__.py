@@ -224,7 +224,7 @@ def promote(
     Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
     flatters MODEL; the alias moves where the 95 % interval of the paired difference over patients leaves out a loss
     larger than the margin. Fewer than six patients cannot be as sure: then none of them may lose more. The evidence
-    becomes tags of the version. The exit code is 1 where the alias stays.
+    becomes tags of the version. The exit code is 3 where the alias stays.
     Example: `fullfield promote runs/mine --margin 0.01`
     """
     from workflows.promote import promote as verb

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.assessment import count_pixels
 from pipeline.canvas import open_canvas
-from pipeline.checkpoint import load_spec
+from pipeline.checkpoint import digest, load_spec
 from pipeline.cluster import connect
 from pipeline.cohort import Case
 from pipeline.comparison import ENOUGH, SURE, Difference, paired_difference
@@ -33,11 +33,15 @@ from workflows.segment import run_jobs
 
 Scores = dict[str, float]
 
+_DIGITS = 8  # of a model's digest
+_REFUSED = 3
+"""The exit code where the alias stays: errors have 1."""
+
 _FLATTERED = "which flatters the challenger: its epoch was chosen by them"
 
 
 def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
-    """Examine both on the same patients, keep the evidence, and move the alias; 1 where it stays, else 0.
+    """Examine both on the same patients, keep the evidence, and move the alias; 3 where it stays, else 0.
 
     The alias moves where the interval of the paired difference leaves out a loss larger than `margin` (mean Dice); of fewer
     than six patients that is less than 95 % sure, and the verdict says so.
@@ -66,7 +70,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     console.print(f"{challenger.reference}: {verdict}", soft_wrap=True)
     if not takes:
         console.print(f"The alias {alias} stays with {champion.reference}.")
-    return 0 if takes else 1
+    return 0 if takes else _REFUSED
 
 
 def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores, str]:
@@ -122,7 +126,8 @@ def _own_config(store: Store, version: Version, output: Path, reference: str) ->
 
 
 def _folder(output: Path, version: Version) -> Path:
-    return output.absolute() / f"{version.name}-{version.number}"
+    """Its own, since another store has versions of the same name and number."""
+    return output.absolute() / f"{version.name}-{version.number}-{digest(version.checkpoint)[:_DIGITS]}"
 
 
 def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> list[Case]:
