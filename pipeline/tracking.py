@@ -19,7 +19,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -124,8 +124,8 @@ class Run:
                 if error is not None:
                     text = without_password(f"{type(error).__name__}: {error}")
                     self.store.client.set_tag(self.run_id, _ERROR, text)
-                elif _ERROR in self.store.client.get_run(self.run_id).data.tags:
-                    self.store.client.delete_tag(self.run_id, _ERROR)
+                else:
+                    self.note(_ERROR, "")
                 self.store.client.set_terminated(self.run_id, status)
         except TrackingError as trouble:
             if error is None:
@@ -138,6 +138,15 @@ class Run:
 
         with self.store.conversation():
             self.store.client.log_batch(self.run_id, tags=[RunTag(_key(key), value) for key, value in tags.items()])
+
+    def note(self, tag: str, text: str) -> None:
+        """Sets a tag, or deletes it where there is nothing to say."""
+        if text:
+            self.set_tags({tag: text})
+            return
+        with self.store.conversation():
+            if tag in self.store.client.get_run(self.run_id).data.tags:
+                self.store.client.delete_tag(self.run_id, tag)
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Logs parameters: nested mappings under dotted names, lists as JSON, no more than 6000 letters each.
@@ -182,6 +191,16 @@ class Run:
             ]
             for start in range(0, len(found), _MOST_METRICS):
                 self.store.client.log_batch(self.run_id, metrics=found[start : start + _MOST_METRICS])
+
+    def renew_metrics(self, metrics: Mapping[str, float | None], beginnings: Collection[str]) -> None:
+        """Logs numbers in the place of all earlier ones whose names begin with one of these words.
+
+        Those that are not given any more become NaN: they are of what is gone, and MLflow forgets none.
+        """
+        with self.store.conversation():
+            known = self.store.client.get_run(self.run_id).data.metrics
+        gone = [name for name in known if name.partition(" ")[0] in beginnings]
+        self.log_metrics({**dict.fromkeys(gone), **metrics})
 
     def steps(self, metric: str) -> set[int]:
         """The steps at which a metric has been logged."""

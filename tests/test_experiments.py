@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.assessment import SHAPE_SCORES
 from pipeline.cohort import Case, read_manifest, write_manifest
+from pipeline.config import SPLITS
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
 from pipeline.metrics import POOLED, ratios
@@ -148,6 +149,9 @@ def test_a_slide_that_cannot_be_read_is_left_out_of_the_folds(
     found = {row.patient for row in find_tally(str(tmp_path / "cv")).rows}
     assert found == set(patients) - {broken.patient}
     assert (tmp_path / "cv" / "metrics.json").exists()
+    run_id = json.loads((tmp_path / "cv" / "run.json").read_text())["run_id"]
+    data = open_store(f"sqlite:///{tmp_path / 'cv' / 'mlflow.db'}", create=False).client.get_run(run_id).data
+    assert (data.tags["fullfield.left_out"], data.metrics["out-of-fold slides"]) == (broken.slide_id, len(cases) - 1)
 
 
 def test_the_folder_of_a_run_is_not_taken(config: Path, tmp_path: Path) -> None:
@@ -270,7 +274,7 @@ def test_figures_of_a_model_that_is_gone_are_put_aside(
         (workspace.output / "metrics.json").write_text(json.dumps(figures))
         with workspace.run.child("evaluate") as stage:
             for run in (workspace.run, stage):
-                run.log_metrics({"val dice Gland": 0.8})
+                run.log_metrics({"val dice Gland": 0.8, "val ece": 0.1, "test iou Gland": 0.2, "disk": 0.5})
             stage.log_file(workspace.output / "confusions.json")
         run_id, store = workspace.run.run_id, workspace.run.store
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store.address)
@@ -281,7 +285,10 @@ def test_figures_of_a_model_that_is_gone_are_put_aside(
         assert (tmp_path / "out" / f"{name}.old").exists()
     with pytest.raises(TrackingError, match="no confusions.json"):
         find_tally(f"runs:/{run_id}")
-    assert np.isnan(store.client.get_run(run_id).data.metrics["val dice Gland"])
+    data = store.client.get_run(run_id).data
+    assert {name: value for name, value in data.metrics.items() if not np.isnan(value)} == {"disk": 0.5}
+    wanted = {case.slide_id for case in workspace.annotated(SPLITS) if case.split != "train"}
+    assert set(data.tags["fullfield.left_out"].split(", ")) == wanted
 
 
 def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path) -> None:

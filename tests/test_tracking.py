@@ -303,6 +303,19 @@ def test_names_that_would_end_an_address_are_written_otherwise(start, tmp_path):
     assert listed == ["slides/S12 _1", "slides/S12 _2"]
 
 
+def test_numbers_and_notes_of_what_is_gone_do_not_stay(start):
+    run = start()
+    run.log_metrics({"val dice <a>": 0.5, "test dice <a>": 0.25, "loss": 2})
+    run.renew_metrics({"val dice <a>": 0.75, "val slides": 3}, ["val", "test"])
+    found = [value for value in look(run).data.metrics.values() if value == value]  # but for NaN
+    assert sorted(found) == [0.75, 2, 3] and len(look(run).data.metrics) == 4
+    run.note("fullfield.left_out", "a, b")
+    assert look(run).data.tags["fullfield.left_out"] == "a, b"
+    for _ in range(2):
+        run.note("fullfield.left_out", "")
+        assert "fullfield.left_out" not in look(run).data.tags
+
+
 def test_a_data_set_is_noted_once(start, tmp_path):
     run = start()
     for _ in range(2):

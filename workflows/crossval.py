@@ -25,7 +25,7 @@ from pipeline.progress import console, new_table
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, write_tally
 from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
-from workflows.evaluate import figure_text, interval_text
+from workflows.evaluate import LEFT_OUT, figure_text, interval_text
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
 
@@ -113,16 +113,26 @@ def _fold_rows(held: Sequence[Collection[str]], content: Content, config: Config
 
 
 def _partakers(workspace: Workspace) -> list[Case]:
-    """The annotated cases with tiles, but for those that the manifest itself holds back as test."""
-    given = {case.slide_id: case.split for case in read_manifest(workspace.config.cohort.manifest)}
-    held_back = sorted({case.patient for case in workspace.cases if given[case.slide_id] == "test"})
-    if held_back:
+    """The candidates that have tiles; says who is held back, and who left out."""
+    cases = _candidates(workspace)
+    if held_back := _held_back(workspace):
         console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
-    cases = [case for case in workspace.annotated(SPLITS) if case.patient not in held_back]
     tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
     if missing := sorted(case.slide_id for case in cases if case.slide_id not in tiled):
         console.print(f"left out, as they have no tiles: {', '.join(missing)}")
     return [case for case in cases if case.slide_id in tiled]
+
+
+def _candidates(workspace: Workspace) -> list[Case]:
+    """The annotated cases of all patients that are not held back."""
+    held_back = _held_back(workspace)
+    return [case for case in workspace.annotated(SPLITS) if case.patient not in held_back]
+
+
+def _held_back(workspace: Workspace) -> list[str]:
+    """The patients that the manifest itself names as test."""
+    given = {case.slide_id: case.split for case in read_manifest(workspace.config.cohort.manifest)}
+    return sorted({case.patient for case in workspace.cases if given[case.slide_id] == "test"})
 
 
 def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
@@ -142,13 +152,16 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     for fold in folds:
         if fold not in counted:
             console.print(f"{fold.name} has no figures, and is left out of those of all folds")
+    tallies = [read_tally(fold / TALLY) for fold in counted]
+    rows = tuple(replace(row, split=_HELD_OUT) for tally in tallies for row in tally.rows if row.split == "test")
+    missing = {case.slide_id for case in _candidates(workspace)} - {row.slide_id for row in rows}
+    workspace.run.note(LEFT_OUT, ", ".join(sorted(missing)))
     if not counted:
         for name in _POOLED:
             put_aside(workspace.output / name)
+        workspace.run.renew_metrics({}, [_HELD_OUT])
         return 1
-    tallies = [read_tally(fold / TALLY) for fold in counted]
     config, output, first = workspace.config, workspace.output, tallies[0]
-    rows = tuple(replace(row, split=_HELD_OUT) for tally in tallies for row in tally.rows if row.split == "test")
     samples = config.evaluation.bootstrap_samples
     scores = report(rows, config.class_list, Mpp.square(first.mpp), first.rest, samples, config.seed)
     write_tally(output / TALLY, replace(first, rows=rows))
@@ -158,9 +171,8 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     for name in _POOLED:
         workspace.run.log_file(output / name)
     pooled = scores[_HELD_OUT][POOLED]
-    workspace.run.log_metrics(
-        {f"{_HELD_OUT} {score} {name}": values[score] for name, values in pooled.items() for score in _LOGGED}
-    )
+    metrics = {f"{_HELD_OUT} {score} {name}": values[score] for name, values in pooled.items() for score in _LOGGED}
+    workspace.run.renew_metrics({**metrics, f"{_HELD_OUT} slides": len(rows)}, [_HELD_OUT])
     console.print(_table(scores))
     return 0 if len(counted) == len(folds) else 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment
 from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
-from pipeline.config import Config
+from pipeline.config import SPLITS, Config
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
@@ -29,6 +28,9 @@ from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
 _FIGURES = ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION)
+LEFT_OUT = "fullfield.left_out"
+"""The tag of an MLflow run that names the slides which are missing from its figures."""
+
 _SHAPE_COLUMNS = (
     ("object_f1", "object F1"),
     ("object_dice", "object Dice"),
@@ -50,22 +52,22 @@ def evaluate(path: Path, overrides: Sequence[str]) -> int:
 
 def evaluate_cohort(workspace: Workspace) -> int:
     """Write metrics, calibration and pictures of every annotated slide that was segmented; 1 where one was not."""
-    config, rows = workspace.config, list[SlideAssessment]()
+    config, rows, left_out = workspace.config, list[SlideAssessment](), list[str]()
     cases = workspace.annotated(config.segmentation.splits)
     for case in cases:
         workspace.cluster.submit(case, assess_case, case, config)
-    missing = 0
     with progress("evaluate: slides", len(cases)) as bar:
         for outcome in workspace.cluster:
             if isinstance(outcome.error, CanvasError | AnnotationError | SlideError | WorkerError):
                 console.print(f"evaluate: left out {outcome.key.slide_id}: {outcome.error}")
-                missing += 1
+                left_out.append(outcome.key.slide_id)
             elif outcome.error is not None:
                 raise outcome.error
             else:
                 case = outcome.key
                 rows.append(SlideAssessment(case.slide_id, case.patient, case.split, outcome.value))
             bar.advance()
+    workspace.run.note(LEFT_OUT, ", ".join(sorted(left_out)))
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
     else:
@@ -73,15 +75,14 @@ def evaluate_cohort(workspace: Workspace) -> int:
         console.print(
             f"evaluate: nothing to compare: no annotated slide of {', '.join(config.segmentation.splits)} is segmented"
         )
-    return 1 if missing else 0
+    return 1 if left_out else 0
 
 
 def _put_aside(workspace: Workspace) -> None:
     """Rename the figures of an earlier call, perhaps of a model that is gone, and take them out of the MLflow run."""
-    if (metrics := workspace.output / _FIGURES[0]).exists():
-        workspace.run.log_metrics(dict.fromkeys(_headline(json.loads(metrics.read_text(encoding="utf-8")))))
-        with workspace.run.child("evaluate", anew=True):
-            pass
+    workspace.run.renew_metrics({}, SPLITS)
+    with workspace.run.child("evaluate", anew=True):
+        pass
     for name in _FIGURES:
         put_aside(workspace.output / name)
 
@@ -130,9 +131,11 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
     write_tally(output / TALLY, Tally(canvas.classes.names, rest, canvas.lattice.mpp.x, pixels))
     _write_calibration(output, splits)
     with workspace.run.child("evaluate") as run:
-        metrics = {**_headline(scores), **{f"{split} ece": error["ece"] for split, error in errors.items()}}
-        run.log_metrics(metrics)
-        workspace.run.log_metrics(metrics)
+        metrics = _headline(scores)
+        metrics |= {f"{split} ece": error["ece"] for split, error in errors.items()}
+        metrics |= {f"{split} slides": len(mine) for split, mine in splits.items()}
+        for whole_or_stage in (run, workspace.run):
+            whole_or_stage.renew_metrics(metrics, SPLITS)
         for name in _FIGURES:
             run.log_file(output / name)
         for row in rows:
