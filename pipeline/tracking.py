@@ -77,8 +77,8 @@ class Run:
     def child(self, stage: str, anew: bool = False) -> Run:
         """The run of one stage, nested in this one: continued if there is one of that name, else begun.
 
-        Where the stage begins `anew`, an earlier run that holds figures is set aside, as the stage `earlier STAGE`: MLflow
-        forgets no figure, and would mix those of two attempts.
+        Where the stage begins `anew`, an earlier run that holds figures is set aside, as `earlier STAGE`: MLflow forgets no
+        figure, and would mix those of two attempts.
         """
         tags = {PARENT: self.run_id, STAGE: stage}
         asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
@@ -100,6 +100,7 @@ class Run:
             _record(output, content)
 
     def _set_aside(self, run: Any, stage: str) -> None:
+        self.store.client.update_run(run.info.run_id, name=f"earlier {stage}")
         self.store.client.set_tag(run.info.run_id, STAGE, f"earlier {stage}")
         if run.info.status == "RUNNING":  # its process was killed
             self.store.client.set_terminated(run.info.run_id, "KILLED")

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,21 +204,25 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
     for name in ("model", "slides"):
         shutil.rmtree(output / names[1] / name)
     assert sweep(config, [f"output={output}", *values]) == 0
-    again = {**stages, names[1]: sorted([*STAGES, "train"])}  # the one set aside keeps its name
+    again = {**stages, names[1]: sorted([*STAGES, "earlier train"])}
     assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **again}
 
 
-def test_the_folder_of_an_interrupted_sweep_is_not_taken(
+def test_an_interrupted_sweep_leaves_nothing_running_and_its_folder_is_not_taken(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: object) -> int:
+    def interrupted(*_: object) -> Iterator[object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("workflows.sweep.tile_cohort", interrupted)
+    monkeypatch.setattr("workflows.sweep.fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep(config, [f"output={tmp_path / 'out'}", "network.width=4,6"])
     rows = {row["name"]: (row["status"], row["dice"]) for row in rows_of(tmp_path / "out" / "sweep.csv")}
     assert rows == {"width=4": ("open", ""), "width=6": ("open", "")}
+    client = open_store(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", create=False).client
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    ended = [(found.info.run_name, found.info.status) for found in runs if found.info.run_name != "tile"]
+    assert sorted(ended) == [("out", "KILLED"), *[("train", "KILLED")] * 2, ("width=4", "KILLED"), ("width=6", "KILLED")]
     with pytest.raises(CheckpointError, match="the results of `fullfield sweep`"):
         run(config, [f"output={tmp_path / 'out'}"])
 

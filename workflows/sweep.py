@@ -94,15 +94,16 @@ def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldErr
 def _watch(waiting: Sequence[tuple[Workspace, tuple[Any, ...]]], cluster: Cluster) -> dict[Path, FullfieldError]:
     """Train parts, each with what `fit` is called with, and log their epochs; returns why some failed."""
     tasks = {part.output: (fit, arguments) for part, arguments in waiting}
-    runs = {part.output: begin(part, anew=not part.is_interrupted()) for part, _ in waiting}
-    logged = {output: run.steps("loss") for output, run in runs.items()}
     failed, planned = dict[Path, FullfieldError](), {part.output: part.config.training.epochs for part, _ in waiting}
-    with progress("sweep: epochs of all", sum(planned.values())) as bar:
+    with ExitStack() as stack, progress("sweep: epochs of all", sum(planned.values())) as bar:
+        ends = {part.output: stack.enter_context(ExitStack()) for part, _ in waiting}
+        runs = {part.output: ends[part.output].enter_context(begin(part, not part.is_interrupted())) for part, _ in waiting}
+        logged = {output: run.steps("loss") for output, run in runs.items()}
         for outcome in cluster.streams(tasks):
             output, record = outcome.key, outcome.value
             if isinstance(outcome.error, FullfieldError):
                 failed[output] = outcome.error
-                with suppress(FullfieldError), runs[output]:  # the stage ends as failed
+                with suppress(FullfieldError), ends[output].pop_all():  # the stage ends as failed
                     raise outcome.error
             elif outcome.error is not None:
                 raise outcome.error
