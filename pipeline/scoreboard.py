@@ -41,6 +41,13 @@ class Entry:
         found = [fields["dice"] for fields in self.scores.values() if fields["dice"] is not None and fields["pixels"]]
         return float(np.mean(found)) if found else None
 
+    @property
+    def status(self) -> str:
+        """`done`, `incomplete` where it is scored on a part of the slides, `failed`, or `open` before its turn."""
+        if self.dice is not None or not self.reason:
+            return "incomplete" if self.reason else "done"
+        return "open" if self.reason == UNSCORED else "failed"
+
 
 def ranked(entries: Sequence[Entry]) -> list[Entry]:
     """The best first, by mean Dice; then those scored on fewer slides; what has no score comes last."""
@@ -67,13 +74,7 @@ def _row(entry: Entry) -> dict[str, Value]:
     row: dict[str, Value] = {"name": entry.name, **entry.values, "dice": entry.dice}
     for name, fields in entry.scores.items():
         row |= {f"{figure} {name}": fields[figure] for figure in ("dice", "dice_low", "dice_high")}
-    return {**row, "status": _status(entry), "reason": entry.reason}
-
-
-def _status(entry: Entry) -> str:
-    if entry.dice is not None or not entry.reason:
-        return "incomplete" if entry.reason else "done"
-    return "open" if entry.reason == UNSCORED else "failed"
+    return {**row, "status": entry.status, "reason": entry.reason}
 
 
 def _cell(row: Mapping[str, Value], name: str) -> str:

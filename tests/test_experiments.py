@@ -20,13 +20,14 @@ from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
+from pipeline.scoreboard import Entry
 from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
 from workflows.evaluate import evaluate_cohort
 from workflows.run import run
-from workflows.sweep import sweep
+from workflows.sweep import _remarks, sweep
 from workflows.tile import tile_case, tile_cohort
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +268,16 @@ def test_a_sweep_need_not_have_what_its_combinations_say(config: Path, tmp_path:
     content["network"]["depth"] = 4
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     assert sweep(tmp_path / "config.yaml", [*fixed, "network.depth=1,2"]) == 0
+
+
+def test_a_sweep_over_scales_says_that_its_scores_are_each_at_its_own(tmp_path: Path) -> None:
+    entries = [Entry("broken", {}, {}, "the loss is nan")]
+    for name, mpp in (("a", 1.8), ("b", 1.8), ("c", 2.5)):
+        (tmp_path / name).mkdir()
+        write_tally(tmp_path / name / "confusions.json", Tally(("Rest", "Gland"), 0, mpp, ()))
+        entries.insert(-1, Entry(name, {}, {"Gland": {"dice": 0.5, "pixels": 9}}))
+    assert list(_remarks(tmp_path, entries)) == ["a, c: each is scored at its own scale, 1.8 and 2.5 um/px"]
+    assert list(_remarks(tmp_path, entries[-1:])) == []
 
 
 def test_figures_of_a_model_that_is_gone_are_put_aside(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
 from pipeline.progress import console, new_table, progress
 from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
+from pipeline.tally import FILE as TALLY
+from pipeline.tally import read_tally, scale_remark
 from pipeline.tasks import Cluster
 from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
@@ -142,12 +144,22 @@ def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
         if (workspace.output / name).exists():
             workspace.run.log_file(workspace.output / name)
     best = entries[0]
-    if best.dice is not None:
-        workspace.run.log_metrics({"best dice": best.dice})
-        workspace.run.set_tags({"fullfield.best": best.name})
+    workspace.run.log_metrics({"best dice": best.dice})
+    workspace.run.note("fullfield.best", best.name if best.dice is not None else "")
     shown = new_table("Validation slides, the best first", "combination", "mean Dice")
     for entry in entries:
         shown.add_row(
-            entry.name, "failed" if entry.dice is None else f"{entry.dice:.3f}{entry.reason and ', ' + entry.reason}"
+            entry.name, entry.status if entry.dice is None else f"{entry.dice:.3f}{entry.reason and ', ' + entry.reason}"
         )
     console.print(shown)
+    for remark in _remarks(workspace.output, entries):
+        console.print(remark)
+
+
+def _remarks(output: Path, entries: Sequence[Entry]) -> Iterator[str]:
+    """Which combinations are scored at another scale than the best is."""
+    tallies = {entry.name: read_tally(output / entry.name / TALLY) for entry in entries if entry.dice is not None}
+    for name in tallies:
+        best = next(iter(tallies))
+        if tallies[name].mpp != tallies[best].mpp:
+            yield f"{best}, {name}: {scale_remark(tallies[best], tallies[name])}"
