@@ -22,12 +22,14 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
+        nodes = [key for key, _ in node.value if key.tag != _MERGE]
+        keys, marks = [self.construct_object(key, deep=True) for key in nodes], [key.start_mark for key in nodes]
         if strange := [key for key in keys if not isinstance(key, str | int | float | None)]:
             raise yaml.constructor.ConstructorError(None, None, f"no plain words as keys: {strange}", node.start_mark)
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {twice}", node.start_mark)
+        again = [index for index, key in enumerate(keys) if key in keys[:index]]
+        if again:
+            twice = sorted({str(keys[index]) for index in again})
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {twice}", marks[again[0]])
         return super().construct_mapping(node, deep)
 
 

@@ -141,7 +141,7 @@ def test_a_missing_key_is_named() -> None:
         ("a: [", "broken YAML"),
         ("a: " + "[" * 20_000, "broken YAML"),
         ("a: &x [*x]", "within themselves"),
-        ("seed: 1\nseed: 2\n", "key given twice"),
+        ("seed: 1\noutput: a\nseed: 2\n", r"key given twice: \['seed'\](.|\n)*line 3, column 1"),
         ("seed: 1\n1: 2\n1: 3\nseed: 2\n", "key given twice"),
         ("[1]: 1\n[1]: 2\n", "broken YAML"),
         ("output: 2024-31-12\n", "month must be in 1..12"),
