@@ -16,7 +16,7 @@ from pipeline.ahead import ahead
 from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, manifest_text, read_manifest, write_manifest
-from pipeline.config import Config
+from pipeline.config import ALIAS, RESERVED_ALIAS, Config
 from pipeline.errors import CheckpointError, CohortError, TrainingError
 from pipeline.files import as_unicode, locked, replacing, write_text
 from pipeline.geometry import Mpp
@@ -40,6 +40,7 @@ TABLES = {"folds.csv": "crossval", "sweep.csv": "sweep"}
 """What works of many runs leave in their outputs, and the verbs that do."""
 
 _WRITTEN = "# Written by Fullfield, which replaces it: what you want to keep belongs into a file of another name.\n"
+_LONGEST_ALIAS = 255  # letters that MLflow takes
 _RESULTS = ("slides.csv", "metrics.csv", "calibration.csv", *TABLES)
 
 
@@ -105,11 +106,11 @@ def open_within(whole: Workspace, config: Config) -> Iterator[Workspace]:
     """A part of a larger work in a folder of its own: on the same cluster, its run nested in that of the whole.
 
     The folder's configuration names the store of the whole, so that the part can be continued alone; its model has the
-    folder's name as alias, and leaves that of other models where it is. Raises what `open_workspace` does.
+    names of both folders as alias, and leaves that of other models where it is. Raises what `open_workspace` does.
     """
     settings = config.tracking
     uri = settings.uri if chosen_address(settings.uri) else own_address(whole.output)
-    alias = re.sub(r"[^A-Za-z0-9_-]", "-", config.output.name)
+    alias = alias_of(f"{whole.output.name}-{config.output.name}")
     settings = settings.model_copy(update={"uri": uri, "alias": alias})
     with _prepared(config.model_copy(update={"tracking": settings}), None) as (config, cases):
         whole.run.nest(config.output)
@@ -191,6 +192,13 @@ def _check_owner(output: Path, own: str | None) -> None:
 def dealt_cases(config: Config) -> tuple[Case, ...]:
     """The cohort with its splits. Raises CohortError."""
     return deal_out(read_manifest(config.cohort.manifest), config.cohort.fractions.model_dump(), config.seed)
+
+
+def alias_of(name: str) -> str:
+    """The name of a folder as an alias that MLflow takes."""
+    alias = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    fits = re.fullmatch(ALIAS, alias) and not re.fullmatch(RESERVED_ALIAS, alias, re.IGNORECASE)
+    return (alias if fits else f"run-{alias}")[:_LONGEST_ALIAS]
 
 
 def log_inputs(workspace: Workspace) -> None:

@@ -95,6 +95,7 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
         assert scores[name]["dice"] == (None if np.isnan(dice[index]) else pytest.approx(dice[index]))
         assert scores[name]["patients"] == 3
     folds = ["fold-1", "fold-2", "fold-3"]
+    assert [load_config(output / fold / "config.yaml").tracking.alias for fold in folds] == [f"cv-{fold}" for fold in folds]
     assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
     check_resumption(config, output, capsys)
     check_refusals(config, output)

@@ -234,6 +234,7 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     assert "Nothing has changed since" in capsys.readouterr().out
     old, new = load_config(good / "config.yaml"), load_config(again / "config.yaml")
     assert new.output == again and new.training == old.training and new.network == old.network
+    assert new.tracking == old.tracking.model_copy(update={"alias": "again"}) and old.tracking.alias == "newest"
     splits = [(case.slide_id, case.patient, case.split) for case in read_manifest(again / "cohort.csv")]
     assert splits == [(case.slide_id, case.patient, case.split) for case in cases.values()]
 

@@ -18,10 +18,12 @@ from pipeline.errors import CheckpointError, CohortError
 from pipeline.geometry import Roi
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp, training_inputs
 from pipeline.phantom import GLASS, make_phantom
+from pipeline.registry import check_alias
 from pipeline.tasks import Here
 from pipeline.truth import ClassMap
 from pipeline.workspace import (
     Workspace,
+    alias_of,
     alone,
     class_map,
     dealt_cases,
@@ -136,6 +138,14 @@ def test_what_another_command_works_at_is_not_replaced_but_waited_for(
     second.join()
     assert entered.is_set()
     assert "".join(capsys.readouterr().out.split()) == f"Waitsforanothercommandin{tmp_path / 'out'}"
+
+
+def test_the_name_of_a_folder_becomes_an_alias_that_mlflow_takes() -> None:
+    named = {"plain-fold-1": "plain-fold-1", "sweep-width=0.5,a": "sweep-width-0-5-a", "v2": "run-v2", "2024": "run-2024"}
+    assert {name: alias_of(name) for name in named} == named
+    for name in (*named, "latest", "", "ä" * 300):
+        check_alias(alias_of(name))
+        assert len(alias_of(name)) <= 255
 
 
 def test_slides_without_cells_are_not_learned_from(tmp_path: Path) -> None:

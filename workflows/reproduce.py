@@ -12,7 +12,7 @@ from pipeline.errors import CheckpointError
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
-from pipeline.workspace import TABLES, alone, write_setup
+from pipeline.workspace import TABLES, alias_of, alone, write_setup
 
 _LETTERS = 9  # of a commit
 
@@ -26,7 +26,8 @@ def reproduce(reference: str, output: Path | None) -> int:
     output = (output or old.output.with_name(f"{old.output.name}-again")).absolute()
     cases = [case_of(facts) for facts in lineage["slides"]]
     cohort = old.cohort.model_copy(update={"manifest": output / "cohort.csv"})
-    new = old.model_copy(update={"output": output, "cohort": cohort})
+    tracking = old.tracking.model_copy(update={"alias": alias_of(output.name)})  # the old run's stays with its own model
+    new = old.model_copy(update={"output": output, "cohort": cohort, "tracking": tracking})
     with alone(new, cases):
         _check_free(output)
         write_setup(new, cases)
