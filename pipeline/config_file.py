@@ -21,7 +21,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError that names each key at fault, what was found there and what was expected.
     """
     if not path.is_file():
-        raise ConfigError(str(path), "no such file", "a YAML file", "Print one with `fullfield config example`.")
+        found, remedy = "a folder" if path.is_dir() else "no such file", "Print one with `fullfield config example`."
+        if (path / "config.yaml").is_file():
+            remedy = f"Name {path / 'config.yaml'}, perhaps."
+        raise ConfigError(str(path), found, "a configuration, which is a YAML file", remedy)
     try:
         content = load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -44,8 +47,12 @@ def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Co
     except ValidationError as error:
         found = "; ".join(_describe(item) for item in _causes(error.errors()))
         remedy = "See `fullfield config example` for every key."
-        subject = " with ".join(filter(None, (source, ", ".join(overrides))))
-        raise ConfigError(subject, found, "a configuration that makes sense", remedy) from error
+        raise ConfigError(asked(source, overrides), found, "a configuration that makes sense", remedy) from error
+
+
+def asked(source: str, overrides: Sequence[str]) -> str:
+    """How an error calls what it is about: the file, and what was overridden."""
+    return " with ".join(filter(None, (source, ", ".join(overrides))))
 
 
 def parse_values(override: str) -> tuple[str, list[Any]]:

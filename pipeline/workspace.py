@@ -16,8 +16,9 @@ from pipeline.ahead import ahead
 from pipeline.annotations import open_truth, with_glass
 from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, manifest_text, read_manifest, write_manifest
-from pipeline.config import ALIAS, RESERVED_ALIAS, Config
-from pipeline.errors import CheckpointError, CohortError, TrainingError
+from pipeline.config import ALIAS, RESERVED_ALIAS, Config, NetworkSettings, TileSettings
+from pipeline.config_file import asked, load_config
+from pipeline.errors import CheckpointError, CohortError, ConfigError, NetworkError, TrainingError
 from pipeline.files import as_unicode, locked, replacing, write_text
 from pipeline.geometry import Mpp
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_at_work, check_output, read_stamp, tile_inputs
@@ -232,6 +233,24 @@ def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
     metadata = {TILE_STAMP: tile_inputs(config, workspace.cases), TILE_COMPLETE: "True"}
     with replacing(workspace.tiles) as partial:
         parquet.write_table(table.replace_schema_metadata(metadata), partial)
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """What `load_config` reads, of a network that can be built. Raises ConfigError that names the key at fault."""
+    config = load_config(path, overrides)
+    try:
+        model_spec(config)
+    except NetworkError as error:
+        found = f"{_dotted(error.subject.removeprefix('model spec, '))}: {error.found}"
+        raise ConfigError(asked(str(path), overrides), found, error.expected, _dotted(error.remedy)) from error
+    return config
+
+
+def _dotted(text: str) -> str:
+    """A text with the keys of a model spec as a configuration has them."""
+    keys = {key: f"network.{key}" for key in NetworkSettings.model_fields}
+    keys |= {key: f"tiles.{key}" for key in TileSettings.model_fields}
+    return re.sub(r"`(\w+)`", lambda key: f"`{keys.get(key[1], key[1])}`", text)
 
 
 def model_spec(config: Config) -> ModelSpec:

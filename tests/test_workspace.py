@@ -14,7 +14,7 @@ from pipeline.classes import IGNORED
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
-from pipeline.errors import CheckpointError, CohortError
+from pipeline.errors import CheckpointError, CohortError, ConfigError
 from pipeline.geometry import Roi
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp, training_inputs
 from pipeline.phantom import GLASS, make_phantom
@@ -30,6 +30,7 @@ from pipeline.workspace import (
     model_spec,
     open_sources,
     open_workspace,
+    read_config,
     write_setup,
 )
 
@@ -138,6 +139,32 @@ def test_what_another_command_works_at_is_not_replaced_but_waited_for(
     second.join()
     assert entered.is_set()
     assert "".join(capsys.readouterr().out.split()) == f"Waitsforanothercommandin{tmp_path / 'out'}"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("tiles.patch_size=65", "found `tiles.patch_size`: 65; expected a multiple of 4.*`tiles.patch_size` to 64"),
+        ("network.encoder=resnet18", "found `network.encoder`: .*; expected null for fcn. Leave `network.encoder` out"),
+        ("network.upsample=nearest", None),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_told_by_file_and_key(tmp_path: Path, override: str, told: str | None) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(config(tmp_path / "out").to_yaml())
+    if told is None:
+        assert read_config(path, [override]).network.upsample == "nearest"
+        return
+    with pytest.raises(ConfigError, match=f"^{path} with {override}: {told}"):
+        read_config(path, [override])
+
+
+def test_a_folder_is_no_configuration_but_may_hold_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found a folder; expected a configuration"):
+        read_config(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=f"Name {tmp_path}/config.yaml"):
+        read_config(tmp_path)
 
 
 def test_the_name_of_a_folder_becomes_an_alias_that_mlflow_takes() -> None:

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import SPLITS, Config
-from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.folds import deal_folds, fold_cases
@@ -24,7 +23,7 @@ from pipeline.metrics import POOLED, Report, report, table
 from pipeline.progress import console, new_table
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, write_tally
-from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
+from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace, read_config
 from workflows.evaluate import LEFT_OUT, figure_text, interval_text
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
@@ -35,7 +34,7 @@ _HELD_OUT = "out-of-fold"
 
 def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
     """Cross-validate a configuration file; the exit code is 1 where a slide failed."""
-    config = load_config(path, overrides)
+    config = read_config(path, overrides)
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
     with open_workspace(config, own="folds.csv") as workspace:

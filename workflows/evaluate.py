@@ -13,7 +13,6 @@ from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
 from pipeline.config import SPLITS, Config
-from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.metrics import POOLED, Report, report, table
@@ -24,7 +23,16 @@ from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
 from pipeline.truth import Truth
-from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace, require_output, rest_index, slide_job
+from pipeline.workspace import (
+    Workspace,
+    case_truth,
+    log_inputs,
+    open_workspace,
+    read_config,
+    require_output,
+    rest_index,
+    slide_job,
+)
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
 _FIGURES = ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION)
@@ -43,7 +51,7 @@ _SHAPE_COLUMNS = (
 
 def evaluate(path: Path, overrides: Sequence[str]) -> int:
     """Run the stage by itself."""
-    config = load_config(path, overrides)
+    config = read_config(path, overrides)
     require_output(config, "run")
     with open_workspace(config) as workspace:
         log_inputs(workspace)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.config_file import load_config
 from pipeline.progress import console
-from pipeline.workspace import Workspace, log_inputs, open_workspace
+from pipeline.workspace import Workspace, log_inputs, open_workspace, read_config
 from workflows.evaluate import evaluate_cohort
 from workflows.segment import segment_cohort
 from workflows.tile import tile_cohort
@@ -17,7 +16,7 @@ from workflows.train import train_model
 
 def run(path: Path, overrides: Sequence[str]) -> int:
     """Run a configuration file; the exit code is 1 where a slide failed."""
-    return run_config(load_config(path, overrides))
+    return run_config(read_config(path, overrides))
 
 
 def run_config(config: Config) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
-from pipeline.config_file import load_config
 from pipeline.errors import CohortError, FullfieldError
 from pipeline.fitting import fit
 from pipeline.inputs import check_output
@@ -20,7 +19,7 @@ from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, scale_remark
 from pipeline.tasks import Cluster
-from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
+from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace, read_config
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
 from workflows.train import begin, fit_arguments
@@ -32,8 +31,8 @@ _SPLIT = "val"
 def sweep(path: Path, overrides: Sequence[str]) -> int:
     """Sweep over a configuration file; the exit code is 1 where a combination, or a slide of one, failed."""
     fixed, combinations = combine(overrides)
-    config = load_config(path, [*fixed, *_first(combinations)])
-    configs = [load_config(path, [*fixed, *combination.overrides]) for combination in combinations]
+    config = read_config(path, [*fixed, *_first(combinations)])
+    configs = [read_config(path, [*fixed, *combination.overrides]) for combination in combinations]
     parts = [_part(config, *pair) for pair in zip(combinations, configs, strict=True)]
     cases = dealt_cases(config)
     for part in parts:

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from pipeline.cohort import Case
 from pipeline.config import SPLITS, TILE_COLUMNS, Config
-from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CohortError, SlideError, WorkerError
 from pipeline.files import replacing
 from pipeline.geometry import Mpp
@@ -26,7 +25,7 @@ from pipeline.slide import open_slide
 from pipeline.slide_job import too_coarse
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace
+from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace, read_config
 
 Row = dict[str, Any]
 
@@ -42,7 +41,7 @@ class Found:
 
 def tile(path: Path, overrides: Sequence[str]) -> int:
     """Run the stage by itself; the exit code is 1 where a slide could not be read."""
-    with open_workspace(load_config(path, overrides)) as workspace:
+    with open_workspace(read_config(path, overrides)) as workspace:
         log_inputs(workspace)
         return tile_cohort(workspace)
 

@@ -12,14 +12,13 @@ from pyarrow import parquet
 from pipeline import checkpoint, snapshot
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.fitting import fit
 from pipeline.inputs import read_stamp, tile_inputs, training_facts, training_inputs
 from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
-from pipeline.workspace import Workspace, log_inputs, open_workspace, require_output
+from pipeline.workspace import Workspace, log_inputs, open_workspace, read_config, require_output
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 def train(path: Path, overrides: Sequence[str]) -> int:
     """Run the stage by itself."""
-    config = load_config(path, overrides)
+    config = read_config(path, overrides)
     require_output(config, "tile")
     with open_workspace(config) as workspace:
         log_inputs(workspace)
