@@ -25,7 +25,7 @@ from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
-from workflows.evaluate import evaluate_cohort
+from workflows.evaluate import evaluate, evaluate_cohort
 from workflows.run import run
 from workflows.sweep import _remarks, sweep
 from workflows.tile import tile_case, tile_cohort
@@ -282,7 +282,7 @@ def test_a_sweep_over_scales_says_that_its_scores_are_each_at_its_own(tmp_path: 
 
 
 def test_figures_of_a_model_that_is_gone_are_put_aside(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else a cross-validation would pool them with those of the models that are there."""
     with open_workspace(load_config(config, [f"output={tmp_path / 'out'}"])) as workspace:
@@ -306,6 +306,11 @@ def test_figures_of_a_model_that_is_gone_are_put_aside(
     assert {name: value for name, value in data.metrics.items() if not np.isnan(value)} == {"disk": 0.5}
     wanted = {case.slide_id for case in workspace.annotated(SPLITS) if case.split != "train"}
     assert set(data.tags["fullfield.left_out"].split(", ")) == wanted
+    assert "no annotated slide of val, test (segmentation.splits) is segmented" in " ".join(capsys.readouterr().out.split())
+    write_manifest(tmp_path / "cohort.csv", [replace(case, annotation=None) for case in workspace.cases])
+    assert evaluate(config, [f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}"]) == 1
+    assert "no slide of val, test (segmentation.splits) is annotated" in " ".join(capsys.readouterr().out.split())
+    assert "fullfield.left_out" not in store.client.get_run(run_id).data.tags
 
 
 def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path) -> None:

@@ -50,12 +50,13 @@ _SHAPE_COLUMNS = (
 
 
 def evaluate(path: Path, overrides: Sequence[str]) -> int:
-    """Run the stage by itself."""
+    """Run the stage by itself; the exit code is 1 where a slide could not be evaluated, or there was none."""
     config = read_config(path, overrides)
     require_output(config, "run")
     with open_workspace(config) as workspace:
         log_inputs(workspace)
-        return evaluate_cohort(workspace)
+        failed = evaluate_cohort(workspace)
+        return failed if workspace.annotated(config.segmentation.splits) else 1
 
 
 def evaluate_cohort(workspace: Workspace) -> int:
@@ -80,9 +81,9 @@ def evaluate_cohort(workspace: Workspace) -> int:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
     else:
         _put_aside(workspace)
-        console.print(
-            f"evaluate: nothing to compare: no annotated slide of {', '.join(config.segmentation.splits)} is segmented"
-        )
+        which = f"of {', '.join(config.segmentation.splits)} (segmentation.splits)"
+        found = f"no annotated slide {which} is segmented" if cases else f"no slide {which} is annotated"
+        console.print(f"evaluate: nothing to compare: {found}")
     return 1 if left_out else 0
 
 
