@@ -121,7 +121,7 @@ class NetworkSettings(Section):
 
 
 class TileSettings(Section):
-    """The cells into which annotated slides are divided, to count what there is and to draw patches from."""
+    """The cells into which slides are divided, to count what there is and to draw patches from."""
 
     patch_size: Annotated[int, Field(ge=32, le=4096)] = 256
     min_tissue: Fraction = 0.05

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pipeline.architectures import build_network
 from pipeline.checkpoint import save
@@ -21,6 +22,7 @@ from pipeline.phantom import make_cohort, render, write_slide
 from pipeline.progress import console, new_table, progress
 from pipeline.runtime import EXACT
 from pipeline.staining import Normalisation
+from workflows.__main__ import app
 from workflows.crossval import crossval
 from workflows.evaluate import evaluate
 from workflows.run import run
@@ -119,6 +121,14 @@ def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str]
     table.add_row(*(f"0.{number}23456789" for number in range(8)))
     console.print(table, width=60)
     assert "…" not in capsys.readouterr().out
+
+
+def test_help_is_broken_where_the_terminal_ends() -> None:
+    for command in app.registered_commands:
+        *paragraphs, last = str(command.help).split("\n\n")
+        assert last.startswith("Example: `fullfield ") and not any("\n" in paragraph for paragraph in (*paragraphs, last))
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "90"}).output
+    assert "weights.safetensors). Killed and called again, it goes on after the last whole epoch" in shown
 
 
 def test_a_list_of_problems_ends_on_a_line_of_its_own() -> None:

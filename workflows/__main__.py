@@ -46,7 +46,9 @@ def _options(
 def demo(output: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("runs/demo")) -> None:
     """Make phantom slides, train on them, segment one that was never seen, and log it all.
 
-    Writes the phantom cohort and every result below OUTPUT. Example: `fullfield demo --output runs/demo`
+    Writes the phantom cohort and every result below OUTPUT.
+
+    Example: `fullfield demo --output runs/demo`
     """
     from workflows.demo import demo as verb
 
@@ -58,6 +60,7 @@ def run(config: options.Config, overrides: options.Overrides = None) -> None:
     """Tile, train, segment and evaluate, as one MLflow run; continue where an earlier call stopped.
 
     Reads CONFIG and the cohort that it names; writes all results below its `output`.
+
     Example: `fullfield run workflows/configs/glas.yaml cohort.manifest=glas/cohort.csv training.epochs=10`
     """
     from workflows.run import run as verb
@@ -67,9 +70,10 @@ def run(config: options.Config, overrides: options.Overrides = None) -> None:
 
 @app.command()
 def tile(config: options.Config, overrides: options.Overrides = None) -> None:
-    """Divide annotated slides into cells and count what there is to learn from.
+    """Divide slides into cells and count what there is to learn from.
 
     Reads slides and annotations; writes OUTPUT/cohort.csv (the splits) and OUTPUT/tiles.parquet (a row a cell).
+
     Example: `fullfield tile workflows/configs/glas.yaml`
     """
     from workflows.tile import tile as verb
@@ -84,6 +88,7 @@ def train(config: options.Config, overrides: options.Overrides = None) -> None:
     Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors). Killed and called
     again, it goes on after the last whole epoch (OUTPUT/training.safetensors), to the same weights, unless
     training.max_minutes has the clock decide how many epochs there are.
+
     Example: `fullfield train workflows/configs/glas.yaml training.max_minutes=15`
     """
     from workflows.train import train as verb
@@ -110,6 +115,7 @@ def segment(
     A precision below exact must have been approved by `fullfield run CONFIG engine.precision=...`, on validation tissue.
     Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv; of several models
     also OUTPUT/ensemble, which serves as a model, and an entropy map of each slide. The exit code is 1 where a slide failed.
+
     Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
     if workers is not None and scheduler is not None:
@@ -140,6 +146,7 @@ def plan(
     Reads the slide's tissue and runs a few tiles of it in a worker; keeps nothing but what speeds up the next call. Peak
     memory is that of a whole worker; the output is the OME-Zarr with its pyramid, at the rate at which those tiles were
     compressed.
+
     Example: `fullfield plan slide.svs --model runs/demo/model`
     """
     _expect_workers(slide, *([] if ":" in model else [Path(model)]))
@@ -153,7 +160,8 @@ def evaluate(config: options.Config, overrides: options.Overrides = None) -> Non
     """Hold the segmented slides of a run against their annotations.
 
     Reads OUTPUT/slides; writes metrics.json, metrics.csv, confusions.json, calibration.csv and reliability.png into OUTPUT,
-    and pictures of truth beside prediction.
+    and pictures of truth beside prediction. The exit code is 1 where a slide could not be evaluated, or none is annotated.
+
     Example: `fullfield evaluate workflows/configs/glas.yaml`
     """
     from workflows.evaluate import evaluate as verb
@@ -172,7 +180,9 @@ def crossval(
     Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
     train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is
     trained, then OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last
-    the pooled metrics.json, metrics.csv and confusions.json. Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
+    the pooled metrics.json, metrics.csv and confusions.json.
+
+    Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
     """
     from workflows.crossval import crossval as verb
 
@@ -184,10 +194,13 @@ def sweep(
     config: options.Config,
     values: Annotated[list[str], typer.Argument(metavar="key=value,value...", help="Values of dotted keys, by commas.")],
 ) -> None:
-    """Train every combination of values, side by side on the workers, and score each on the validation slides.
+    """Train every combination of values, and score each on the validation slides.
 
-    A list is one value in brackets; a key with a single value is set for all. Writes OUTPUT/NAME for each combination,
-    which `fullfield run OUTPUT/NAME/config.yaml` continues alone, then OUTPUT/sweep.csv, sweep.md and sweep.png.
+    They train side by side with cluster.workers=N, or on a scheduler's workers; one after the other with one worker, the
+    default. A list is one value in brackets; a key with a single value is set for all. Writes OUTPUT/NAME for each
+    combination, which `fullfield run OUTPUT/NAME/config.yaml` continues alone, then OUTPUT/sweep.csv, sweep.md and
+    sweep.png.
+
     Example: `fullfield sweep my.yaml output=runs/sweep training.learning_rate=1e-3,3e-4 network.width=16,32`
     """
     from workflows.sweep import sweep as verb
@@ -202,7 +215,9 @@ def compare(
     """Say whether runs differ: the paired difference of Dice over the patients of both, with its 95 % interval.
 
     Reads each run's confusions.json; each is held against the first. Slides that a run learned from are left out, and runs
-    on other classes, slides or annotations are refused. Example: `fullfield compare runs/plain runs/glas`
+    on other classes, slides or annotations are refused.
+
+    Example: `fullfield compare runs/plain runs/glas`
     """
     from workflows.compare import compare as verb
 
@@ -224,7 +239,8 @@ def promote(
     Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
     flatters MODEL; the alias moves where the 95 % interval of the paired difference over patients leaves out a loss
     larger than the margin. Fewer than six patients cannot be as sure: then none of them may lose more. The evidence
-    becomes tags of the version. The exit code is 3 where the alias stays.
+    becomes tags of the version. The exit code is 3 where the alias stays, and 1 for an error.
+
     Example: `fullfield promote runs/mine --margin 0.01`
     """
     from workflows.promote import promote as verb
@@ -242,7 +258,9 @@ def reproduce(
     """Write the configuration and cohort of an earlier run anew, and say what has changed since.
 
     Compares code, packages, machine, slides and annotations with the run's lineage.json. Writes config.yaml and
-    cohort.csv, and prints the command that runs them. Example: `fullfield reproduce runs/glas`
+    cohort.csv, and prints the command that runs them.
+
+    Example: `fullfield reproduce runs/glas`
     """
     from workflows.reproduce import reproduce as verb
 
@@ -281,11 +299,21 @@ def verify(
     Prints the largest and the mean difference of probability and the number of labels that differ. The exit code is 1 where
     a difference is above 1e-5: so it is with --blend, which tells how far off blending is. For a network that is not local,
     one forward pass is over the whole of a small slide, or over windows of a large one.
+
     Example: `fullfield verify slide.svs --model runs/demo/model`
     """
     from workflows.verify import verify as verb
 
     raise typer.Exit(verb(slide, model, mpp, options.engine(precision, backend), blend, flips))
+
+
+def _flowing(text: str) -> str:
+    """A docstring whose paragraphs have no line breaks of their own: where lines end, the terminal's width decides."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+for _command in app.registered_commands:
+    _command.help = _flowing(getattr(_command.callback, "__doc__", ""))
 
 
 def _expect_workers(*needed: Path) -> None:

@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from pipeline.config import EngineSettings
 
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`.")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`. OUTPUT is its `output`.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),
 ]
-Model = Annotated[str, typer.Option(help="A model's folder, `runs:/ID/model`, or `models:/name@alias`.", show_default=False)]
+_MODEL = "A model's folder, `runs:/ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`."
+Model = Annotated[str, typer.Option(help=_MODEL, show_default=False)]
 Models = Annotated[
     list[str],
     typer.Option(
         "--model",
-        help="A model's folder, `runs:/ID/model`, or `models:/name@alias`. Given several times, or the output of a "
-        "cross-validation: the mean of their probabilities.",
+        help=f"{_MODEL} Given several times, or the output of a cross-validation: the mean of their probabilities.",
         show_default=False,
     ),
 ]
