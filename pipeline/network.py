@@ -171,7 +171,7 @@ def _check_family(spec: ModelSpec) -> None:
         value = getattr(spec, key)
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             expected = " or ".join("null" if choice is None else str(choice) for choice in allowed)
-            remedy = f"Leave `{key}` out." if allowed == (None,) else f"Set `{key}` to one of these."
+            remedy = f"Leave `{key}` out, or null." if allowed == (None,) else f"Set `{key}` to one of these."
             raise _wrong(key, repr(value), f"{expected} for {spec.architecture}", remedy)
 
 

@@ -7,9 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from pipeline.errors import CheckpointError, TrackingError
 from pipeline.registry import resolve_model
 from pipeline.store import open_store
 from pipeline.tracking import Run
+from pipeline.versions import find_version
 
 
 @pytest.fixture(autouse=True)
@@ -535,6 +539,35 @@ def test_a_server_that_does_not_answer_is_an_error_within_seconds(tmp_path, monk
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         with pytest.raises(TrackingError, match="timed out"):
             Run.start(tmp_path, "tests", "a run")
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that lets nobody in, and keeps how it was asked."""
+
+    heard: ClassVar[list[str]] = []
+
+    def do_POST(self):
+        self.heard.append(self.headers.get("Authorization", ""))
+        self.send_response(401)
+        self.end_headers()
+
+    do_GET = do_POST
+
+
+@pytest.mark.parametrize(("host", "password"), [("127.0.0.1", True), ("localhost", False)])
+def test_a_folder_s_store_takes_its_password_from_the_environment(tmp_path, monkeypatch, host, password):
+    """And nothing else: where the variable names another store, the folder's counts."""
+    monkeypatch.setattr(Refusing, "heard", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        port = server.server_port
+        (tmp_path / "run.json").write_text(json.dumps({"store": f"http://***@127.0.0.1:{port}"}))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{host}:{port}")
+        with pytest.raises(TrackingError) as caught:
+            find_version(str(tmp_path))
+        server.shutdown()
+    assert ("Basic bWU6c2VjcmV0" in Refusing.heard) == password and Refusing.heard
+    assert "MLFLOW_TRACKING_URI gives it with a password" in caught.value.__notes__[0]
 
 
 def test_a_store_that_is_no_database_is_an_error_at_once(tmp_path):

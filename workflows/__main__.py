@@ -313,7 +313,7 @@ def _flowing(text: str) -> str:
 
 
 for _command in app.registered_commands:
-    _command.help = _flowing(getattr(_command.callback, "__doc__", ""))
+    _command.help = _flowing(getattr(_command.callback, "__doc__", None) or "")
 
 
 def _expect_workers(*needed: Path) -> None:
