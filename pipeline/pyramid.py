@@ -5,7 +5,7 @@
 
 A coarse label is the most frequent of its four (the lowest, where two are equal), not counting the unexamined; a coarse
 probability is the mean over the examined ones. A shard of level 1 is on disk only while all that it follows from is: whoever
-writes one of its tiles removes it first.
+plans to write one of its tiles removes it first, while nobody else is at work.
 """
 
 from __future__ import annotations
@@ -46,8 +46,18 @@ def build_pyramid(canvas: Canvas) -> None:
                 _store(canvas, level, place, _halved_chunks(canvas, level, place))
 
 
+def remove_coarse(canvas: Canvas, tiles: Iterable[Place]) -> None:
+    """Remove the shards of level 1 that follow from some tiles, since these are to be written; to be called when nobody
+    reads or writes.
+    """
+    if len(canvas.levels) > 1:
+        for shards in (canvas.label_shards(1), canvas.probability_shards(1)):
+            for place in _above(tiles).intersection(shards.places()):
+                shards.path(place).unlink()
+
+
 class CoarseShard:
-    """The shard of level 1 at `place`, made of its tiles as they are written: begin, write and add each tile, store.
+    """The shard of level 1 at `place`, made of its tiles as they are written: write and add each tile, store.
 
     It holds the pixels of one tile.
     """
@@ -57,12 +67,6 @@ class CoarseShard:
         self._canvas, self._place, self._added = canvas, place, set[Place]()
         self._levels = np.zeros((len(canvas.classes), size, size), np.uint8)
         self._labels = np.full((size, size), IGNORED, np.uint8)
-
-    def begin(self) -> None:
-        """Remove the shard: what is on disk no longer follows from the tiles."""
-        if len(self._canvas.levels) > 1:
-            for shards in (self._canvas.label_shards(1), self._canvas.probability_shards(1)):
-                shards.path(self._place).unlink(missing_ok=True)
 
     def add(self, tile: Place, levels: np.ndarray, labels: np.ndarray) -> None:
         """Take the pixels of the tile at (row, column), as `Canvas.write` returns them."""

@@ -13,9 +13,9 @@ What only tasks use is imported in them, so that a command has its workers soone
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -23,10 +23,11 @@ from pipeline import ensemble
 from pipeline.ahead import ahead
 from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.files import locked, write_json
-from pipeline.grid import Tile
+from pipeline.grid import Grid, Tile
 from pipeline.machine import release_memory
-from pipeline.pyramid import CoarseShard
+from pipeline.pyramid import CoarseShard, remove_coarse
 from pipeline.runtime import load_engine
+from pipeline.shards import Place
 from pipeline.slide_job import (
     CANVAS,
     MADE,
@@ -39,6 +40,9 @@ from pipeline.slide_job import (
     job_engine,
     too_coarse,
 )
+
+if TYPE_CHECKING:
+    from pipeline.tissue import Tissue
 
 _BLOCK_TILES = 2
 """A block is this many tiles wide and high, as a coarse shard is; halos that neighbours read twice are in memory then."""
@@ -99,34 +103,43 @@ def plan_slide(job: SlideJob) -> Plan:
         for member in ensemble.members(job.model):
             require_approval(job_engine(job), member)
     OpenedJob(job)  # what cannot be opened leaves no folder
-    path = job.folder / CANVAS
     with locked(job.folder):
         opened = OpenedJob(job)  # another command may just have made the canvas, whose tile size then counts
-        identity = opened.identity()
-        if path.exists():
-            canvas = open_canvas(path, identity)
+        if (job.folder / CANVAS).exists():
+            canvas = open_canvas(job.folder / CANVAS, opened.identity())
             if is_finished(job):
                 return Plan((), (), 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
             (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
             tissue = opened.tissue()
         else:
-            tissue, lattice = opened.tissue(), opened.grid.lattice.shrink(opened.spec.output_stride)
-            job.folder.mkdir(exist_ok=True)
-            for name in (PROVENANCE, *MADE, *MADE_OF_SOME):
-                (job.folder / name).unlink(missing_ok=True)
-            write_size = opened.grid.write_size // opened.spec.output_stride
-            measured, shown = opened.measured(tissue), opened.slide.base.mpp
-            canvas = create_canvas(path, lattice, opened.spec.classes, write_size, identity, measured, shown)
+            tissue = opened.tissue()
+            canvas = _begin(opened, tissue)
         done = set(canvas.whole())
+        left = [index for index in _with_tissue(opened.grid, tissue) if index not in done]
+        remove_coarse(canvas, left)
     release_memory()  # what looking for tissue took is in other pieces than tiles need
-    blocks, bands = defaultdict(list), {row for row, _ in done}
-    for tile in opened.grid:
-        if tile.index not in done and tissue.fraction(tile.write_roi, opened.grid.lattice) > 0:
-            blocks[tile.index[0] // _BLOCK_TILES, tile.index[1] // _BLOCK_TILES].append(tile.index)
-            bands.add(tile.index[0])
-    tissue_mm2 = tissue.area_um2 / 1e6
+    blocks = defaultdict[Place, list[Place]](list)
+    for row, column in left:
+        blocks[row // _BLOCK_TILES, column // _BLOCK_TILES].append((row, column))
+    bands, tissue_mm2 = {row for row, _ in (*done, *left)}, tissue.area_um2 / 1e6
     planned = tuple(tuple(block) for block in blocks.values())
     return Plan(planned, tuple(sorted(bands)), tissue_mm2, _remark(opened, canvas, tissue_mm2))
+
+
+def _begin(opened: OpenedJob, tissue: Tissue) -> Canvas:
+    """Make the canvas of a slide, and remove what an earlier one may have left."""
+    folder, stride = opened.job.folder, opened.spec.output_stride
+    folder.mkdir(exist_ok=True)
+    for name in (PROVENANCE, *MADE, *MADE_OF_SOME):
+        (folder / name).unlink(missing_ok=True)
+    lattice, write_size = opened.grid.lattice.shrink(stride), opened.grid.write_size // stride
+    measured, shown = opened.measured(tissue), opened.slide.base.mpp
+    return create_canvas(folder / CANVAS, lattice, opened.spec.classes, write_size, opened.identity(), measured, shown)
+
+
+def _with_tissue(grid: Grid, tissue: Tissue) -> Iterator[Place]:
+    """(row, column) of the tiles that hold tissue."""
+    return (tile.index for tile in grid if tissue.fraction(tile.write_roi, grid.lattice) > 0)
 
 
 def _remark(opened: OpenedJob, canvas: Canvas, tissue_mm2: float) -> str:
@@ -138,7 +151,7 @@ def _remark(opened: OpenedJob, canvas: Canvas, tissue_mm2: float) -> str:
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:
-    """Run the model over some tiles and write each to the shard that is its alone.
+    """Run the model over some tiles and write each to the shard that is its alone; those that are done are left as they are.
 
     Raises CanvasError where model or slide are no longer what the canvas was begun with.
     """
@@ -151,9 +164,8 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:
         coarse.add(tile.index, *canvas.write(tile.target(opened.spec.output_stride), probabilities))
         return tile.write_roi.area
 
-    tiles = (opened.grid[index] for index in block)
     with locked(job.folder, shared=True):
-        coarse.begin()
+        tiles = [opened.grid[index] for index in block if not canvas.is_whole(index, 0)]  # another command may be at them
         predicted = opened.stitching.predict(opened.pixels(canvas), opened.grid, tiles, engine)
         area = sum(pixels for _, pixels in ahead(write, predicted))
         coarse.store()

@@ -11,7 +11,7 @@ from pipeline.canvas import Canvas, create_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.geometry import Lattice, Mpp
 from pipeline.halving import halve_labels, halve_probabilities
-from pipeline.pyramid import CoarseShard, build_pyramid, has_pyramid
+from pipeline.pyramid import CoarseShard, build_pyramid, has_pyramid, remove_coarse
 
 CLASSES = Classes((Class("Stroma", (255, 0, 128)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 
@@ -39,7 +39,6 @@ def write_blocks(canvas: Canvas, tiles: list[tuple[int, int]], probabilities: np
     """As a worker does: the tiles of a coarse shard together, and it with them."""
     for above in sorted({(row // 2, column // 2) for row, column in tiles}):
         coarse = CoarseShard(canvas, above)
-        coarse.begin()
         for tile in tiles:
             if (tile[0] // 2, tile[1] // 2) == above:
                 roi = canvas.tile_roi(tile)
@@ -126,13 +125,15 @@ def test_level_1_made_of_tiles_as_they_are_written_is_that_made_from_disk(
         assert list(coarse_files(at_once).values()) == list(coarse_files(later).values())
 
 
-def test_a_shard_of_level_1_waits_for_all_its_tiles_and_goes_when_one_is_written_anew(tmp_path: Path) -> None:
+def test_a_shard_of_level_1_waits_for_all_its_tiles_and_goes_when_one_is_to_be_written_anew(tmp_path: Path) -> None:
     canvas = make(tmp_path, width=1061, height=533, write_size=256)
     first, second = scores(canvas), scores(canvas, seed=1)
     write_blocks(canvas, places(canvas), first)
+    before = canvas.label_shards(1).places()
+    remove_coarse(canvas, [(1, 2)])
+    for shards in (canvas.label_shards(1), canvas.probability_shards(1)):
+        assert shards.places() == [place for place in before if place != (0, 1)]
     coarse = CoarseShard(canvas, (0, 1))
-    coarse.begin()
-    assert (0, 1) not in canvas.label_shards(1).places() + canvas.probability_shards(1).places()
     roi = canvas.tile_roi((1, 2))
     coarse.add((1, 2), *canvas.write(roi, second[:, *roi.slices()]))
     coarse.store()  # three of its tiles are not in memory

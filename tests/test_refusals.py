@@ -175,9 +175,45 @@ def test_a_damaged_tile_is_made_again_and_no_other(
     assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sound] == before
 
 
-def test_a_damaged_pyramid_is_made_again(models: list[Path], tmp_path: Path) -> None:
-    scan = tmp_path / "scan.tiff"
-    make_phantom(scan, seed=4, width=703, height=401, mpp=2.0)  # longer than the last level of a pyramid
+@pytest.fixture(scope="module")
+def long_scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that is longer than the last level of a pyramid."""
+    path = tmp_path_factory.mktemp("long") / "scan.tiff"
+    make_phantom(path, seed=4, width=703, height=401, mpp=2.0)
+    return path
+
+
+def test_what_another_command_has_done_of_a_slide_is_left_as_it_is(
+    models: list[Path], long_scan: Path, tmp_path: Path
+) -> None:
+    """Its pyramid may just be made of level 1, of which nothing may be missing at any moment."""
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", long_scan, None, models[0], tmp_path / "scan", settings, TissueSettings(), TORCH)
+    ours, theirs = plan_slide(job), plan_slide(job)
+    block, canvas = ours.blocks[0], open_canvas(job.folder / CANVAS)
+    arrays = [shards(level) for level in (0, 1) for shards in (canvas.label_shards, canvas.probability_shards)]
+
+    def files() -> list[tuple[Path, int, int]]:
+        paths = (array.path(place) for array in arrays for place in array.places())
+        return [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
+
+    assert len(block) == 4 and theirs == ours
+    assert segment_block(job, block).megapixels > 0
+    before = files()
+    assert len(before) == 2 * 4 + 2
+    assert segment_block(job, block).megapixels == 0
+    assert files() == before
+    torn = canvas.label_shards(0).path(block[0])
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert segment_block(job, block).megapixels > 0
+    assert files()[-2:] == before[-2:]
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert block[0] in plan_slide(job).blocks[0]
+    assert not arrays[2].places() and not arrays[3].places()  # what follows from a torn tile is made anew
+
+
+def test_a_damaged_pyramid_is_made_again(models: list[Path], long_scan: Path, tmp_path: Path) -> None:
+    scan = long_scan
     assert run(scan, models[:1], tmp_path) == 0
     canvas = open_canvas(tmp_path / "slides" / "scan" / CANVAS)
     coarse = canvas.probability_shards(1).path((0, 0))
