@@ -105,11 +105,11 @@ class Canvas:
         return self.probability_shards(level).is_whole(place) and self.label_shards(level).is_whole(place)
 
     def written(self, level: int) -> np.ndarray:
-        """(rows, columns) bool: of which squares of `write_size` pixels of a level something is written."""
+        """(rows, columns) bool: in which squares of `write_size` pixels of a level something is examined."""
         height, width = self.levels[level].shape
         found = np.zeros((-(-height // self.write_size), -(-width // self.write_size)), bool)
-        for place in self.label_shards(level).places():
-            found[place] = True
+        for row, column in self.label_shards(0).places():
+            found[row >> level, column >> level] = True
         return found
 
     def tile_roi(self, place: Place) -> Roi:
@@ -121,10 +121,25 @@ class Canvas:
         """The rows of tiles of which one or more are `done`, from the top."""
         return sorted({row for row, _ in self.done()})
 
+    def columns(self, band: int) -> list[int]:
+        """The columns of the tiles of a row that are `done`, from the left; no other row is looked at."""
+        return sorted({*self.probability_shards(0).columns(band)}.intersection(self.label_shards(0).columns(band)))
+
+    def require(self, bands: Mapping[int, int]) -> None:
+        """Raise CanvasError where fewer tiles of a row are `done` than `bands` says, which knows what was written."""
+        for band, count in bands.items():
+            if (found := len(self.columns(band))) < count:
+                told = f"{found} of the {count} tiles of row {band}, all of which were written"
+                remedy = (
+                    "A file system that machines share may tell one late of what another wrote: run the same command again, "
+                    "which makes only what is missing."
+                )
+                raise CanvasError(str(self.path), told, "all of them", remedy)
+
     def block_rows(self, band: int) -> Iterator[list[Roi]]:
         """What is examined of a row of tiles, in blocks of some 1024 pixels a side, one row of blocks after the other."""
         step = self.chunk * _largest_divisor(self.write_size // self.chunk, max(_LARGEST_BLOCK // self.chunk, 1), 1)
-        columns = sorted({*self.probability_shards(0).columns(band)}.intersection(self.label_shards(0).columns(band)))
+        columns = self.columns(band)
         for y in range(band * self.write_size, self.tile_roi((band, 0)).bottom, step):
             starts = (x for c in columns for x in range(c * self.write_size, (c + 1) * self.write_size, step))
             blocks = (Roi(x, y, step, step).intersect(self.lattice.roi) for x in starts)

@@ -32,6 +32,7 @@ from pipeline.slide import Slide
 from pipeline.tissue import Tissue
 
 _PARTS = "regions-{}.partial"
+_LEFT = ("features", "npz", "json")  # of a band
 
 
 def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, ensemble: bool) -> None:
@@ -65,8 +66,14 @@ def outline_band(
     write_json(parts / f"{band}.json", {"pixels": pixels.tolist(), "regions": counts})
 
 
+def missing_bands(folder: Path, canvas: Canvas, min_region_um2: float) -> list[int]:
+    """The bands of the canvas that `outline_band` has not left, or not all of what it leaves."""
+    parts = _parts(folder, min_region_um2)
+    return [band for band in canvas.bands() if not all((parts / f"{band}.{kind}").exists() for kind in _LEFT)]
+
+
 def write_regions(folder: Path, slide: Slide, canvas: Canvas, rest: int | None, min_region_um2: float) -> None:
-    """Put all bands of the canvas together: outlines and measurements. Raises FileNotFoundError where a band is missing."""
+    """Put all bands of the canvas together: outlines and measurements. None may be missing."""
     parts, bands = _parts(folder, min_region_um2), canvas.bands()
     left = (OpenRegions.load(parts / f"{band}.npz") for band in bands)
     across = joined_regions(canvas, left, slide.base, min_region_um2)

@@ -40,8 +40,10 @@ def build_pyramid(canvas: Canvas) -> None:
 
     What an earlier, interrupted call left of the other levels is replaced.
     """
+    places = set(canvas.done())
     for level in range(1, len(canvas.levels)):
-        for place in sorted(_above(canvas.label_shards(level - 1).places())):
+        places = _above(places)
+        for place in sorted(places):
             if level > 1 or not canvas.is_whole(place, level):
                 _store(canvas, level, place, _halved_chunks(canvas, level, place))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.blending import TILE_SIZE
@@ -122,6 +122,7 @@ class _Active:
         self.started, self.blocks, self.megapixels = time.monotonic(), 0, 0.0
         self.tissue_mm2, self.remark, self.over = 0.0, "", False
         self.rows = Counter[int]()  # of tiles, each with how many blocks it waits for
+        self.tiles: Mapping[int, int] = {}  # of each row
         self.bands, self.parts = set[int](), {"tissue", "pyramid", "regions"}  # what is to be made, or under way
         cluster.submit(job.slide_id, plan_slide, job)
 
@@ -157,6 +158,7 @@ class _Active:
         if plan.finished:
             return replace(self._ended("done", plan.remark), skipped=True)
         self.blocks, self.tissue_mm2, self.remark = len(plan.blocks), plan.tissue_mm2, plan.remark
+        self.tiles = plan.bands
         self.bands.update(plan.bands)
         for block in plan.blocks:
             self.cluster.submit(self.job.slide_id, segment_block, self.job, block)
@@ -183,7 +185,7 @@ class _Active:
             self._make("regions")
 
     def _make(self, made: Made, band: int = 0) -> None:
-        self.cluster.submit(self.job.slide_id, finish_slide, self.job, Part(made, band))
+        self.cluster.submit(self.job.slide_id, finish_slide, self.job, Part(made, band), self.tiles)
 
     def _part_done(self, part: Part) -> Step:
         if part.made == "band":
@@ -192,7 +194,7 @@ class _Active:
                 self._make("regions")
         self.parts.discard(part.made)
         if not self.parts:
-            self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2)
+            self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2, self.tiles)
         return Step(self.job)
 
     def _ended(self, status: str, reason: str) -> Step:

@@ -73,7 +73,11 @@ class ShardedArray:
         return size == int(payload) + across * across * 16 + checksum.SIZE
 
     def create(self, axes: Sequence[str]) -> None:
-        """Make the folder and the description that Zarr readers look for; `axes` names the dimensions."""
+        """Make the folder and the description that Zarr readers look for; `axes` names the dimensions.
+
+        Each row has its folder from the first moment on: one that a network file system did not find, it does not look for
+        again for a while, though another machine has made it.
+        """
         channels = self.shape[:-2]
         zstd, crc32c = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}, {"name": "crc32c"}
         codecs = [{"name": "bytes"}, zstd, crc32c]
@@ -98,6 +102,8 @@ class ShardedArray:
             "attributes": {},
         }
         write_json(self.folder / "zarr.json", description)
+        for row in range(-(-self.shape[-2] // self.shard)):
+            self.path((row, 0)).parent.mkdir(parents=True)
 
     def encode(self, pixels: np.ndarray) -> bytes:
         """One compressed chunk and its checksum; pixels that `pixels` lacks, past the edge of the array, become `fill`."""

@@ -12,8 +12,8 @@ What only tasks use is imported in them, so that a command has its workers soone
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -52,11 +52,11 @@ _BLOCK_TILES = 2
 class Plan:
     """What is left to do of a slide with so much tissue: blocks of tile indices, (row, column). `finished`: nothing is.
 
-    `bands` are the rows of tiles that it will have. `remark` is what a reader of the slide's results has to know.
+    `bands` says how many tiles each row of tiles will have. `remark` is what a reader of the slide's results has to know.
     """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
-    bands: tuple[int, ...]
+    bands: Mapping[int, int]
     tissue_mm2: float
     remark: str = ""
     finished: bool = False
@@ -84,10 +84,13 @@ class Part:
 
 
 def get_ready(job: SlideJob) -> None:
-    """Load what a worker needs for such a job. Its errors are those of the tasks that follow."""
+    """Load what a worker needs for such a job. Its errors are those of the tasks that follow.
+
+    It does not look for the slide's canvas: a network file system that finds none would not find it for a while afterwards.
+    """
     import pipeline.finishing  # noqa: F401 - kept by the process
 
-    load_engine(job.model, job_engine(job))
+    load_engine(job.model, job.engine)
 
 
 def plan_slide(job: SlideJob) -> Plan:
@@ -105,25 +108,26 @@ def plan_slide(job: SlideJob) -> Plan:
     OpenedJob(job)  # what cannot be opened leaves no folder
     with locked(job.folder):
         opened = OpenedJob(job)  # another command may just have made the canvas, whose tile size then counts
-        if (job.folder / CANVAS).exists():
+        if begun := (job.folder / CANVAS).exists():
             canvas = open_canvas(job.folder / CANVAS, opened.identity())
             if is_finished(job):
-                return Plan((), (), 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
+                return Plan((), {}, 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
             (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
             tissue = opened.tissue()
         else:
             tissue = opened.tissue()
             canvas = _begin(opened, tissue)
-        done = set(canvas.whole())
+        done = set(canvas.whole() if begun else ())  # a network file system would go on telling of empty folders for a while
         left = [index for index in _with_tissue(opened.grid, tissue) if index not in done]
-        remove_coarse(canvas, left)
+        if begun:
+            remove_coarse(canvas, left)
     release_memory()  # what looking for tissue took is in other pieces than tiles need
     blocks = defaultdict[Place, list[Place]](list)
     for row, column in left:
         blocks[row // _BLOCK_TILES, column // _BLOCK_TILES].append((row, column))
-    bands, tissue_mm2 = {row for row, _ in (*done, *left)}, tissue.area_um2 / 1e6
+    bands, tissue_mm2 = Counter(sorted(row for row, _ in (*done, *left))), tissue.area_um2 / 1e6
     planned = tuple(tuple(block) for block in blocks.values())
-    return Plan(planned, tuple(sorted(bands)), tissue_mm2, _remark(opened, canvas, tissue_mm2))
+    return Plan(planned, dict(bands), tissue_mm2, _remark(opened, canvas, tissue_mm2))
 
 
 def _begin(opened: OpenedJob, tissue: Tissue) -> Canvas:
@@ -172,23 +176,29 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:
     return Segmented(frozenset(row for row, _ in block), area / 1e6)
 
 
-def finish_slide(job: SlideJob, part: Part) -> Part:
-    """Make a part of what follows from the canvas.
+def finish_slide(job: SlideJob, part: Part, bands: Mapping[int, int]) -> Part:
+    """Make a part of what follows from the canvas, whose rows of tiles have as many tiles as `bands` says.
 
-    A band is for when its tiles are done, the pyramid for when all are, the regions for when all bands are.
+    A band is for when its tiles are done, the pyramid for when all are, the regions for when all bands are. Raises
+    CanvasError where the file system does not tell of all these tiles.
     """
     from pipeline import finishing
 
     opened, smallest = OpenedJob(job), job.settings.min_region_um2
+    rest = opened.spec.rest
     with locked(job.folder, shared=True):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
         match part:
             case Part("band", band):
-                tissue, rest = opened.tissue(), opened.spec.rest
-                finishing.outline_band(job.folder, opened.slide, canvas, tissue, rest, smallest, band)
+                canvas.require({band: bands[band]})
+                finishing.outline_band(job.folder, opened.slide, canvas, opened.tissue(), rest, smallest, band)
             case Part("regions"):
-                _join_bands(job, opened, canvas)
+                canvas.require(bands)
+                for band in finishing.missing_bands(job.folder, canvas, smallest):  # another command has cleared them away
+                    finishing.outline_band(job.folder, opened.slide, canvas, opened.tissue(), rest, smallest, band)
+                finishing.write_regions(job.folder, opened.slide, canvas, rest, smallest)
             case Part("pyramid"):
+                canvas.require(bands)
                 with locked(job.folder.with_name(f"{job.folder.name}.pyramid")):  # another command may be at it
                     finishing.write_pyramid(job.folder, opened.slide, canvas, len(ensemble.members(job.model)) > 1)
             case Part("tissue"):
@@ -196,23 +206,17 @@ def finish_slide(job: SlideJob, part: Part) -> Part:
     return part
 
 
-def _join_bands(job: SlideJob, opened: OpenedJob, canvas: Canvas) -> None:
-    from pipeline.finishing import write_regions
+def seal_slide(job: SlideJob, tissue_mm2: float, bands: Mapping[int, int]) -> None:
+    """Clear away bands and what killed workers left, and write the provenance, which comes last: the slide is done.
 
-    try:
-        write_regions(job.folder, opened.slide, canvas, opened.spec.rest, job.settings.min_region_um2)
-    except FileNotFoundError:
-        if not is_finished(job):  # else another command has done it, and cleared the bands away
-            raise
-
-
-def seal_slide(job: SlideJob, tissue_mm2: float) -> None:
-    """Clear away bands and what killed workers left, and write the provenance, which comes last: the slide is done."""
+    Raises CanvasError as `finish_slide` does.
+    """
     from pipeline.finishing import remove_bands
 
     opened = OpenedJob(job)
     with locked(job.folder):
         canvas = open_canvas(job.folder / CANVAS, opened.identity())
+        canvas.require(bands)
         canvas.remove_partial_files()
         remove_bands(job.folder)
         write_json(job.folder / PROVENANCE, opened.provenance(canvas, tissue_mm2))

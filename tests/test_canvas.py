@@ -214,6 +214,15 @@ def test_a_tile_is_done_with_both_of_its_files_and_whole_with_all_their_bytes(tm
     assert canvas.done() == canvas.whole() == others
 
 
+def test_every_row_of_tiles_has_its_folder_from_the_first_moment_on(tmp_path: Path) -> None:
+    """A network file system that found none would not look for it again for a while, though another machine has made it."""
+    canvas = make(tmp_path, width=1061, height=533, write_size=256)
+    for level, rows in enumerate((3, 2, 1)):
+        for shards in (canvas.label_shards(level), canvas.probability_shards(level)):
+            folders = [shards.path((row, 0)).parent for row in range(rows)]
+            assert sorted(folders[0].parent.iterdir()) == folders
+
+
 def test_a_flipped_bit_anywhere_in_a_shard_is_noticed(tmp_path: Path) -> None:
     canvas = make(tmp_path)
     write_all(canvas, scores(canvas))

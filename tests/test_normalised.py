@@ -196,7 +196,7 @@ def test_a_slide_without_stain_is_left_as_it_is_and_its_provenance_says_so(proje
     write_slide(np.full((400, 500, 3), 243, np.uint8), tmp_path / "glass.tiff", 1.0)
     job = replace(project.job(tmp_path / "out"), slide=tmp_path / "glass.tiff")
     assert not plan_slide(job).blocks
-    seal_slide(job, 0.0)
+    seal_slide(job, 0.0, {})
     found = json.loads((tmp_path / "out" / "provenance.json").read_text())["staining"]
     assert found["dyes"] == [] and "stained pixels" in found["problem"]
 

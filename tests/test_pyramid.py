@@ -126,7 +126,7 @@ def test_level_1_made_of_tiles_as_they_are_written_is_that_made_from_disk(
 
 
 def test_a_shard_of_level_1_waits_for_all_its_tiles_and_goes_when_one_is_to_be_written_anew(tmp_path: Path) -> None:
-    canvas = make(tmp_path, width=1061, height=533, write_size=256)
+    canvas = make(tmp_path, width=531, height=267, write_size=128)
     first, second = scores(canvas), scores(canvas, seed=1)
     write_blocks(canvas, places(canvas), first)
     before = canvas.label_shards(1).places()

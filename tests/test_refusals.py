@@ -30,7 +30,7 @@ from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
-from pipeline.slide_tasks import Part, finish_slide, plan_slide, segment_block
+from pipeline.slide_tasks import Part, finish_slide, get_ready, plan_slide, seal_slide, segment_block
 from pipeline.versions import Version
 from pipeline.workspace import open_workspace
 from workflows.__main__ import main
@@ -263,11 +263,51 @@ def test_another_smallest_region_is_followed(models: list[Path], scan: Path, tmp
     assert is_segmented(job)
     plan = plan_slide(job)
     assert not plan.finished and not plan.blocks
-    for part in (*(Part("band", band) for band in plan.bands), Part("regions")):
-        finish_slide(job, part)
-    assert (folder / "regions.geojson").read_bytes() != outlines
+    finish_slide(job, Part("band", 0), plan.bands)  # the others are made by those who put all together
+    finish_slide(job, Part("regions"), plan.bands)
+    assert len(plan.bands) > 2 and (folder / "regions.geojson").read_bytes() != outlines
     assert run(scan, models[:1], tmp_path) == 0  # as the first time, after a kill in between
     assert (folder / "regions.geojson").read_bytes() == outlines
+
+
+def test_outlines_are_put_together_though_another_command_has_cleared_the_bands_away(
+    models: list[Path], scan: Path, tmp_path: Path
+) -> None:
+    folder, settings = tmp_path / "scan", SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, models[0], folder, settings, TissueSettings(), TORCH)
+    plan = plan_slide(job)
+    for block in plan.blocks:
+        segment_block(job, block)
+    made = ("regions.geojson", "measurements.csv")
+    for part in (*(Part("band", band) for band in plan.bands), Part("regions")):
+        finish_slide(job, part, plan.bands)
+    before = [(folder / name).read_bytes() for name in made]
+    seal_slide(job, plan.tissue_mm2, plan.bands)
+    assert not list(folder.glob("*.partial")) and not is_finished(job)  # there is no pyramid yet
+    finish_slide(job, Part("regions"), plan.bands)
+    assert [(folder / name).read_bytes() for name in made] == before
+
+
+def test_what_disk_does_not_tell_of_is_not_taken_for_glass(
+    models: list[Path], scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may tell a machine late of what another has written, if that has looked for it before."""
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, models[0], tmp_path / "scan", settings, TissueSettings(), TORCH)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.slide_job.open_canvas", None)  # nobody looks for what is not there yet
+        get_ready(job)
+    plan = plan_slide(job)
+    assert sum(plan.bands.values()) == sum(map(len, plan.blocks))
+    for block in plan.blocks[1:]:
+        segment_block(job, block)
+    (row, _), *_ = plan.blocks[0]
+    for part in (Part("band", row), Part("regions"), Part("pyramid")):
+        with pytest.raises(CanvasError, match=f"of the {plan.bands[row]} tiles of row {row}.*run the same command again"):
+            finish_slide(job, part, plan.bands)
+    with pytest.raises(CanvasError, match=f"of row {row}"):
+        seal_slide(job, plan.tissue_mm2, plan.bands)
+    assert not [path for path in job.folder.iterdir() if path.name != CANVAS]
 
 
 def test_a_list_of_slides_that_is_none_is_put_aside(models: list[Path], scan: Path, tmp_path: Path) -> None:
