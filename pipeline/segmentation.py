@@ -23,6 +23,7 @@ _SMALLER_TILES = (
     "Or set a lower `cluster.worker_memory_gib` or a smaller `segmentation.tile_size` (--tile-size), delete this slide's "
     "output, and run again."
 )
+_TRIED_ALONE = 3  # slides, to find a tile size: each that fails costs some workers their lives
 _SLIDES_AT_ONCE = 4  # and no fewer than there are workers, which small slides would leave without work
 
 
@@ -62,12 +63,12 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
 
     A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
     ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded. Where the slides
-    together kill the workers that try them, one of them by itself decides.
+    together kill the workers that try them, one of the first three by itself decides: where each does, it is the model.
     """
     jobs = [replace(job, chosen_tile_size=TILE_SIZE) if job.settings.blend else job for job in jobs]
     fresh = [job for job in jobs if not _has_tile_size(job)]
     if fresh:
-        for tried in (fresh, *([job] for job in fresh if len(fresh) > 1)):
+        for tried in (fresh, *([job] for job in fresh[:_TRIED_ALONE] if len(fresh) > 1)):
             outcome = _tile_size(tried, cluster, memory_gib)
             if not isinstance(outcome.error, WorkerError):
                 break

@@ -361,10 +361,11 @@ class Deadly:
     description = "here"
 
     def __init__(self) -> None:
-        self.outcomes = list[Outcome]()
+        self.outcomes, self.deaths = list[Outcome](), 0
 
     def submit(self, key, function, slides, *arguments) -> None:
         if any(path.stem == "deadly" for path, _ in slides):
+            self.deaths += 1
             self.outcomes.append(Outcome(key, error=WorkerError("tile_size_for", "deaths", "life", "Delete it.")))
         else:
             self.outcomes.append(Outcome(key, function(slides, *arguments)))
@@ -384,8 +385,11 @@ def test_a_slide_that_kills_its_workers_does_not_decide(model: Path, scan: Path,
     )
     sizes = {job_tile_size(job) for job in with_tile_sizes([fatal, good], Deadly(), None)}
     assert sizes == {job_tile_size(with_tile_sizes([good], Deadly(), None)[0])}
-    with pytest.raises(WorkerError):
-        with_tile_sizes([fatal], Deadly(), None)
+    for jobs, tries in (([fatal], 1), ([fatal] * 9, 1 + 3)):
+        crew = Deadly()
+        with pytest.raises(WorkerError):
+            with_tile_sizes(jobs, crew, None)
+        assert crew.deaths == tries
 
 
 @pytest.mark.parametrize(("architecture", "tile"), product(["fcn", "heatmap"], [256, 512]))
