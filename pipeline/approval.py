@@ -13,7 +13,7 @@ from pipeline import __version__
 from pipeline.config import EngineSettings
 from pipeline.errors import EngineError
 from pipeline.files import write_json
-from pipeline.runtime import describe, engines_folder, held
+from pipeline.runtime import backend_version, describe, engines_folder, has_int8, held
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,18 @@ def approval(settings: EngineSettings, model: Path) -> Deviation | None:
 
 
 def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | None:
-    """What was found of a way to run the model, and the share of labels that was allowed to change then; None: nothing."""
+    """What was found of a way to run the model, and the share of labels that was allowed to change then; None: nothing.
+
+    Raises EngineError where the backend is not installed.
+    """
+    backend_version(settings.backend)
+    if settings.precision == "fastest" and not has_int8(model):
+        return None
     try:
         content = json.loads(_path(settings, model).read_text(encoding="utf-8"))
         same = content["engine"] == _way(settings, model)
         return (Deviation(**content["found"]), float(content["max_label_change"])) if same else None
-    except (FileNotFoundError, EngineError):
+    except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         path, remedy = str(_path(settings, model)), "Delete it, and run with that precision again."

@@ -30,7 +30,7 @@ from pipeline.machine import cache_folder, release_memory, threads
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
 from pipeline.pyramid import CoarseShard
-from pipeline.runtime import describe, open_engine, settled
+from pipeline.runtime import backend_version, describe, open_engine, settled
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
 from pipeline.stitching import Stitching
@@ -85,7 +85,8 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
 def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitching) -> Probe:
     """What is kept of an earlier probe in the middle of such a slide, else a new one, which is then kept.
 
-    What a process holds already differs from one to the next, and is not kept. Raises SlideError.
+    What a process holds already differs from one to the next, and is not kept. Raises SlideError, and EngineError where the
+    model cannot be run in that way here.
     """
     held, spec = _start_measuring(), ensemble.load_spec(model)
     path = kept_probe(slide, spec, model, settings)
@@ -100,9 +101,9 @@ def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitch
 
 
 def kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSettings) -> Path:
-    """Where a probe is kept: a file of its own for everything that may change what it finds."""
+    """Where a probe is kept: a file of its own for everything that may change what it finds. Raises EngineError."""
     engine, scale = settled(settings), Mpp.square(spec.mpp)
-    versions = [source_digest(), *(version(library) for library in ("numpy", engine.backend))]
+    versions = [source_digest(), version("numpy"), backend_version(engine.backend)]
     shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
     facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), threads(), shrink]
     return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"

@@ -141,7 +141,7 @@ def describe(model: Path, settings: EngineSettings) -> str:
     """
     parts: list[str] = [held(settings), settings.backend]
     if settings.precision != "exact":
-        parts[1] += f" {openvino_graph.openvino_version() if settings.backend == 'openvino' else version('torch')}"
+        parts[1] += f" {backend_version(settings.backend)}"
     if settings.precision == "fastest":
         parts += [openvino_graph.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
     if settings.flips:
@@ -155,6 +155,11 @@ def held(settings: EngineSettings) -> str:
         return "exact"
     half = _half(settings.backend) if settings.precision == "fast" else openvino_engine.beside_int8()
     return f"{settings.precision} {half}"
+
+
+def backend_version(backend: Backend) -> str:
+    """The version of a backend's library. Raises EngineError where it is not installed."""
+    return openvino_graph.openvino_version() if backend == "openvino" else version("torch")
 
 
 def _half(backend: Backend) -> str:

@@ -13,7 +13,7 @@ pytest.importorskip("openvino")
 from pipeline import checkpoint, runtime
 from pipeline.approval import Deviation, approval, approve, check, require_approval
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
+from pipeline.config import EngineSettings, Precision, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
@@ -22,6 +22,7 @@ from pipeline.openvino_engine import beside_int8
 from pipeline.patches import PatchIndex, Source, inside
 from pipeline.phantom import make_cohort, make_phantom, write_slide
 from pipeline.precision import calibration_patches, measure_deviation
+from pipeline.probe import kept_probe
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob
 from pipeline.slide_tasks import plan_slide
@@ -187,6 +188,20 @@ def test_an_approval_counts_for_the_versions_that_it_was_given_to(tmp_path: Path
     assert approval(FAST, model) is not None
     monkeypatch.setattr(runtime, "version", lambda library: "another")
     assert approval(FAST, model) is None
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast", "fastest"])
+def test_without_its_library_a_backend_is_told_to_be_missing_and_not_to_stray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    model, way = save(tmp_path / "model", 4), EngineSettings(precision=precision, backend="openvino")
+    write_slide(np.full((64, 48, 3), 255, np.uint8), tmp_path / "slide.tiff", 1.0)
+    monkeypatch.setattr("pipeline.openvino_graph.installed", lambda: False)
+    with pytest.raises(EngineError, match="openvino: found no such library.*pip install"):
+        kept_probe(open_slide(tmp_path / "slide.tiff"), spec(2), model, way)
+    if precision != "exact":
+        with pytest.raises(EngineError, match="openvino: found no such library.*pip install"):
+            require_approval(way, model)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"engine": "ENGINE", "found": {"pixels": 3}}'])
