@@ -177,6 +177,15 @@ class Canvas:
             self.label_shards(level).remove_partial_files()
             self.probability_shards(level).remove_partial_files()
 
+    def _no_numbers(self) -> str:
+        """What to do where a network answers with what is no probability."""
+        engine = self.identity.get("engine", "exact")
+        if engine.startswith("exact"):
+            return "The network's weights have diverged: train it again with a lower learning rate."
+        return (
+            f"They were computed as {engine}: say --precision exact (engine.precision=exact), and delete this output first."
+        )
+
     def _quantise(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(C, h, w) levels and (h, w) winners, by channel: numpy's argmax over a first axis is six times slower."""
         winners = np.zeros(probabilities.shape[1:], np.uint8)
@@ -187,8 +196,9 @@ class Canvas:
             np.maximum(best, channel, out=best)
         low, high = best.min(), best.max()
         if not (low >= 0 and high <= 1 + _ROUNDING):
-            remedy = "The network's weights have diverged: train it again with a lower learning rate."
-            raise CanvasError(str(self.path), f"probabilities from {low} to {high}", "numbers from 0 to 1", remedy)
+            raise CanvasError(
+                str(self.path), f"probabilities from {low} to {high}", "numbers from 0 to 1", self._no_numbers()
+            )
         levels = np.empty(probabilities.shape, np.uint8)
         for index, channel in enumerate(probabilities):
             levels[index] = channel * np.float32(255) + np.float32(0.5)

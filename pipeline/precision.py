@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,10 @@ _PATCHES = 100  # for calibration: figures no longer change with more
 
 
 def measure_deviation(exact: Engine, other: Engine, sources: Iterable[tuple[Source, Tissue]]) -> Deviation:
-    """Run both engines over all tissue of the slides of which something is known, and compare."""
+    """Run both engines over all tissue of the slides of which something is known, and compare.
+
+    A pixel for which one of them has no number has changed, and infinitely.
+    """
     both, way, classes = _Both(exact, other), usual(exact.spec), len(exact.spec.classes)
     counts = np.zeros((2, classes, classes + 1), np.int64)
     pixels, changed, largest = 0, 0, 0.0
@@ -41,8 +45,11 @@ def measure_deviation(exact: Engine, other: Engine, sources: Iterable[tuple[Sour
             labels = answers.argmax(axis=1).astype(np.uint8)
             counts += [confusion(truth, each, classes) for each in labels]
             pixels += int(known.sum())
-            changed += int((labels[0] != labels[1])[known].sum())
-            largest = max(largest, float(np.abs(answers[0] - answers[1])[:, known].max()))
+            numbers = np.isfinite(answers).all(axis=(0, 1))  # half precision may overflow
+            changed += int(((labels[0] != labels[1]) | ~numbers)[known].sum())
+            largest = max(largest, float(np.abs(answers[0] - answers[1])[:, known & numbers].max(initial=0)))
+            if not numbers[known].all():
+                largest = math.inf
     return Deviation(pixels, changed / max(pixels, 1), _dice_change(counts, exact.spec), largest)
 
 

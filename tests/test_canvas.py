@@ -3,6 +3,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,8 +178,10 @@ def test_probabilities_that_are_none_are_refused_and_nothing_is_written(tmp_path
     canvas = make(tmp_path)
     probabilities = scores(canvas)[:, :64, :64].copy()
     probabilities[:, 3, 5] = bad
-    with pytest.raises(CanvasError, match="numbers from 0 to 1"):
-        canvas.write(canvas.tile_roi((0, 0)), probabilities)
+    for engine, remedy in (("exact, torch", "train it again"), ("fast fp16, torch 2", "fast fp16.*say --precision exact")):
+        begun = replace(canvas, identity={"engine": engine})
+        with pytest.raises(CanvasError, match=f"numbers from 0 to 1.*{remedy}"):
+            begun.write(canvas.tile_roi((0, 0)), probabilities)
     assert canvas.done() == []
 
 

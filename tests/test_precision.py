@@ -115,6 +115,25 @@ def test_an_engine_does_not_stray_from_itself(sources: list[tuple[Source, Tissue
     assert (found.label_change, found.dice_change, found.largest_difference) == (0, 0, 0)
 
 
+def test_what_is_no_number_has_changed(sources: list[tuple[Source, Tissue]]) -> None:
+    """As in fp16 that overflows: of all classes, or of one."""
+
+    class Overflowing(Shades):
+        def __call__(self, windows: np.ndarray) -> np.ndarray:
+            answer = super().__call__(windows)
+            answer[:, :, windows[0].sum(axis=-1) % 2 == 0] = np.nan
+            answer[:, 3, windows[0].sum(axis=-1) % 3 == 0] = np.nan
+            return answer
+
+    source, tissue = sources[0]
+    image, mask = source.read(source.lattice.roi)
+    total = image.sum(axis=-1)[(mask != IGNORED) & tissue.sampled(source.lattice.roi, source.lattice)]
+    found = measure_deviation(Shades(spec(5), 0.0), Overflowing(spec(5), 0.0), [sources[0]])
+    assert found.pixels == total.size
+    assert found.label_change == ((total % 2 == 0) | (total % 3 == 0)).mean()
+    assert found.largest_difference == np.inf
+
+
 def test_what_strays_is_refused_with_its_figures() -> None:
     found, model = Deviation(1000, 0.0123, 0.004, 0.31), Path("model")
     with pytest.raises(EngineError, match="1.230% of 1000 pixels.*0.0040.*0.310.*no more than 1.000%.*raise engine.max"):
