@@ -109,11 +109,19 @@ class Slide:
         Raises SlideError where the scan cannot be read; the next read opens it anew.
         """
         level = self.best_level(lattice.mpp)
-        scale_x, scale_y = lattice.scale_to(self.levels[level])
-        rows = max(int(_MOST_PIXELS / (roi.width * scale_x * scale_y)), 1)
+        rows = max(int(_MOST_PIXELS / (roi.width * self._seen(lattice))), 1)
         bands = (Roi(roi.x, y, roi.width, rows).intersect(roi) for y in range(roi.y, roi.bottom, rows))
         parts = [self._read_band(level, band, lattice) for band in bands]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def held(self, roi: Roi, lattice: Lattice) -> int:
+        """Level pixels that reading `roi` holds in memory at once."""
+        row = roi.width * self._seen(lattice)
+        return int(min(roi.height * row, max(_MOST_PIXELS, row)))
+
+    def _seen(self, lattice: Lattice) -> float:
+        """Level pixels that are read for a pixel of a lattice."""
+        return math.prod(lattice.scale_to(self.levels[self.best_level(lattice.mpp)]))
 
     def _read_band(self, level: int, roi: Roi, lattice: Lattice) -> np.ndarray:
         scale_x, scale_y = lattice.scale_to(self.levels[level])

@@ -26,6 +26,8 @@ _SMOOTHING_UM, _TRUNCATED = 12.0, 4.0  # standard deviation of a Gaussian, and h
 _SPECK, _GROWN = 15, 2  # pixels: no ink that is smaller, and a margin round what is
 _SURVEYED = 1024  # pixels along the longer side of the view that tells a slide's glass and its threshold
 _BAND_PIXELS = 1 << 19  # looked at together: a few arrays of them stay small
+_MOST_HELD = 5 << 24  # level pixels of all bands that are looked at side by side: some 600 MiB
+_AS_MANY = 8  # level pixels take as much memory as what is made of a pixel of a band
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,18 @@ def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:
         read = Roi(0, top - margin, lattice.width, rows + 2 * margin).intersect(lattice.roi)
         return levels.tissue(slide.read(read, lattice), lattice.mpp)[top - read.y :][:rows]
 
-    mask = np.concatenate([found for _, found in ahead(band, range(0, lattice.height, rows), 2 * threads(), threads())])
+    count = _bands_at_once(slide, Roi(0, 0, lattice.width, rows + 2 * margin), lattice)
+    mask = np.concatenate([found for _, found in ahead(band, range(0, lattice.height, rows), 2 * count, count)])
     pixel_um2 = lattice.mpp.area_um2
     mask = _without_small(mask, True, settings.min_area_um2 / pixel_um2)
     if mask.any():  # else a small slide without tissue would be one hole
         mask = _without_small(mask, False, settings.max_hole_um2 / pixel_um2)
     return Tissue(mask, lattice)
+
+
+def _bands_at_once(slide: Slide, band: Roi, lattice: Lattice) -> int:
+    """How many threads look at bands: one each, but no more than fit into memory, however many processors there are."""
+    return min(threads(), max(_MOST_HELD // (slide.held(band, lattice) + _AS_MANY * band.area), 1))
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from pipeline.config import TissueSettings
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.phantom import GLASS, render, write_slide
 from pipeline.slide import open_slide
-from pipeline.tissue import Tissue, find_tissue
+from pipeline.tissue import Tissue, _bands_at_once, find_tissue
 
 MPP = 2.0
 BLUE, GREEN, BLACK = (35, 60, 170), (30, 140, 70), (25, 25, 28)
@@ -105,6 +106,18 @@ def test_bands_give_the_same_tissue_as_the_whole_view(
 def test_a_large_slide_is_judged_by_a_coarser_view(phantom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tissue._SURVEYED", 60)
     assert agreement(tissue_of(phantom[0], tmp_path), phantom[1]) > 0.95
+
+
+def test_memory_does_not_grow_with_the_processors(phantom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_slide(phantom[0], tmp_path / "slide.tiff", MPP)
+    base, level = Lattice(100_003, 80_021, Mpp.square(0.25)), Lattice(6251, 5002, Mpp.square(4.0))
+    scan = replace(open_slide(tmp_path / "slide.tiff"), base=base, levels=(base, level), downsamples=(1.0, 16.0))
+    without_pyramid = replace(scan, levels=(base,), downsamples=(1.0,))
+    seen = base.at(Mpp.square(8.0))
+    for slide, most in ((without_pyramid, 2), (scan, 11)):
+        for processors in (1, 2, 8, 64, 512):
+            monkeypatch.setattr("pipeline.tissue.threads", lambda own=processors: own)
+            assert _bands_at_once(slide, Roi(0, 0, seen.width, 200), seen) == min(processors, most)
 
 
 def test_small_parts_and_holes_are_gone(phantom, tmp_path: Path) -> None:
