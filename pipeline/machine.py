@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
-_GPU_DRIVERS = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))  # NVIDIA's and AMD's
+_NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/dxg"))  # its driver's, and that of Linux in Windows
+_AMD = Path("/dev/kfd")  # there for every graphics of theirs, whether torch can use it or not
 
 
 def cores() -> int:
@@ -27,8 +30,24 @@ def threads() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether torch may find a GPU here; asking torch would take a second of every command."""
-    return sys.platform == "darwin" or any(place.exists() for place in _GPU_DRIVERS)
+    """Whether torch may find a GPU here: one that it was built for. Asking torch would take a second of every command."""
+    if sys.platform == "darwin":
+        return True
+    built, shown = _torch_builds(), os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    nvidia = "cuda" in built and shown not in ("", "-1") and any(place.exists() for place in _NVIDIA)
+    return nvidia or "hip" in built and _AMD.exists()
+
+
+def _torch_builds() -> list[str]:
+    """Of `cuda` and `hip` those that torch was built with, as its version.py says, which is read and not imported."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return []
+    try:
+        text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return re.findall(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", text, re.MULTILINE)
 
 
 def keep_memory() -> None:

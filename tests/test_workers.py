@@ -1,10 +1,13 @@
 """How many workers are started for which slides."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline import workers
+from pipeline import machine, workers
 from pipeline.geometry import Mpp
 from pipeline.phantom import make_phantom
 from pipeline.slide import open_slide
@@ -33,3 +36,46 @@ def test_two_where_there_is_work_and_memory_for_two(scan: Path, monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(workers, name, lambda own=value: own)
             assert local_workers([(scan, None)] * (few + 1), SCALE) == 1
+
+
+BUILDS = {
+    "cpu": "cuda: Optional[str] = None\nhip: Optional[str] = None\n",
+    "cuda": "cuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n",
+    "hip": "cuda = None\nhip = '6.4.43482'\n",
+}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there torch has one GPU, and no drivers to look for")
+@pytest.mark.parametrize(
+    ("build", "driver", "shown", "expected"),
+    [
+        ("cuda", "nvidia", None, True),
+        ("cuda", "dxg", "0,1", True),
+        ("cuda", "nvidia", "", False),
+        ("cuda", "nvidia", "-1", False),
+        ("cuda", "none", None, False),
+        ("cuda", "kfd", None, False),
+        ("cpu", "nvidia", None, False),
+        ("cpu", "kfd", None, False),
+        ("hip", "kfd", None, True),
+        ("hip", "nvidia", None, False),
+    ],
+)
+def test_a_gpu_counts_where_torch_was_built_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: str, driver: str, shown: str | None, expected: bool
+) -> None:
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{BUILDS[build]}")
+    (tmp_path / driver).mkdir()
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(machine, "find_spec", lambda name: spec)
+    monkeypatch.setattr(machine, "_NVIDIA", (tmp_path / "nvidia", tmp_path / "dxg"))
+    monkeypatch.setattr(machine, "_AMD", tmp_path / "kfd")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert machine.has_gpu() == expected
+
+
+def test_what_torch_was_built_for_is_what_it_says_itself() -> None:
+    assert ("cuda" in machine._torch_builds()) == (torch.version.cuda is not None)
+    assert ("hip" in machine._torch_builds()) == (torch.version.hip is not None)
