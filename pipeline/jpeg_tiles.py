@@ -72,8 +72,8 @@ def jpeg_levels(path: Path, levels: Sequence[Lattice]) -> dict[int, JpegLevel]:
     with suppress(Exception), tifffile.TiffFile(path) as file:  # which raises whatever it likes: OpenSlide knows better
         for page in islice(file.pages, _MOST_PAGES):
             pages.setdefault(page.shape[:2], []).append(page)
-        alone = {index: pages.get(level.shape, []) for index, level in enumerate(levels)}
-        return {index: _level(path, page) for index, (page, *others) in alone.items() if not others and _is_jpeg(page)}
+        found = {index: pages.get(level.shape, []) for index, level in enumerate(levels)}
+        return {index: _level(path, alone[0]) for index, alone in found.items() if len(alone) == 1 and _is_jpeg(alone[0])}
     return {}
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SlideError
-from pipeline.geometry import Roi
-from pipeline.jpeg_tiles import JpegLevel
+from pipeline.geometry import Lattice, Roi
+from pipeline.jpeg_tiles import JpegLevel, jpeg_levels
 from pipeline.phantom import render
 from pipeline.slide import Slide, open_slide
 
@@ -92,6 +92,13 @@ def test_what_differs_is_not_used_again(image: np.ndarray, tmp_path: Path, monke
         assert (slide.read(roi, slide.base) == expected).all()
     assert slide._handle.tiles is not None
     assert set(slide._handle.tiles) == {1}
+
+
+def test_a_level_that_is_no_page_costs_the_others_nothing(image: np.ndarray, tmp_path: Path) -> None:
+    slide = write(image, tmp_path / "slide.tiff", "rgb")
+    base, small = slide.levels
+    odd = Lattice(small.width + 1, small.height, small.mpp)
+    assert set(jpeg_levels(slide.path, (base, odd, small))) == {0, 2}
 
 
 def test_grey_proves_nothing(tmp_path: Path) -> None:
