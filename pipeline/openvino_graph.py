@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import EngineError
-from pipeline.files import file_digest
+from pipeline.files import file_digest, locked
 from pipeline.network import ModelSpec, activation
 from pipeline.upsampling import make_convolutions
 
@@ -181,7 +181,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
-    """Write a graph under another name first; where another process was faster, its folder stays.
+    """Write a graph under another name first; where another process was faster, its folder stays, if it is whole.
 
     Raises EngineError where it cannot be written.
     """
@@ -189,7 +189,7 @@ def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
     try:
         partial.mkdir(parents=True)
         openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
-        partial.rename(folder)
+        _name(partial, folder)
     except (OSError, RuntimeError) as error:
         if (folder / GRAPH).is_file():
             return
@@ -197,3 +197,14 @@ def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
         raise EngineError(str(folder), found, "room for the network", remedy) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _name(partial: Path, folder: Path) -> None:
+    """Give a folder its name; a damaged one that has it, without a graph, goes. Raises OSError where a whole one has it."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        with locked(folder):  # who comes second finds a whole one
+            if not (folder / GRAPH).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)

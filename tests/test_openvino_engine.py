@@ -2,9 +2,11 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -282,6 +284,25 @@ def test_a_damaged_graph_says_so(graphs: dict[str, Path], tmp_path: Path) -> Non
     (tmp_path / "network.bin").write_bytes(graphs["fcn"].with_name("network.bin").read_bytes())
     with pytest.raises(EngineError, match="found a damaged graph"):
         OpenVinoEngine(NETWORKS["fcn"][0], tmp_path / GRAPH)(IMAGE[None, :64, :96])
+
+
+def test_what_is_left_of_a_damaged_graph_gives_way(graphs: dict[str, Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "graph"
+    shutil.copytree(graphs["fcn"].parent, damaged)
+    (damaged / GRAPH).unlink()
+    assert export(*NETWORKS["fcn"], damaged).is_file()
+    (damaged / GRAPH).unlink()
+    partial = [Path(shutil.copytree(graphs["fcn"].parent, tmp_path / f"{number}.partial")) for number in range(4)]
+
+    def named(folder: Path) -> bool:
+        with suppress(OSError):
+            openvino_graph._name(folder, damaged)
+            return True
+        return False
+
+    with ThreadPoolExecutor(4) as pool:  # workers that find it so at once
+        assert sum(pool.map(named, partial)) == 1
+    assert graph_digest(damaged / GRAPH) == graph_digest(graphs["fcn"])
 
 
 def test_without_the_library_the_error_says_how_to_get_it(graphs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
