@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +27,6 @@ from pipeline.files import write_json
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
 from pipeline.shards import Place, ShardedArray
-
-if TYPE_CHECKING:
-    import zarr
 
 _LABELS = "labels/classes"
 _LARGEST_CHUNK, _SMALLEST_CHUNK = 512, 64  # pixels
@@ -58,9 +55,7 @@ class Canvas:
         """The lattices of the pyramid, finest first; each pixel of a level covers 2 x 2 of the level before it."""
         levels = [self.lattice]
         while max(levels[-1].shape) > _SMALLEST_LEVEL:
-            last = levels[-1]
-            mpp = Mpp(2 * last.mpp.x, 2 * last.mpp.y)
-            levels.append(Lattice((last.width + 1) // 2, (last.height + 1) // 2, mpp))
+            levels.append(levels[-1].shrink(2))
         return tuple(levels)
 
     @cached_property
@@ -152,14 +147,6 @@ class Canvas:
     def read_probabilities(self, roi: Roi, level: int = 0) -> np.ndarray:
         """(classes, rows, columns) uint8, 255 times the probability; 0 where not examined or outside the level."""
         return self.probability_shards(level).read(roi)
-
-    def labels(self, level: int) -> zarr.Array[Any]:
-        """The class indices of a level as a read-only Zarr array."""
-        return _zarr_array(self.label_shards(level).folder)
-
-    def probabilities(self, level: int) -> zarr.Array[Any]:
-        """The probabilities of a level as a read-only Zarr array."""
-        return _zarr_array(self.probability_shards(level).folder)
 
     def label_shards(self, level: int) -> ShardedArray:
         """The shards of the class indices of a level."""
@@ -279,9 +266,3 @@ def _largest_divisor(number: int, largest: int, smallest: int) -> int:
 def _create_group(folder: Path, attributes: dict[str, Any]) -> None:
     description = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     write_json(folder / "zarr.json", description)
-
-
-def _zarr_array(folder: Path) -> zarr.Array[Any]:
-    import zarr
-
-    return zarr.open_array(folder, mode="r")

@@ -18,6 +18,7 @@ from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import CanvasError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.pyramid import build_pyramid
+from tests.canvases import as_zarr_reads
 
 CLASSES = Classes((Class("Stroma", (255, 0, 128)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 IDENTITY = {"model": "a1", "config": "b2", "slide": "c3"}
@@ -46,8 +47,8 @@ def test_what_is_written_is_read_back_by_us_and_by_zarr(tmp_path: Path) -> None:
     roi = canvas.lattice.roi
     assert np.array_equal(canvas.read_labels(roi), probabilities.argmax(axis=0))
     assert np.abs(canvas.read_probabilities(roi) - 255 * probabilities).max() <= 0.5001
-    assert np.array_equal(canvas.labels(0)[:], canvas.read_labels(roi))
-    assert np.array_equal(canvas.probabilities(0)[:], canvas.read_probabilities(roi))
+    assert np.array_equal(as_zarr_reads(canvas.label_shards(0)), canvas.read_labels(roi))
+    assert np.array_equal(as_zarr_reads(canvas.probability_shards(0)), canvas.read_probabilities(roi))
 
 
 def test_what_zarr_writes_is_read_by_us(tmp_path: Path) -> None:
@@ -290,5 +291,5 @@ def test_any_size_comes_back(width: int, height: int, write_size: int, seed: int
         canvas = make(Path(folder), width, height, write_size)
         probabilities = scores(canvas, seed)
         write_all(canvas, probabilities)
-        assert np.array_equal(canvas.labels(0)[:], probabilities.argmax(axis=0))
+        assert np.array_equal(as_zarr_reads(canvas.label_shards(0)), probabilities.argmax(axis=0))
         assert np.array_equal(canvas.read_labels(canvas.lattice.roi), probabilities.argmax(axis=0))

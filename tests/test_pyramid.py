@@ -12,6 +12,7 @@ from pipeline.classes import IGNORED, Class, Classes
 from pipeline.geometry import Lattice, Mpp
 from pipeline.halving import halve_labels, halve_probabilities
 from pipeline.pyramid import CoarseShard, build_pyramid, has_pyramid, remove_coarse
+from tests.canvases import as_zarr_reads
 
 CLASSES = Classes((Class("Stroma", (255, 0, 128)), Class("Gland", (0, 200, 80)), Class("Fat", (250, 220, 10))))
 
@@ -81,19 +82,19 @@ def test_pyramid_equals_a_slow_one(tmp_path: Path, write_size: int) -> None:
     labels, means = canvas.read_labels(canvas.lattice.roi), canvas.read_probabilities(canvas.lattice.roi)
     for level in (1, 2):
         labels, means = slow_pyramid(labels, means)
-        assert np.array_equal(canvas.labels(level)[:], labels)
-        assert np.array_equal(canvas.probabilities(level)[:], means)
+        assert np.array_equal(as_zarr_reads(canvas.label_shards(level)), labels)
+        assert np.array_equal(as_zarr_reads(canvas.probability_shards(level)), means)
 
 
 def test_a_half_built_pyramid_is_made_anew(tmp_path: Path) -> None:
     canvas = make(tmp_path, width=1061, height=533, write_size=256)
     write(canvas, places(canvas), scores(canvas))
     build_pyramid(canvas)
-    expected = [canvas.labels(level)[:] for level in range(3)]
+    expected = [as_zarr_reads(canvas.label_shards(level)) for level in range(3)]
     canvas.label_shards(1).path((0, 1)).unlink()
     canvas.label_shards(2).path((0, 0)).write_bytes(canvas.label_shards(1).path((0, 0)).read_bytes())
     build_pyramid(canvas)
-    assert all(np.array_equal(canvas.labels(level)[:], expected[level]) for level in range(3))
+    assert all(np.array_equal(as_zarr_reads(canvas.label_shards(level)), expected[level]) for level in range(3))
 
 
 @given(hnp.arrays(np.uint8, (4, 6), elements=st.sampled_from([0, 1, 2, 3, IGNORED])), st.integers(0, 2**32 - 1))
