@@ -79,6 +79,12 @@ def _device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def device_name() -> str:
+    """What torch computes on here, such as the name of a GPU."""
+    device = _device()
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
 def _dtype(device: torch.device, precision: Precision) -> torch.dtype:
     """What a device computes in. Raises EngineError."""
     if precision == "exact":

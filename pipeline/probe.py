@@ -1,7 +1,8 @@
 """What tiles take, measured: memory, seconds and disk of a few that are run.
 
 Memory is measured in the process that does the work, on its own slide, with everything that a tile takes: reading ahead, the
-forward pass, compressing and writing. What was measured of a model on a machine is kept for the next run.
+forward pass, compressing and writing; that of a GPU by itself. What was measured of a model on a machine is kept for the
+next run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -26,7 +27,7 @@ from pipeline.canvas import create_canvas
 from pipeline.config import EngineSettings
 from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.machine import cache_folder, release_memory, threads
+from pipeline.machine import cache_folder, has_gpu, release_memory, threads
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
 from pipeline.pyramid import CoarseShard
@@ -49,16 +50,25 @@ _FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations 
 class Probe:
     """What a few tiles took: bytes held, `base_bytes` and more for each pixel that the network computes for a tile; such
     pixels a second; and bytes on disk for each pixel of a tile, probabilities and labels together.
+
+    The same bytes of a GPU, and how many this process could have of it; all 0 where there is none.
     """
 
     base_bytes: float
     bytes_per_pixel: float
     pixels_per_second: float
     output_bytes: float
+    gpu_base_bytes: float = 0.0
+    gpu_bytes_per_pixel: float = 0.0
+    gpu_free_bytes: float = 0.0
 
     def peak_bytes(self, pixels: int) -> float:
         """Memory of the whole process at its peak, for tiles that take so many pixels."""
         return self.base_bytes + _FRAGMENTED * self.bytes_per_pixel * pixels
+
+    def gpu_peak_bytes(self, pixels: int) -> float:
+        """Memory of the GPU at its peak, for tiles that take so many pixels."""
+        return self.gpu_base_bytes + self.gpu_bytes_per_pixel * pixels
 
 
 def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching) -> Probe:
@@ -72,14 +82,16 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
 
         white = Staining((255.0, 255.0, 255.0), engine.spec.normalisation.dyes)
         slide = NormalisedSlide(slide, white, engine.spec.normalisation)
-    held = _start_measuring()
+    held, free = _start_measuring(), _free_on_gpu()
     small, large = (_run(slide, lattice, engine, place, way, size) for size in PROBE_SIZES)
     _start_measuring()  # the work begins with a heap that is whole again
     # The process holds no less than before: where the line would say so, it goes through what was held then.
     # What comes and goes beside the network, such as a window being read, may meet it in one tile and miss it in another.
     rise = (large.peak - small.least) / (large.pixels - small.pixels)
     slope = max(min(rise, (large.peak - held) / large.pixels), 0.0)
-    return Probe(large.peak - slope * large.pixels, slope, large.pixels / large.seconds, large.output_bytes)
+    on_gpu = max((large.gpu_peak - small.gpu_peak) / (large.pixels - small.pixels), 0.0)
+    bases = [peak - each * large.pixels for peak, each in ((large.peak, slope), (large.gpu_peak, on_gpu))]
+    return Probe(bases[0], slope, large.pixels / large.seconds, large.output_bytes, bases[1], on_gpu, free)
 
 
 def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitching) -> Probe:
@@ -104,20 +116,26 @@ def kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSetti
     """Where a probe is kept: a file of its own for everything that may change what it finds. Raises EngineError."""
     engine, scale = settled(settings), Mpp.square(spec.mpp)
     versions = [source_digest(), version("numpy"), backend_version(engine.backend)]
+    device = ""
+    if engine.backend == "torch" and has_gpu():
+        from pipeline.engine import device_name
+
+        device = device_name()
     shrink = round(scale.x / slide.levels[slide.best_level(scale)].mpp.x, 1)
-    facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), threads(), shrink]
+    facts = [versions, ensemble.digest(model), describe(model, engine), platform.node(), device, threads(), shrink]
     return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
 
 
 @dataclass(frozen=True)
 class _Run:
     """A few tiles of one size: pixels computed for one; bytes held at the peak of the tile that took least, and of the one
-    that took most; seconds a tile; bytes on disk a pixel.
+    that took most, and by a GPU; seconds a tile; bytes on disk a pixel.
     """
 
     pixels: int
     least: int
     peak: int
+    gpu_peak: int
     seconds: float
     output_bytes: float
 
@@ -143,17 +161,33 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
                 peaks.clear()
                 _start_measuring()
             _forget_peak()
+        gpu_peak = cuda.max_memory_reserved() if (cuda := _cuda()) else 0
         pixels = sum(tile.write_roi.intersect(lattice.roi).area for tile in tiles)  # glass compresses to nothing
         written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
     seconds = (times[-1] - times[0]) / (len(times) - 1)
-    return _Run(way.computed(grid), min(peaks), max(peaks), seconds, written / pixels)
+    return _Run(way.computed(grid), min(peaks), max(peaks), gpu_peak, seconds, written / pixels)
 
 
 def _start_measuring() -> int:
     """Give freed memory back to the kernel and forget the peak; returns the bytes that this process holds."""
     release_memory()
+    if cuda := _cuda():
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
     _forget_peak()
     return int(psutil.Process().memory_info().rss)
+
+
+def _cuda() -> Any:
+    """torch.cuda in a process that computes with it, else None; nobody imports torch to know that."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _free_on_gpu() -> int:
+    """Bytes of the GPU that this process has or could have."""
+    cuda = _cuda()
+    return int(cuda.mem_get_info()[0] + cuda.memory_reserved()) if cuda else 0
 
 
 def _forget_peak() -> None:

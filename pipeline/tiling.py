@@ -42,7 +42,7 @@ _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundred
 _MOST_GIB = 3.0  # where the halo would cost more than `_DEAR`
 _DEAR = 1.2
 _WORTH = 1.1  # times the pixels, at most, are read so that the halo is not dear
-_SHARE = 0.8  # of the free memory of the machine, or of all that its container may take
+_SHARE = 0.8  # of the free memory of the machine or the GPU, or of all that a container may take
 _SAMPLED = 4  # slides at most whose tissue is looked for, the largest among them, by this many um/px or more
 _COARSE_MPP = 32.0
 _PYRAMID = 4 / 3  # pixels of all levels, relative to the finest
@@ -144,19 +144,23 @@ def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Pro
 
     Sizes at which the halo costs more than a fifth are taken only where all others read a tenth more: so large slides and
     small ones, which differ in how much glass lies in their tiles, get tiles of one size, and take as much memory.
-    `memory_gib` None: as much as the machine has free, up to 2 GiB, or 3 where the halo would cost more than a fifth.
-    Raises ClusterError where not even the smallest tile fits.
+    `memory_gib` None: as much as the machine has free, up to 2 GiB, or 3 where the halo would cost more than a fifth; beside
+    a GPU, whose memory has to do as well, as much as the machine has free. Raises ClusterError where not even the smallest
+    tile fits.
     """
     way, step = Exact(spec.required_halo(), spec.stride), math.lcm(spec.stride, _STEP)
     extent = max(max(lattice.shape) for lattice, _ in slides)
     least = round_up(-(-extent // _TILES_ACROSS), step)
     largest = max(least, min(_largest_useful(way, step), round_up(extent, step)))
     fitting: list[int] = []
-    limits = _default_limits() if memory_gib is None else [memory_gib]
+    limits = _default_limits(found) if memory_gib is None else [memory_gib]
+    sizes = [size for size in range(step, largest + 1, step) if _on_gpu(way, size, found) <= _SHARE * found.gpu_free_bytes]
     for limit in limits:
-        fitting = [size for size in range(step, largest + 1, step) if _peak(way, size, found) <= limit * GIB]
+        fitting = [size for size in sizes if _peak(way, size, found) <= limit * GIB]
         if fitting and way.cost(fitting[-1]) <= _DEAR:
             break
+    if not sizes:
+        raise _too_small_gpu(step, found.gpu_free_bytes, _on_gpu(way, step, found))
     if not fitting:
         raise _too_little(limits[-1], step, _peak(way, step, found))
     few = [size for size in fitting if size >= least] or fitting[-1:]
@@ -197,13 +201,19 @@ def free_gib() -> float:
     return _SHARE * float(min(psutil.virtual_memory().available, MEMORY_LIMIT)) / GIB
 
 
-def _default_limits() -> list[float]:
+def _default_limits(found: Probe) -> list[float]:
     own = free_gib() * min(threads() / cores(), 1)  # workers share the memory as they share the processors
+    if found.gpu_free_bytes:  # CUDA alone holds some GiB
+        return [own]
     return [min(own, USUAL_GIB), min(own, _MOST_GIB)]
 
 
 def _peak(way: Exact, size: int, found: Probe) -> float:
     return found.peak_bytes((size + 2 * way.halo) ** 2)
+
+
+def _on_gpu(way: Exact, size: int, found: Probe) -> float:
+    return found.gpu_peak_bytes((size + 2 * way.halo) ** 2)
 
 
 def _read(way: Exact, lattice: Lattice, tissue: Tissue, size: int) -> int:
@@ -216,6 +226,16 @@ def _read(way: Exact, lattice: Lattice, tissue: Tissue, size: int) -> int:
     rows = np.minimum(rows * y_scale, lattice.height - 1) // grid.write_size
     columns = np.minimum(columns * x_scale, lattice.width - 1) // grid.write_size
     return (np.unique(rows * grid.shape[1] + columns).size or len(grid)) * math.prod(grid.read_shape)
+
+
+def _too_small_gpu(size: int, free: float, needed: float) -> ClusterError:
+    return ClusterError(
+        "the GPU",
+        f"{free / GIB:.2f} GiB of memory that are free",
+        f"{needed / _SHARE / GIB:.2f} GiB, for tiles of {size} px",
+        "Free memory on it, set a smaller `segmentation.tile_size` (--tile-size), or compute on the processor: "
+        "CUDA_VISIBLE_DEVICES= in the environment.",
+    )
 
 
 def _too_little(limit_gib: float, size: int, needed: float) -> ClusterError:

@@ -175,6 +175,22 @@ def test_more_memory_is_taken_where_the_halo_is_dear(monkeypatch: pytest.MonkeyP
     assert MODEST.peak_bytes((choose(spec(96), [full(vast)], MODEST, None) + 192) ** 2) <= GIB
 
 
+def test_tiles_fit_the_gpu_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside which the process holds more than a worker on a processor may take: CUDA's own pages."""
+    monkeypatch.setattr(tiling, "free_gib", lambda: 24.0)
+    monkeypatch.setattr(tiling, "threads", tiling.cores)
+    vast = [full(lattice(40_003, 30_001))]
+    beside = replace(MODEST, base_bytes=3.5 * GIB, bytes_per_pixel=30.0)
+    for free_gib, largest in ((8.0, 2304), (24.0, 4096)):
+        card = replace(beside, gpu_base_bytes=0.4 * GIB, gpu_bytes_per_pixel=1000.0, gpu_free_bytes=free_gib * GIB)
+        for memory_gib in (None, 24.0):
+            chosen = choose(spec(96), vast, card, memory_gib)
+            assert card.gpu_peak_bytes((chosen + 192) ** 2) <= 0.8 * free_gib * GIB
+            assert largest // 2 < chosen <= largest
+    with pytest.raises(ClusterError, match=r"the GPU: found 0.50 GiB.*expected 0.7. GiB, for tiles of 256 px"):
+        choose(spec(96), vast, replace(card, gpu_free_bytes=0.5 * GIB), None)
+
+
 def test_workers_share_the_memory_as_they_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "free_gib", lambda: 2.0)
     monkeypatch.setattr(tiling, "cores", lambda: 4)
@@ -223,6 +239,50 @@ class Held:
         self.windows.append(windows.shape)
         held = np.ones(windows[..., 0].size * self.bytes_per_pixel, np.uint8)
         return np.full((1, 2, *windows.shape[1:3]), held[0] / 2, np.float32)
+
+
+class Card:
+    """A GPU as torch.cuda tells of it, for an engine that takes 1000 bytes a pixel there beside 3 MB of weights."""
+
+    def __init__(self) -> None:
+        self.reserved = self.peak = 3_000_000
+
+    def run(self, windows: np.ndarray) -> None:
+        self.reserved = max(self.reserved, 3_000_000 + 1000 * windows[..., 0].size)  # and kept for the next window
+        self.peak = max(self.peak, self.reserved)
+
+    def empty_cache(self) -> None:
+        self.reserved = 3_000_000
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.reserved
+
+    def max_memory_reserved(self) -> int:
+        return self.peak
+
+    def memory_reserved(self) -> int:
+        return self.reserved
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return 8 * GIB - self.reserved, 10 * GIB
+
+
+def test_the_memory_of_a_gpu_is_measured_by_itself(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card, slide = Card(), open_slide(scan)
+
+    class OnCard(Held):
+        def __call__(self, windows: np.ndarray) -> np.ndarray:
+            card.run(windows)
+            return super().__call__(windows)
+
+    engine = OnCard(1)
+    way, place = stitching(engine.spec, blended=False), Roi(600, 400, 1, 1)
+    found = probe(slide, slide.base, engine, place, way)
+    assert (found.gpu_base_bytes, found.gpu_bytes_per_pixel, found.gpu_free_bytes) == (0, 0, 0)
+    monkeypatch.setattr("pipeline.probe._cuda", lambda: card)
+    card.run(np.zeros((1, 3000, 3000, 3), np.uint8))  # of which nothing is left
+    found = probe(slide, slide.base, engine, place, way)
+    assert (found.gpu_base_bytes, found.gpu_bytes_per_pixel, found.gpu_free_bytes) == (3_000_000, 1000, 8 * GIB)
 
 
 PROBED = """
@@ -324,15 +384,21 @@ def test_a_process_that_has_run_tiles_measures_as_a_fresh_one(scan: Path, tmp_pa
     assert second == pytest.approx(first, rel=0.2)
 
 
-def test_what_was_measured_is_kept_for_one_model_engine_and_scale(model: Path, scan: Path, tmp_path: Path) -> None:
+def test_what_was_measured_is_kept_for_one_model_engine_scale_and_gpu(
+    model: Path, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slide, torch_engine, other = open_slide(scan), EngineSettings(backend="torch"), tmp_path / "other"
     save(other, spec(), build_network(spec()).eval())
     ways = [torch_engine, *(torch_engine.model_copy(update=more) for more in ({"precision": "fast"}, {"flips": True}))]
     paths = [kept_probe(slide, spec(), model, way) for way in ways]
     paths += [kept_probe(slide, spec(), other, torch_engine)]
     paths += [kept_probe(slide, replace(spec(), mpp=2.0), model, torch_engine)]
-    assert len(set(paths)) == 5
     assert kept_probe(slide, spec(), model, torch_engine) == paths[0]
+    monkeypatch.setattr("pipeline.probe.has_gpu", lambda: True)
+    for name in ("A100", "T4"):
+        monkeypatch.setattr("pipeline.engine.device_name", lambda own=name: own)
+        paths.append(kept_probe(slide, spec(), model, torch_engine))
+    assert len(set(paths)) == 7
 
 
 def test_an_output_keeps_its_tile_size_and_the_user_counts_before_all(model: Path, scan: Path, tmp_path: Path) -> None:
