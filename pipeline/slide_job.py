@@ -34,6 +34,9 @@ ENTROPY = "entropy.ome.tif"
 MADE_OF_SOME = (ENTROPY, "truth.png")
 """Those that some finished slides have: of ensembles, and evaluated ones."""
 
+FOUND_TISSUE = "tissue.partial"
+"""What a slide has, beside the canvas, until it is finished."""
+
 _COARSER = 1.1  # um/px of a scan, relative to those of the model, up to which it is as good as the same
 _STAINING = "staining"  # of what the canvas says was measured
 
@@ -144,9 +147,18 @@ class OpenedJob:
         self.stitching: Stitching = stitching(self.spec, job.settings.blend)
         self.grid = self.stitching.grid(lattice, job_tile_size(job))
 
-    def tissue(self) -> Tissue:
-        """The slide's tissue; a process looks for it but once."""
+    def find_tissue(self) -> Tissue:
+        """The slide's tissue, looked for in this process, which keeps it."""
         return _tissue_of(self.slide, self.slide.digest(), self.job.tissue)
+
+    def tissue(self) -> Tissue:
+        """The slide's tissue as whoever planned it has found it, for a canvas of this identity."""
+        from pipeline.tissue import Tissue
+
+        try:
+            return Tissue.load(self.job.folder / FOUND_TISSUE)
+        except FileNotFoundError:  # another command has sealed the slide, and cleared it away
+            return self.find_tissue()
 
     def measured(self, tissue: Tissue) -> dict[str, object]:
         """What is measured once on the slide, and then holds for every tile, whichever worker segments it."""

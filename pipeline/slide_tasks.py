@@ -2,10 +2,10 @@
 
     plan_slide --> segment_block, ... --> finish_slide, ... --> seal_slide
 
-Planning finds the tissue and makes the canvas; a block is tiles that lie side by side; finishing makes what follows from the
-canvas, part by part; sealing writes the provenance. A tile is done when its shards are on disk, whole, a slide when its
-provenance is; so a run that was killed at any moment is finished by running it again. A worker that outlives its command may
-still write; so what plans or seals a slide has its folder alone, and all others share a lock on it.
+Planning finds the tissue, for all, and makes the canvas; a block is tiles that lie side by side; finishing makes what
+follows from the canvas, part by part; sealing writes the provenance. A tile is done when its shards are on disk, whole, a
+slide when its provenance is; so a run that was killed at any moment is finished by running it again. A worker that outlives
+its command may still write; so what plans or seals a slide has its folder alone, and all others share a lock on it.
 
 What only tasks use is imported in them, so that a command has its workers sooner.
 """
@@ -30,6 +30,7 @@ from pipeline.runtime import load_engine
 from pipeline.shards import Place
 from pipeline.slide_job import (
     CANVAS,
+    FOUND_TISSUE,
     MADE,
     MADE_OF_SOME,
     PROVENANCE,
@@ -113,14 +114,15 @@ def plan_slide(job: SlideJob) -> Plan:
             if is_finished(job):
                 return Plan((), {}, 0.0, _remark(opened, canvas, finished_mm2(job)), finished=True)
             (job.folder / PROVENANCE).unlink(missing_ok=True)  # it vouches for files that are now made anew
-            tissue = opened.tissue()
+            tissue = opened.find_tissue()
         else:
-            tissue = opened.tissue()
+            tissue = opened.find_tissue()
             canvas = _begin(opened, tissue)
         done = set(canvas.whole() if begun else ())  # a network file system would go on telling of empty folders for a while
         left = [index for index in _with_tissue(opened.grid, tissue) if index not in done]
         if begun:
             remove_coarse(canvas, left)
+        tissue.save(job.folder / FOUND_TISSUE)  # other workers need not look for it
     release_memory()  # what looking for tissue took is in other pieces than tiles need
     blocks = defaultdict[Place, list[Place]](list)
     for row, column in left:
@@ -207,7 +209,7 @@ def finish_slide(job: SlideJob, part: Part, bands: Mapping[int, int]) -> Part:
 
 
 def seal_slide(job: SlideJob, tissue_mm2: float, bands: Mapping[int, int]) -> None:
-    """Clear away bands and what killed workers left, and write the provenance, which comes last: the slide is done.
+    """Clear away bands, tissue and what killed workers left, and write the provenance, which comes last: the slide is done.
 
     Raises CanvasError as `finish_slide` does.
     """
@@ -219,4 +221,5 @@ def seal_slide(job: SlideJob, tissue_mm2: float, bands: Mapping[int, int]) -> No
         canvas.require(bands)
         canvas.remove_partial_files()
         remove_bands(job.folder)
+        (job.folder / FOUND_TISSUE).unlink(missing_ok=True)
         write_json(job.folder / PROVENANCE, opened.provenance(canvas, tissue_mm2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -12,6 +13,7 @@ from skimage import filters
 from pipeline.ahead import ahead
 from pipeline.components import find_runs
 from pipeline.config import TissueSettings
+from pipeline.files import replacing
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import threads
 from pipeline.slide import Slide, channel_range
@@ -53,6 +55,20 @@ class Tissue:
         height, width = self.mask.shape
         lines, times = np.unique(np.clip(rows, 0, height - 1), return_counts=True)
         return np.repeat(self.mask[np.ix_(lines, np.clip(columns, 0, width - 1))], times, axis=0)
+
+    def save(self, path: Path) -> None:
+        """Write it as an NPZ file, whole or not at all; eight pixels take a byte."""
+        with replacing(path) as partial, partial.open("wb") as file:
+            mpp = self.lattice.mpp
+            np.savez(file, mask=np.packbits(self.mask), shape=self.mask.shape, mpp=(mpp.x, mpp.y))
+
+    @classmethod
+    def load(cls, path: Path) -> Tissue:
+        """Read what `save` wrote. Raises FileNotFoundError where there is no such file."""
+        with np.load(path) as file:
+            (height, width), mpp = file["shape"].tolist(), Mpp(*file["mpp"].tolist())
+            mask = np.unpackbits(file["mask"], count=height * width).view(bool).reshape(height, width)
+            return cls(mask, Lattice(width, height, mpp))
 
     @property
     def area_um2(self) -> float:

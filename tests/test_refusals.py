@@ -29,7 +29,7 @@ from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
 from pipeline.slide import open_slide
-from pipeline.slide_job import CANVAS, SlideJob, is_finished, is_segmented
+from pipeline.slide_job import CANVAS, FOUND_TISSUE, OpenedJob, SlideJob, _tissue_of, is_finished, is_segmented
 from pipeline.slide_tasks import Part, finish_slide, get_ready, plan_slide, seal_slide, segment_block
 from pipeline.versions import Version
 from pipeline.workspace import open_workspace
@@ -288,6 +288,16 @@ def test_outlines_are_put_together_though_another_command_has_cleared_the_bands_
     assert [(folder / name).read_bytes() for name in made] == before
 
 
+def test_tissue_is_found_once_for_all_workers(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, models[0], tmp_path / "scan", settings, TissueSettings(), TORCH)
+    plan_slide(job)
+    found, asked = OpenedJob(job).find_tissue(), _tissue_of.cache_info()
+    kept = OpenedJob(job).tissue()
+    assert np.array_equal(kept.mask, found.mask) and kept.lattice == found.lattice
+    assert _tissue_of.cache_info() == asked
+
+
 def test_what_disk_does_not_tell_of_is_not_taken_for_glass(
     models: list[Path], scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +317,7 @@ def test_what_disk_does_not_tell_of_is_not_taken_for_glass(
             finish_slide(job, part, plan.bands)
     with pytest.raises(CanvasError, match=f"of row {row}"):
         seal_slide(job, plan.tissue_mm2, plan.bands)
-    assert not [path for path in job.folder.iterdir() if path.name != CANVAS]
+    assert {path.name for path in job.folder.iterdir()} == {CANVAS, FOUND_TISSUE}
 
 
 def test_a_list_of_slides_that_is_none_is_put_aside(models: list[Path], scan: Path, tmp_path: Path) -> None:
