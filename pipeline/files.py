@@ -9,10 +9,10 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 
 @contextmanager
@@ -115,28 +115,22 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
     return text.getvalue()
 
 
-def _is_free(file: IO[str], kind: int) -> bool:
-    """Take a lock, unless somebody has one that forbids it; returns whether nobody has."""
-    with suppress(OSError):
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
 @contextmanager
-def locked(path: Path, shared: bool = False, busy: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process works at `path`; those that ask for a `shared` lock wait for none but the others.
 
-    Where one does, `busy` is called first, and may raise instead. The lock is on an empty file beside `path`, `.NAME.lock`,
-    which stays. A process that ends, in whatever way, lets go of it. Where the file system knows no locks, nobody waits.
+    Yields True; where one should wait and is not to (`wait` False), False at once.
+
+    The lock is on an empty file beside it, `.NAME.lock`, which stays. A process that ends, in whatever way, lets go of it.
+    Where the file system knows no locks, nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("a+") as file:  # network file systems lock by what may be read
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        if not _is_free(file, kind):
-            if busy is not None:
-                busy()
-            fcntl.flock(file, kind)
-        yield
+        free = True
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass
+        yield free

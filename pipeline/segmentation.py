@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.blending import TILE_SIZE
 from pipeline.errors import CanvasError, FullfieldError, WorkerError, refusal
 from pipeline.slide_job import SlideJob, job_tile_size
-from pipeline.slide_tasks import Made, Part, Plan, Segmented, finish_slide, get_ready, plan_slide, seal_slide, segment_block
+from pipeline.slide_tasks import (
+    Busy,
+    Made,
+    Part,
+    Plan,
+    Segmented,
+    finish_slide,
+    get_ready,
+    plan_slide,
+    seal_slide,
+    segment_block,
+)
 from pipeline.tasks import Cluster, Outcome
 from pipeline.tiling import tile_size_for
 
@@ -46,7 +57,7 @@ class Row:
 class Step:
     """Something that happened: `blocks` more to do, or `blocks_done` of `megapixels`, or a slide that ended with a `row`.
 
-    A slide that was finished before is `skipped`.
+    A slide that was finished before is `skipped`; one that another command is at is `postponed`, and comes last.
     """
 
     job: SlideJob
@@ -55,6 +66,7 @@ class Step:
     megapixels: float = 0.0
     row: Row | None = None
     skipped: bool = False
+    postponed: bool = False
 
 
 def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: float | None) -> list[SlideJob]:
@@ -96,12 +108,16 @@ def _has_tile_size(job: SlideJob) -> bool:
 
 def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]:
     """Segment slides, some at a time, and say what happens as it happens. A slide that fails does not stop the others."""
-    waiting, active, under_way = iter(jobs), dict[str, _Active](), 0
+    waiting, postponed = iter(jobs), deque[SlideJob]()
+    active, under_way = dict[str, _Active](), 0
 
     def begin() -> int:
         """Begin as many slides as there is room for."""
         room = max(_SLIDES_AT_ONCE, cluster.workers()) - under_way
         begun = {job.slide_id: _Active(job, cluster) for job in itertools.islice(waiting, max(room, 0))}
+        if not begun and not under_way and postponed:  # a worker that waits for another command's holds up nothing else
+            job = postponed.popleft()
+            begun[job.slide_id] = _Active(job, cluster, wait=True)
         active.update(begun)
         return len(begun)
 
@@ -110,7 +126,9 @@ def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]
         state = active[outcome.key]
         step = state.failed(outcome.error) if outcome.error else state.advanced(outcome.value)
         yield step
-        if step.row is not None:
+        if step.postponed:
+            postponed.append(step.job)
+        if step.row is not None or step.postponed:
             under_way -= 1
             under_way += begin()
 
@@ -118,22 +136,24 @@ def segment_slides(jobs: Iterable[SlideJob], cluster: Cluster) -> Iterator[Step]
 class _Active:
     """A slide that is under way: what of it is still out, and what it has cost."""
 
-    def __init__(self, job: SlideJob, cluster: Cluster) -> None:
+    def __init__(self, job: SlideJob, cluster: Cluster, wait: bool = False) -> None:
         self.job, self.cluster = job, cluster
         self.started, self.blocks, self.megapixels = time.monotonic(), 0, 0.0
         self.tissue_mm2, self.remark, self.over = 0.0, "", False
         self.rows = Counter[int]()  # of tiles, each with how many blocks it waits for
         self.tiles: Mapping[int, int] = {}  # of each row
         self.bands, self.parts = set[int](), {"tissue", "pyramid", "regions"}  # what is to be made, or under way
-        cluster.submit(job.slide_id, plan_slide, job)
+        cluster.submit(job.slide_id, plan_slide, job, wait)
 
-    def advanced(self, value: Plan | Segmented | Part | None) -> Step:
+    def advanced(self, value: Plan | Busy | Segmented | Part | None) -> Step:
         """Count a task that ended well, and submit what follows from it."""
         if self.over:
             return Step(self.job)
         match value:
             case Plan():
                 return self._planned(value)
+            case Busy():
+                return Step(self.job, postponed=True)
             case Segmented():
                 return self._block_done(value)
             case Part():

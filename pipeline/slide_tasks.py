@@ -64,6 +64,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Busy:
+    """Another command is at the slide, which cannot be planned meanwhile."""
+
+
+@dataclass(frozen=True)
 class Segmented:
     """What a block was: its rows of tiles, and its megapixels."""
 
@@ -94,8 +99,10 @@ def get_ready(job: SlideJob) -> None:
     load_engine(job.model, job.engine)
 
 
-def plan_slide(job: SlideJob) -> Plan:
+def plan_slide(job: SlideJob, wait: bool = True) -> Plan | Busy:
     """Find the tissue, make or reopen the canvas, and list the tiles that are not done.
+
+    Where another command is at the slide, it ends at once unless it is to `wait`.
 
     Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
     SlideError where the slide cannot be read, CanvasError where the folder holds another run's output, and EngineError where
@@ -107,7 +114,9 @@ def plan_slide(job: SlideJob) -> Plan:
         for member in ensemble.members(job.model):
             require_approval(job_engine(job), member)
     OpenedJob(job)  # what cannot be opened leaves no folder
-    with locked(job.folder):
+    with locked(job.folder, wait=wait) as free:
+        if not free:
+            return Busy()
         opened = OpenedJob(job)  # another command may just have made the canvas, whose tile size then counts
         if begun := (job.folder / CANVAS).exists():
             canvas = open_canvas(job.folder / CANVAS, opened.identity())

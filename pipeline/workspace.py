@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,12 +139,11 @@ def alone(config: Config, cases: Sequence[Case]) -> Iterator[None]:
 
     One of the same cohort and configuration is waited for, with a word; for another, raises CheckpointError at once.
     """
-
-    def busy() -> None:
-        check_at_work(config, cases)
-        console.print(f"Waits for another command in {config.output}")
-
-    with locked(config.output / "model", busy=busy):
+    with ExitStack() as held:
+        if not held.enter_context(locked(config.output / "model", wait=False)):
+            check_at_work(config, cases)
+            console.print(f"Waits for another command in {config.output}")
+            held.enter_context(locked(config.output / "model"))
         yield
 
 

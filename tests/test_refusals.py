@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +24,17 @@ from pipeline.cohort import Case
 from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import CanvasError, CheckpointError, CohortError, SlideError
+from pipeline.files import locked
 from pipeline.footprint import with_footprint
 from pipeline.inputs import tile_inputs, training_facts, training_inputs
 from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
+from pipeline.segmentation import segment_slides
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, FOUND_TISSUE, OpenedJob, SlideJob, _tissue_of, is_finished, is_segmented
 from pipeline.slide_tasks import Part, finish_slide, get_ready, plan_slide, seal_slide, segment_block
+from pipeline.tasks import Here
 from pipeline.versions import Version
 from pipeline.workspace import open_workspace
 from workflows.__main__ import main
@@ -296,6 +300,24 @@ def test_tissue_is_found_once_for_all_workers(models: list[Path], scan: Path, tm
     kept = OpenedJob(job).tissue()
     assert np.array_equal(kept.mask, found.mask) and kept.lattice == found.lattice
     assert _tissue_of.cache_info() == asked
+
+
+def test_a_slide_that_another_command_is_at_comes_last(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    settings = SegmentationSettings(tile_size=128)
+    taken, free = (
+        SlideJob(name, scan, None, models[0], tmp_path / name, settings, TissueSettings(), TORCH)
+        for name in ("taken", "free")
+    )
+    told = list[str]()
+    with ExitStack() as theirs:
+        theirs.enter_context(locked(taken.folder, shared=True))
+        for step in segment_slides([taken, free], Here()):
+            if step.postponed:
+                told.append(f"{step.job.slide_id} is postponed")
+            if step.row is not None:
+                told.append(f"{step.job.slide_id} is {step.row.status}")
+                theirs.close()
+    assert told == ["taken is postponed", "free is done", "taken is done"]
 
 
 def test_what_disk_does_not_tell_of_is_not_taken_for_glass(

@@ -211,6 +211,8 @@ def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gi
         for step in segment_slides(jobs, cluster):
             megapixels += step.megapixels
             bar.grow(step.blocks)
+            if step.postponed:
+                console.print(f"{step.job.slide_id}: another command is at it, so it comes last and waits for that")
             if step.row is not None:
                 rows[step.row.slide_id] = step.row
                 if step.skipped:
