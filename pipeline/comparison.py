@@ -19,12 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.bootstrap import ENOUGH
+
 SURE = 0.95
 """The confidence that it takes to tell a difference."""
-
-ENOUGH = 6
-"""Patients without whom no interval is as sure."""
-
 _MOST_IN_FULL, _SUBSETS = 12, 4095  # patients of whom all subsets are taken; random ones of more
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bootstrap import Counts, Floats, bounds, draw_patients
+from pipeline.bootstrap import ENOUGH, Counts, Floats, bounds, draw_patients
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CohortError
 from pipeline.geometry import Mpp
@@ -42,8 +42,8 @@ _BLOCK = 1 << 22  # pixels counted at a time: bincount makes an int64 copy of it
 class Scores:
     """The scores of one class; None where there is nothing to divide by, and for bounds of a single patient.
 
-    `low` and `high` bound the 95 % interval over patients (see `interval`). `pixels` and `area_mm2` are the
-    class's extent in the truth, `patients` how many patients have the class, in truth or prediction.
+    `low` and `high` bound the 95 % interval over patients (see `interval`; of fewer than six it is less sure). `pixels` and
+    `area_mm2` are the class's extent in the truth, `patients` how many patients have the class, in truth or prediction.
     """
 
     dice: float | None
@@ -138,17 +138,17 @@ def _divide(extents: Counts) -> dict[str, Floats]:
 
 
 def interval(patients: Counts, rest: int | None = None, samples: int = 1000, seed: int = 0) -> dict[str, Floats]:
-    """95 % percentile bootstrap intervals of the pooled scores, by name.
+    """95 % bootstrap intervals of the pooled scores, by name.
 
     `patients` is (P, C, C + 1): one confusion a patient, all of the patient's slides summed, because pixels and
     slides of one patient resemble each other and only patients are independent draws. Each of `samples` rounds draws
-    P patients with replacement, pools their counts and computes the scores; the bounds are the 2.5th and 97.5th
-    percentiles over the rounds in which the score exists. Returns (2, C) float64 for each score, low then high.
+    P patients with replacement, pools their counts and computes the scores; the bounds are percentiles over the rounds in
+    which the score exists, farther out the fewer patients have the class. Returns (2, C) float64 for each score, low then
+    high.
 
-    One patient says nothing about the next: where fewer than two have the class, the bounds are NaN. With few patients the
-    interval is honest about those patients only and too narrow for others (three patients make 10 different rounds, two make
-    3).
-    References: see bootstrap.py.
+    One patient says nothing about the next: where fewer than two have the class, the bounds are NaN. Fewer than six are too
+    few for 95 %: the interval of two holds what is true of all patients every other time. How often more do, and references:
+    see bootstrap.py.
     """
     draws = draw_patients(len(patients), samples, seed)
     extents = _extents(patients, rest)
@@ -205,6 +205,20 @@ def _named(
         found = Scores(**fields, pixels=pixels, area_mm2=pixels * mpp.area_um2 / 1e6, patients=int(concerned[index]))
         named[name] = asdict(found)
     return named
+
+
+def few_patients(scores: Report) -> list[str]:
+    """A line for each split with classes of which so few patients tell that no interval is 95 % sure.
+
+    An interval from the least of n to the largest misses what is true wherever all n lie to one side of it.
+    """
+    told = []
+    for split, slides in scores.items():
+        counts = {name: int(fields["patients"] or 0) for name, fields in slides[POOLED].items()}
+        few = [f"{name} ({n}: {100 * (1 - 2 ** (1 - n)):.0f} % at best)" for name, n in counts.items() if 1 < n < ENOUGH]
+        if few:
+            told.append(f"{split}: intervals over too few patients for 95 %, which takes {ENOUGH}: {', '.join(few)}")
+    return told
 
 
 def number(value: float) -> float | None:

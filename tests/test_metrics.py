@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
+from pipeline.bootstrap import bounds, draw_patients
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import CohortError
 from pipeline.geometry import Mpp
-from pipeline.metrics import SCORES, SlideConfusion, confusion, interval, ratios, report, table
+from pipeline.metrics import SCORES, SlideConfusion, confusion, few_patients, interval, ratios, report, table
 
 MPP = Mpp(0.5, 0.25)
 PAIR = Classes((Class("rest", (0, 0, 0)), Class("gland", (255, 0, 0))))
@@ -135,11 +137,41 @@ def test_what_cannot_be_counted_is_refused():
 
 
 def test_the_bootstrap_finds_the_percentiles_of_all_possible_rounds():
-    patients = np.stack([pair(90, 10, 30), pair(40, 30, 5), pair(10, 0, 60), pair(300, 80, 90)])
-    rounds = [patients[list(chosen)].sum(axis=0) for chosen in itertools.product(range(4), repeat=4)]
-    for name, bounds in interval(patients, samples=60000, seed=1).items():
-        exact = np.percentile([ratios(pooled)[name][1] for pooled in rounds], [2.5, 97.5], method="inverted_cdf")
-        np.testing.assert_allclose(bounds[:, 1], exact, rtol=1e-9)
+    areas = [(90, 10, 30), (40, 30, 5), (10, 0, 60), (300, 80, 90), (70, 20, 9), (200, 5, 80)]
+    patients = np.stack([pair(*area) for area in areas])
+    scores = ratios(patients[np.array(list(itertools.product(range(6), repeat=6)))].sum(axis=1))
+    low = stats.norm.cdf(-math.sqrt(6 / 5) * stats.t.ppf(0.975, 5))
+    for name, found in interval(patients, samples=60000, seed=1).items():
+        for bound, share in zip(found[:, 1], (low, 1 - low), strict=True):
+            assert (scores[name][:, 1] < bound).mean() - 0.001 < share < (scores[name][:, 1] <= bound).mean() + 0.001
+
+
+def share_of_intervals_that_hold(truth, right, whole):
+    """How often bounds of the pooled right / whole of (trials, patients) hold what is true of all patients."""
+    draws = draw_patients(right.shape[1], 1000, seed=0)
+    low, high = bounds((draws @ right.T) / (draws @ whole.T), (right / whole).T)
+    return np.mean((low <= truth) & (truth <= high))
+
+
+@pytest.mark.parametrize(
+    ("patients", "mean", "ratio"),
+    [(2, 0.50, 0.49), (6, 0.93, 0.91), (9, 0.94, 0.92), (15, 0.94, 0.92)],
+)
+def test_intervals_hold_what_is_true_as_often_as_is_said(patients, mean, ratio):
+    rng, shape = np.random.default_rng(patients), (2000, patients)
+    areas = rng.lognormal(0, 1, shape)
+    for said, truth, right, whole in (
+        (mean, 0.0, rng.normal(0, 1, shape), np.ones(shape)),
+        (ratio, 0.8, areas * rng.beta(8, 2, shape), areas),
+    ):
+        assert share_of_intervals_that_hold(truth, right, whole) == pytest.approx(said, abs=0.025)
+
+
+def test_a_split_of_few_patients_says_that_its_interval_is_none_of_95_percent():
+    counts = {"enough": 6, "few": 5, "one": 1}  # one has no interval
+    rows = slides(*((f"p{n}", split, pair(8, 1, 1)) for split, patients in counts.items() for n in range(patients)))
+    told = "few: intervals over too few patients for 95 %, which takes 6: rest (5: 94 % at best), gland (5: 94 % at best)"
+    assert few_patients(report(rows, PAIR, MPP)) == [told]
 
 
 def test_two_patients_make_three_rounds_so_the_interval_spans_both():

@@ -19,7 +19,7 @@ from pipeline.files import put_aside, write_csv, write_json
 from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
-from pipeline.metrics import POOLED, Report, report, table
+from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.progress import console, new_table
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, write_tally
@@ -173,6 +173,8 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     metrics = {f"{_HELD_OUT} {score} {name}": values[score] for name, values in pooled.items() for score in _LOGGED}
     workspace.run.renew_metrics({**metrics, f"{_HELD_OUT} slides": len(rows)}, [_HELD_OUT])
     console.print(_table(scores))
+    for remark in few_patients(scores):
+        console.print(f"crossval: {remark}")
     return 0 if len(counted) == len(folds) else 1
 
 

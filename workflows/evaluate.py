@@ -15,7 +15,7 @@ from pipeline.cohort import Case
 from pipeline.config import SPLITS, Config
 from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
-from pipeline.metrics import POOLED, Report, report, table
+from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
@@ -151,6 +151,8 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
             run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
     console.print(_score_table(scores))
     console.print(_shape_table(scores))
+    for remark in few_patients(scores):
+        console.print(f"evaluate: {remark}")
     if config.evaluation.lesions and (left_out := [row.slide_id for row in rows if not any(row.found.detections)]):
         reason = "FROC leaves out slides of which something that was examined is not known"
         console.print(f"{reason}, {len(left_out)} of {len(rows)}: {', '.join(left_out)}")

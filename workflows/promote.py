@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.assessment import count_pixels
+from pipeline.bootstrap import ENOUGH
 from pipeline.canvas import open_canvas
 from pipeline.checkpoint import digest, load_spec
 from pipeline.cluster import connect
 from pipeline.cohort import Case
-from pipeline.comparison import ENOUGH, SURE, Difference, paired_difference
+from pipeline.comparison import SURE, Difference, paired_difference
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError
