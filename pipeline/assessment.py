@@ -33,7 +33,7 @@ SHAPE_SCORES = (*OBJECT_SCORES, "hd95_um", "nsd", "froc", "ece")
 
 @dataclass(frozen=True)
 class Rules:
-    """How a slide is assessed: the class of everything else, the least object, the tolerance, classes with lesions.
+    """How a slide is assessed: the class of everything else, the least object found, the tolerance, classes with lesions.
 
     A boundary may be off by `tolerance_um`; None: by two pixels. Of a field that is looked at from a coarser level it may be
     off by two pixels of that in any case: coarse truth and coarse labels differ by so much where the fine ones are the same.

@@ -12,6 +12,8 @@ those of the prediction, |.| areas, and S*(G_i) the S that shares most pixels wi
 An object that meets none has a Dice of 0, and the H to that object of its field which gives the smallest. Where the field
 has none, H is the field's diagonal; the challenge gives infinity. The sums run over all fields of all slides of a split. The
 challenge's truth also tells touching glands apart; here what touches within a class is one object, in truth and prediction.
+And of the prediction only objects count that are large enough to be delivered; of the truth all do, and those that are too
+small to be delivered are missed.
 
 Reference: Sirinukunwattana et al. 2017, Gland segmentation in colon histology images: the GlaS challenge contest, Medical
 Image Analysis 35:489, doi:10.1016/j.media.2016.08.008, and the challenge's evaluation code (which asks for more than half).
@@ -48,10 +50,10 @@ _EIGHT = np.ones((3, 3), bool)
 def object_sums(truth: Mask, prediction: Mask, mpp: Mpp, min_area_um2: float) -> Floats:
     """What the objects of one class in one field add to its scores: see OBJECT_SUMS; (9,) float64.
 
-    `truth` and `prediction` are (rows, columns) bool, both false where nothing is known. Objects smaller than `min_area_um2`
-    are left out of both.
+    `truth` and `prediction` are (rows, columns) bool, both false where nothing is known. Objects of the prediction that are
+    smaller than `min_area_um2` are left out.
     """
-    true, called = (_Objects.find(mask, mpp, min_area_um2) for mask in (truth, prediction))
+    true, called = _Objects.find(truth, mpp, 0.0), _Objects.find(prediction, mpp, min_area_um2)
     pairs = _Pairs(true, called)
     diagonal_um = float(np.hypot(truth.shape[0] * mpp.y, truth.shape[1] * mpp.x))
     partners, shared = pairs.partners(of_truth=False)

@@ -152,7 +152,7 @@ def test_a_phantom_predicted_perfectly(tmp_path):
     canvas = canvas_of(tmp_path / "c", phantom.truth, PHANTOM_CLASSES, sure=1.0)
     names = {name: index for index, name in enumerate(PHANTOM_CLASSES.names)}
     truth = open_truth(phantom.annotation, canvas.lattice, ClassMap(PHANTOM_CLASSES, names, rest=GLASS), None)
-    found = assess(canvas, truth, Rules(GLASS, 50.0, lesions=(names["Tumour"],)))
+    found = assess(canvas, truth, Rules(GLASS, 0.0, lesions=(names["Tumour"],)))
     row = SlideAssessment("p", "P1", "test", found)
     scores = extended(report([row.pixels], PHANTOM_CLASSES, Mpp(1.0, 1.0), GLASS), [row], PHANTOM_CLASSES, GLASS)
     pooled = scores["test"]["pooled"]

@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 from skimage.measure import label
 
 from pipeline.geometry import Mpp
-from pipeline.objects import OBJECT_SCORES, object_scores, object_sums
+from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, TRUE_COUNT, object_scores, object_sums
 
 MPP = Mpp(0.5, 0.8)
 
@@ -18,8 +18,7 @@ def slow_scores(truth, prediction, mpp, min_area_um2=0.0):
 
     def objects(mask):
         labels = label(mask, connectivity=2)
-        sets = [np.argwhere(labels == number) for number in range(1, labels.max() + 1)]
-        return [places for places in sets if len(places) * mpp.x * mpp.y >= min_area_um2]
+        return [np.argwhere(labels == number) for number in range(1, labels.max() + 1)]
 
     def shared(one, other):
         return len({tuple(place) for place in one} & {tuple(place) for place in other})
@@ -28,7 +27,8 @@ def slow_scores(truth, prediction, mpp, min_area_um2=0.0):
         apart = cdist(one * [mpp.y, mpp.x], other * [mpp.y, mpp.x])
         return max(apart.min(axis=0).max(), apart.min(axis=1).max())
 
-    true, called = objects(truth), objects(prediction)
+    true = objects(truth)
+    called = [places for places in objects(prediction) if len(places) * mpp.x * mpp.y >= min_area_um2]
     if not true and not called:
         return dict.fromkeys(OBJECT_SCORES, np.nan)
     matched, dice, distances = 0, [], []
@@ -121,10 +121,12 @@ def test_sums_of_fields_are_those_of_fields_laid_side_by_side():
     np.testing.assert_allclose(together, object_sums(truth, prediction, MPP, 0.0))
 
 
-def test_touching_by_a_corner_is_one_object_and_specks_are_left_out():
+def test_touching_by_a_corner_is_one_object_and_specks_are_left_out_of_the_prediction_alone():
     truth = np.zeros((12, 20), bool)
     truth[2:5, 2:5] = truth[5:8, 5:8] = True
     assert object_sums(truth, truth, MPP, 0.0)[1] == 1
     truth[10, 15] = True
     assert object_sums(truth, truth, MPP, 0.0)[1] == 2
-    assert object_sums(truth, truth, MPP, 1.0)[1] == 1
+    found = object_sums(truth, truth, MPP, 1.0)
+    assert (found[TRUE_COUNT], found[CALLED_COUNT], found[MATCHED]) == (2, 1, 1)
+    assert scores(truth, truth, MPP, 1.0)["object_f1"] == pytest.approx(2 / 3)  # the speck is missed
