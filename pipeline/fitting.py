@@ -8,7 +8,7 @@ It yields; who called tells of it and logs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,20 +74,21 @@ def _fit(
     opened, normalisation = open_sources(cases, config)
     sources, as_scanned = remembered(opened), left_as_scanned(opened)
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
-    validation = [sources[case.slide_id] for case in cases if case.split == "val"]
     stream = _stream(config, tiles, sources)
     trainer = Trainer(spec, learner, config.training, config.seed, team)
     rank, size = trainer.team.rank, trainer.team.size
+    validating = [case.slide_id for case in cases if case.split == "val"][rank::size]
     seen = [case_facts(case) for case in cases]
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
         with memory_sufficing("validation"):
             averaged = for_slides(trainer.averaged())
-            counts = trainer.team.total(validate(validation[rank::size], TorchEngine(spec, averaged)))
-        dice = _dice(counts, spec, rest_index(config))
-        metrics = _metrics(epoch, dice)
-        record = Record(epoch.number, metrics, not dice or metrics["dice"] > standing.best, trainer.planned)
+            counts, unread = validate({name: sources[name] for name in validating}, TorchEngine(spec, averaged))
+        dice = _dice(trainer.team.total(counts), spec, rest_index(config))
+        metrics, passed_over = _metrics(epoch, dice), _of_all(trainer.team, cases, stream.unread | unread)
+        best = not dice or metrics["dice"] > standing.best
+        record = Record(epoch.number, metrics, best, trainer.planned, passed_over)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
             origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
@@ -110,6 +111,12 @@ def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standin
     except (KeyError, RuntimeError) as error:
         raise snapshot.broken(state, error) from error
     return standing
+
+
+def _of_all(team: Team, cases: Sequence[Case], slides: Collection[str]) -> tuple[str, ...]:
+    """The slides that any process of a team names, each its own."""
+    named = team.total(np.array([case.slide_id in slides for case in cases], np.int64))
+    return tuple(case.slide_id for case, times in zip(cases, named, strict=True) if times)
 
 
 def _metrics(epoch: Epoch, dice: Mapping[str, float]) -> dict[str, float]:

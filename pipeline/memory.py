@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import SlideError
 from pipeline.geometry import Lattice, Roi
 from pipeline.patches import Source
 from pipeline.truth import Truth
@@ -57,12 +58,15 @@ class Remembered:
     _blocks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
-        """As the origin reads; only what is on the one lattice is kept."""
+        """As the origin reads; only what is on the one lattice is kept. Raises SlideError where the origin does so."""
         if lattice != self.lattice or not roi.area:
             return self.origin.read(roi, lattice)
         rows = range(roi.y // _BLOCK, -(-roi.bottom // _BLOCK))
         columns = range(roi.x // _BLOCK, -(-roi.right // _BLOCK))
-        parts = [[self._part(Roi(x * _BLOCK, y * _BLOCK, _BLOCK, _BLOCK), roi) for x in columns] for y in rows]
+        try:
+            parts = [[self._part(Roi(x * _BLOCK, y * _BLOCK, _BLOCK, _BLOCK), roi) for x in columns] for y in rows]
+        except SlideError:  # the damage may be elsewhere in a block
+            return self.origin.read(roi, lattice)
         return np.concatenate([np.concatenate(row, axis=1) for row in parts])
 
     def _part(self, block: Roi, roi: Roi) -> np.ndarray:

@@ -1,15 +1,18 @@
 """What training reads: patches and their truth, drawn evenly over classes and slides, in an order that one seed decides.
 
 Every patch is a pure function of (seed, epoch, position): any process can make any patch of the stream, so training may be
-resumed, or shared between processes, without a state to carry over. Patches are prepared by threads of this process, not by
-the worker processes of a torch DataLoader: training runs in a Dask worker, a daemonic process, which may have no children;
-and OpenSlide, numpy, scipy and torch all release the interpreter lock while they work.
+resumed, or shared between processes, without a state to carry over. A patch that cannot be read, since its slide is damaged
+there, is drawn anew from (seed, epoch, position, attempt); the others stay what they are.
+
+Patches are prepared by threads of this process, not by the worker processes of a torch DataLoader: training runs in a Dask
+worker, a daemonic process, which may have no children; and OpenSlide, numpy, scipy and torch all release the interpreter
+lock while they work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -19,12 +22,13 @@ from pyarrow import parquet
 
 from pipeline.ahead import ahead
 from pipeline.augment import Augmentation, augment
-from pipeline.errors import TrainingError
+from pipeline.errors import SlideError, TrainingError
 from pipeline.geometry import Lattice, Roi
 from pipeline.slide import Pixels
 from pipeline.truth import Truth
 
 _AHEAD = 2  # batches that are prepared or waiting to be taken
+_ATTEMPTS = 20  # at a patch that cannot be read, each at another place, until the slides are given up
 _AUGMENTING = 1  # tells a patch's second random stream from its first; numpy takes a 0 at the end of a seed for nothing
 
 Patch = tuple[np.ndarray, np.ndarray]
@@ -65,14 +69,15 @@ class PatchIndex:
     corners: np.ndarray
     fractions: np.ndarray
 
-    def draw(self, size: int, seed: int, epoch: int, position: int) -> Place:
+    def draw(self, size: int, seed: int, epoch: int, position: int, attempt: int = 0) -> Place:
         """The place of one patch of `size` pixels: a class, then a slide that has it, then a cell in proportion to it.
 
         Classes are equally likely. A slide's chance grows with the square root of what it holds: large slides do not drown
         small ones, and a slide of one field is not seen as often as one of thirty. The patch lies up to half its size beside
-        the cell, in any direction.
+        the cell, in any direction. Each attempt gives another place.
         """
-        rng = np.random.default_rng([seed, epoch, position])
+        again = [_AUGMENTING + attempt] if attempt else []  # which is no other stream's
+        rng = np.random.default_rng([seed, epoch, position, *again])
         mass = self._slide_mass
         column = rng.choice(np.flatnonzero(mass.any(axis=0)))
         chances = np.sqrt(mass[:, column])
@@ -138,7 +143,10 @@ def _fold(start: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class PatchStream:
-    """An endless stream of augmented patches for every epoch, of `size` pixels, prepared by a number of threads."""
+    """An endless stream of augmented patches for every epoch, of `size` pixels, prepared by a number of threads.
+
+    `unread` gathers the slides of which a patch could not be read.
+    """
 
     index: PatchIndex
     sources: Mapping[str, Source]
@@ -146,14 +154,27 @@ class PatchStream:
     size: int
     seed: int
     threads: int
+    unread: set[str] = field(default_factory=set)
 
     def patch(self, epoch: int, position: int) -> Patch:
-        """One patch of the stream: depends on nothing but the seed, the epoch and the position."""
-        place = self.index.draw(self.size, self.seed, epoch, position)
-        source = self.sources[place.slide_id]
-        roi = inside(place.roi, source.lattice).grow(self.augmentation.margin(self.size))
+        """One patch of the stream: depends on nothing but the seed, the epoch and the position.
+
+        Raises SlideError where one attempt after the other meets what cannot be read.
+        """
         rng = np.random.default_rng([self.seed, epoch, position, _AUGMENTING])
-        return augment(*source.read(roi), rng, self.augmentation, self.size)
+        return augment(*self._read(epoch, position), rng, self.augmentation, self.size)
+
+    def _read(self, epoch: int, position: int) -> Patch:
+        """The pixels of a patch with those around it that augmenting takes: of the first attempt that can be read."""
+        for attempt in range(_ATTEMPTS):
+            place = self.index.draw(self.size, self.seed, epoch, position, attempt)
+            source = self.sources[place.slide_id]
+            try:
+                return source.read(inside(place.roi, source.lattice).grow(self.augmentation.margin(self.size)))
+            except SlideError as error:
+                self.unread.add(place.slide_id)
+                unreadable = error
+        raise unreadable
 
     def batches(self, epoch: int, positions: Sequence[int], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The patches at `positions`, in that order, as images (N, S, S, 3) uint8 and masks (N, S, S) uint8.

@@ -9,7 +9,7 @@ before it, and never a mixture. No pickle is read. Reading the header alone does
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -27,12 +27,16 @@ _SHOWN = 4  # differences that are named
 
 @dataclass(frozen=True)
 class Record:
-    """What an epoch achieved, and how many are `planned`; `best` says that its network was kept."""
+    """What an epoch achieved, and how many are `planned`; `best` says that its network was kept.
+
+    `unread` names the slides of which something could not be read, and was passed over, up to then.
+    """
 
     epoch: int
     metrics: Mapping[str, float]
     best: bool
     planned: int
+    unread: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def read_standing(path: Path) -> Standing | None:
     try:
         with safe_open(path, "numpy") as file:
             content = json.loads(file.metadata()[_KEY])
-        records = tuple(Record(**record) for record in content["records"])
+        records = tuple(Record(**{**record, "unread": tuple(record.get("unread", ()))}) for record in content["records"])
         return Standing(content["inputs"], records, content["seconds"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error) from error

@@ -215,7 +215,8 @@ def test_a_network_that_is_not_local_is_validated_as_it_is_used(slides: dict) ->
     slide, engine = slides[301, 203], ENGINES["instance"]
     truth = Drawn(slide.base, np.random.default_rng(0).integers(0, 3, slide.base.shape).astype(np.uint8))
     expected = confusion(truth.mask, by_monai(slide, engine).argmax(axis=0).astype(np.uint8), 3)
-    assert (validate([Source(slide, truth, slide.base)], engine) == expected).all()
+    found, unread = validate({"slide": Source(slide, truth, slide.base)}, engine)
+    assert (found == expected).all() and not unread
 
 
 def shards(output: Path) -> dict[str, bytes]:

@@ -1,11 +1,13 @@
 """Which epoch of a training is kept, and what it learns from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import tifffile
 from pyarrow import parquet
 
 from pipeline import checkpoint
@@ -65,6 +67,31 @@ def test_the_epoch_that_did_best_on_validation_is_kept(tmp_path: Path, validated
     kept = checkpoint.load_run_record(tmp_path / "model")["epoch"]
     assert kept == 1 + dice.index(max(dice))
     assert (kept > 1 and max(dice) > 0.9) if validated else (kept < 5 and dice[-1] < 0.1)
+
+
+def damaged(case: Case, name: str) -> Case:
+    """Another slide of the same patient, whose pixels cannot be read."""
+    with tifffile.TiffFile(case.slide) as file:
+        offset, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
+    content = case.slide.read_bytes()
+    (case.slide.parent / f"{name}.tiff").write_bytes(content[:offset] + bytes(length) + content[offset + length :])
+    return replace(case, slide_id=name, slide=case.slide.parent / f"{name}.tiff")
+
+
+def test_what_cannot_be_read_is_passed_over_and_named(tmp_path: Path) -> None:
+    good = [case(tmp_path, "train", WIDTH // 2), case(tmp_path, "val", WIDTH // 2)]
+    bad = [damaged(one, f"bad {one.split}") for one in good]
+    cells = {"slide_id": ["train", "bad train"], "split": ["train"] * 2, "x": [48] * 2, "y": [48] * 2, "Light": [1.0] * 2}
+    parquet.write_table(pa.table({**cells, "Dark": [1.0] * 2}), tmp_path / "tiles.parquet")
+    settings = config(tmp_path, epochs=2, patches_per_epoch=16)
+    without, found = (
+        list(fit(settings, cases, tmp_path / "tiles.parquet", tmp_path / str(len(cases)) / "model", "inputs"))
+        for cases in ([*good, bad[0]], [*good, *bad])
+    )
+    assert [record.unread for record in without] == [("bad train",)] * 2
+    assert [record.unread for record in found] == [("bad train", "bad val")] * 2
+    dice = [[record.metrics["dice"] for record in records] for records in (without, found)]
+    assert dice[0] == dice[1]
 
 
 def test_patches_are_changed_as_far_as_the_configuration_says(tmp_path: Path) -> None:

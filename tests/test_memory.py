@@ -2,8 +2,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tifffile
 
 from pipeline.annotations import open_truth
+from pipeline.errors import SlideError
 from pipeline.geometry import Mpp, Roi
 from pipeline.memory import remembered
 from pipeline.patches import Source
@@ -44,6 +46,19 @@ def test_nothing_is_read_twice(source: Source) -> None:
     assert (kept.read(Roi(10, 20, 400, 300), source.lattice) == first).all()
     kept.read(Roi(50, 30, 200, 100), source.lattice)
     assert source.slide.reads == reads
+
+
+def test_beside_a_damaged_tile_all_is_read_that_the_slide_gives(source: Source) -> None:
+    path, beside = source.slide.slide.path, Roi(180, 20, 60, 50)  # in the block, but not in the tile
+    expected = source.slide.read(beside, source.lattice)
+    with tifffile.TiffFile(path) as file:
+        offset, length = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:offset] + bytes(length) + content[offset + length :])
+    kept = remembered({"a": replace(source, slide=open_slide(path))})["a"].slide
+    assert (kept.read(beside, source.lattice) == expected).all()
+    with pytest.raises(SlideError, match=r"slide\.tiff.*level 0"):
+        kept.read(Roi(100, 20, 60, 50), source.lattice)
 
 
 def test_what_does_not_fit_is_not_kept(source: Source) -> None:

@@ -16,9 +16,9 @@ from pyarrow import parquet
 from scipy import ndimage, stats
 
 from pipeline.annotations import open_truth
-from pipeline.augment import Augmentation
+from pipeline.augment import Augmentation, augment
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.errors import AnnotationError, TrainingError
+from pipeline.errors import AnnotationError, SlideError, TrainingError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.patches import Patch, PatchIndex, PatchStream, Source, inside, read_index
 from pipeline.slide import Slide, open_slide
@@ -156,6 +156,7 @@ def test_a_draw_depends_on_seed_epoch_and_position_alone() -> None:
         index.draw(SIZE, 1, 3, 3),
         index.draw(SIZE, 2, 2, 3),
         index.draw(SIZE, 1, 2, 4),
+        index.draw(SIZE, 1, 2, 3, attempt=1),
     )
 
 
@@ -259,6 +260,36 @@ def test_patches_on_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
         clear = (mask != IGNORED) & (np.abs(image[..., 0].astype(int) - 128) > 25)
         assert clear.mean() > 0.5
         assert ((image[..., 0] < 128) == (mask == 1))[clear].mean() > 0.97
+
+
+def first_that_can_be_read(stream: PatchStream, position: int) -> tuple[int, Patch]:
+    """Attempts at a patch until one succeeds: its number and what comes of it."""
+    for attempt in range(99):
+        place = stream.index.draw(SIZE, stream.seed, 0, position, attempt)
+        source, rng = stream.sources[place.slide_id], np.random.default_rng([stream.seed, 0, position, 1])
+        try:
+            pixels = source.read(inside(place.roi, source.lattice).grow(STRENGTHS.margin(SIZE)))
+        except SlideError:
+            continue
+        return attempt, augment(*pixels, rng, STRENGTHS, SIZE)
+    raise AssertionError
+
+
+def test_a_patch_that_cannot_be_read_is_drawn_anew_and_all_others_stay(shared_data: Path, tmp_path: Path) -> None:
+    whole = source_of(open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs"), 1.2, tmp_path / "labels.png")
+    damaged = replace(whole, slide=open_slide(shared_data / "damaged" / "cmu_zeroed_tile.svs"))
+    healthy, stream = (PatchStream(cells({"s": one}), {"s": one}, STRENGTHS, SIZE, 0, 1) for one in (whole, damaged))
+    attempts = []
+    for position in (87, 88, 89, 109):
+        attempt, expected = first_that_can_be_read(stream, position)
+        attempts.append(attempt)
+        for found in (stream.patch(0, position), *([] if attempt else [healthy.patch(0, position)])):
+            assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert stream.unread == ({"s"} if any(attempts) else set())
+    assert set(attempts) == {0, 1}
+    hopeless = replace(stream, index=index_of([("s", 317, 716, (1.0, 0.0))]))  # the tile of which there are but zeros
+    with pytest.raises(SlideError, match=r"cmu_zeroed_tile\.svs.*level 0"):
+        hopeless.patch(0, 0)
 
 
 def test_batches_are_the_patches_in_their_order_for_any_number_of_threads(sources: dict[str, Source]) -> None:

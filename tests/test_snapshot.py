@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import TrainingError
 from pipeline.snapshot import Record, Standing, beside, load_tensors, read_standing, save
 
-RECORDS = (Record(1, {"loss": 2.0, "dice": 0.5}, True, 9), Record(2, {"loss": 1 / 3, "dice": 0.25}, False, 8))
+RECORDS = (Record(1, {"loss": 2.0, "dice": 0.5}, True, 9), Record(2, {"loss": 1 / 3, "dice": 0.25}, False, 8, ("a",)))
 STANDING = Standing({"seed": "0", "training.epochs": "9"}, RECORDS, 12.5)
 
 

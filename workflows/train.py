@@ -174,6 +174,8 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
     console.print(f"train: {_pace(epochs)}")
     if as_scanned := checkpoint.load_run_record(workspace.model).get("as_scanned"):
         console.print(f"train: learned from as scanned, since their stain cannot be told: {', '.join(as_scanned)}")
+    if unread := sorted({name for record in records.values() for name in record.unread}):
+        console.print(f"train: passed over what cannot be read of {', '.join(unread)}: copy such slides again")
     if "dice" not in epochs[-1] and any(case.split == "val" for case in cases):
         console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
     if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):
