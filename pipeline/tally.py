@@ -54,6 +54,11 @@ class Tally:
         """The patients by whom the network's epoch was chosen."""
         return frozenset(row.patient for row in self.rows if row.split == "val")
 
+    @property
+    def slides(self) -> frozenset[str]:
+        """The slides, by slide_id."""
+        return frozenset(row.slide_id for row in self.rows)
+
     def of(self, patients: frozenset[str]) -> Tally:
         """The slides of some patients."""
         return replace(self, rows=tuple(row for row in self.rows if row.patient in patients))
@@ -86,12 +91,14 @@ def paired_means(first: Tally, second: Tally) -> tuple[dict[str, float], dict[st
     return means(ours, first.rest), means(theirs, second.rest)
 
 
-def shared_patients(first: Tally, second: Tally) -> frozenset[str]:
-    """The patients whose slides were held against the same truth in both.
+def shared_patients(
+    first: Tally, second: Tally, names: tuple[str, str] = ("the first run", "the second run")
+) -> frozenset[str]:
+    """The patients whose slides were held against the same truth in both, which are called by `names`.
 
-    Raises CohortError where there is none, where the classes differ, or where the slides of a shared patient or what is
-    known of them differ: exactly at the same scale; at two scales where the area of a class differs by more than 5 %, and by
-    more than thirty pixels of the coarser one.
+    Raises CohortError where there is none, where the classes differ, where one lacks a slide of a shared patient, or where
+    what is known of a slide differs: exactly at the same scale; at two scales where the area of a class differs by more than
+    5 %, and by more than thirty pixels of the coarser one.
     """
     remedy = "Compare runs on the same slides, annotations and classes."
     if (first.classes, first.rest) != (second.classes, second.rest):
@@ -101,8 +108,13 @@ def shared_patients(first: Tally, second: Tally) -> frozenset[str]:
     if not shared:
         found = f"{_patients(first)} against {_patients(second)}: no patient is shared"
         raise CohortError("the runs", found, "patients that both were examined on", remedy)
-    strangers = _strangers(first.of(shared), second.of(shared))
-    if strangers:
+    ours, theirs = first.of(shared), second.of(shared)
+    for name, one, other in zip(names, (ours, theirs), (theirs, ours), strict=True):
+        if missing := sorted(other.slides - one.slides):
+            found = f"the shared patients {', '.join(sorted(shared))}, but {name} lacks {', '.join(missing)}"
+            remedy = "Where they failed, call `fullfield run` with its configuration again; else compare runs of one cohort."
+            raise CohortError("the runs", found, "all slides of them in both", remedy)
+    if strangers := _strangers(ours, theirs):
         found = f"the shared patients {', '.join(sorted(shared))}, but another truth for {', '.join(strangers)}"
         raise CohortError("the runs", found, "the same slides of them with the same annotations", remedy)
     return shared
@@ -118,11 +130,11 @@ def _patients(tally: Tally) -> str:
 
 
 def _strangers(first: Tally, second: Tally) -> list[str]:
-    """The slides that are in one only, or of which another truth is known in the other."""
+    """The slides, which both have, of which another truth is known in the other."""
     one, two = ({row.slide_id: row.confusion.sum(axis=1) for row in tally.rows} for tally in (first, second))
     ours, theirs = first.mpp**2, second.mpp**2
-    differing = set(one.keys() ^ two.keys())
-    for slide in one.keys() & two.keys():
+    differing = []
+    for slide in one:
         if ours == theirs:
             same = bool((one[slide] == two[slide]).all())
         else:
@@ -130,7 +142,7 @@ def _strangers(first: Tally, second: Tally) -> list[str]:
             margin = _AREA_TOLERANCE * np.maximum(known, other) + _FEW_PIXELS * max(ours, theirs)
             same = bool((np.abs(known - other) <= margin).all())
         if not same:
-            differing.add(slide)
+            differing.append(slide)
     return sorted(differing)
 
 

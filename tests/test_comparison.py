@@ -204,8 +204,10 @@ def test_unlike_runs_are_refused_and_what_they_share_is_named() -> None:
     )
     with pytest.raises(CohortError, match="shared patients a, b, c, d, e, f, but another truth for slide of a"):
         shared_patients(ours, other)
-    with pytest.raises(CohortError, match="another truth for a second slide, slide of a"):
-        shared_patients(ours, replace(ours, rows=(replace(ours.rows[0], slide_id="a second slide"), *ours.rows[1:])))
+    failed = replace(ours, rows=(*ours.rows, replace(ours.rows[0], slide_id="a second slide")))
+    for pair, name in (((ours, failed), "runs/x"), ((failed, ours), "runs/y")):
+        with pytest.raises(CohortError, match=f"but {name} lacks a second slide.*call `fullfield run` with"):
+            shared_patients(*pair, ("runs/x", "runs/y"))
 
 
 def test_two_scales_may_differ_by_what_a_border_takes() -> None:

@@ -31,7 +31,7 @@ def compare(references: Sequence[str]) -> int:
 
 def _remarks(first: str, ours: Tally, other: str, theirs: Tally) -> Iterator[str]:
     """What a reader of the figures has to know: who is left out, whom they flatter, and that scales differ."""
-    shared = shared_patients(ours, theirs)
+    shared = shared_patients(ours, theirs, (first, other))
     if alone := sorted({row.patient for row in (*ours.rows, *theirs.rows)} - shared):
         yield f"left out, as only one has them: {', '.join(alone)}"
     for name, chosen in ((first, ours.chosen_by - theirs.chosen_by), (other, theirs.chosen_by - ours.chosen_by)):
