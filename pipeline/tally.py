@@ -50,6 +50,16 @@ class Tally:
         return replace(self, rows=tuple(row for row in self.rows if row.split != "train"))
 
     @property
+    def held_out(self) -> Tally:
+        """The slides of which the network knows nothing: those that it neither learned from nor was chosen by."""
+        return replace(self, rows=tuple(row for row in self.rows if row.split not in ("train", "val")))
+
+    @property
+    def patients(self) -> frozenset[str]:
+        """The patients of its slides."""
+        return frozenset(row.patient for row in self.rows)
+
+    @property
     def chosen_by(self) -> frozenset[str]:
         """The patients by whom the network's epoch was chosen."""
         return frozenset(row.patient for row in self.rows if row.split == "val")
@@ -104,7 +114,7 @@ def shared_patients(
     if (first.classes, first.rest) != (second.classes, second.rest):
         found = f"the classes {', '.join(first.classes)} against {', '.join(second.classes)}, or another background"
         raise CohortError("the runs", found, "the same classes and background", remedy)
-    shared = frozenset(row.patient for row in first.rows) & {row.patient for row in second.rows}
+    shared = first.patients & second.patients
     if not shared:
         found = f"{_patients(first)} against {_patients(second)}: no patient is shared"
         raise CohortError("the runs", found, "patients that both were examined on", remedy)
@@ -126,7 +136,7 @@ def scale_remark(first: Tally, second: Tally) -> str:
 
 
 def _patients(tally: Tally) -> str:
-    return ", ".join(sorted({row.patient for row in tally.rows})) or "nobody"
+    return ", ".join(sorted(tally.patients)) or "nobody"
 
 
 def _strangers(first: Tally, second: Tally) -> list[str]:

@@ -154,6 +154,27 @@ def test_compare_says_in_a_sentence_what_was_made_so(tmp_path: Path, capsys: pyt
     assert f"{first} is worse than {better} by 0.050 Dice for Gland" in capsys.readouterr().out
 
 
+def test_compare_says_whom_its_patients_flatter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the six of `test` the second is better by 0.05; on those that validate, which chose the epochs, it is worse."""
+    better, worse = ({name: dice + gain for name, dice in BASE.items()} for gain in (0.05, -0.2))
+    validating = {f"val {name}": dice for name, dice in BASE.items()}
+    runs = []
+    for name, tested, validated in (("a", BASE, BASE), ("b", better, worse)):
+        chosen = a_tally(dict(zip(validating, validated.values(), strict=True)), split="val")
+        for kind, rows in (("both", (*a_tally(tested).rows, *chosen.rows)), ("val", chosen.rows)):
+            runs.append(folder_of(tmp_path / f"{name} {kind}", replace(chosen, rows=rows)))
+    a, a_val, b, b_val = runs
+    assert compare([a, b]) == 0
+    said = capsys.readouterr().out
+    assert "Compared on test slides alone" in said and "epochs of both" not in said
+    assert f"{b} is better than {a} by 0.050 Dice for Gland (95 % interval 0.050 to 0.050, 6 patients)." in said
+    assert compare([a_val, b_val]) == 0
+    said = capsys.readouterr().out
+    assert f"{', '.join(validating)} chose the epochs of both, which flatters both" in said
+    assert "Compared on test slides" not in said
+    assert f"{b_val} is worse than {a_val} by 0.200 Dice for Gland" in said
+
+
 @pytest.mark.parametrize(
     ("mean", "low", "high", "said"),
     [

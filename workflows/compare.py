@@ -16,7 +16,7 @@ def compare(references: Sequence[str]) -> int:
     """Print the Dice of every patient, and how each run differs from the first. Raises CohortError for unlike runs."""
     if len(set(references)) < max(2, len(references)):
         raise CohortError("fullfield compare", " ".join(references), "two runs or more, each once", "Name another run.")
-    tallies = {reference: find_tally(reference).unseen for reference in references}
+    tallies = _fairest({reference: find_tally(reference).unseen for reference in references})
     first, *others = references
     for other in others:
         for remark in _remarks(first, tallies[first], other, tallies[other]):
@@ -29,14 +29,27 @@ def compare(references: Sequence[str]) -> int:
     return 0
 
 
+def _fairest(tallies: Mapping[str, Tally]) -> Mapping[str, Tally]:
+    """What all runs held out, where each has some of a patient of the first; else the slides that chose an epoch as well."""
+    held_out = {reference: tally.held_out for reference, tally in tallies.items()}
+    first, *others = held_out.values()
+    if not all(first.patients & other.patients for other in others):
+        return tallies
+    if any(tally.chosen_by for tally in tallies.values()):
+        console.print("Compared on test slides alone: by those that validate an epoch was chosen, which flatters a run")
+    return held_out
+
+
 def _remarks(first: str, ours: Tally, other: str, theirs: Tally) -> Iterator[str]:
     """What a reader of the figures has to know: who is left out, whom they flatter, and that scales differ."""
     shared = shared_patients(ours, theirs, (first, other))
-    if alone := sorted({row.patient for row in (*ours.rows, *theirs.rows)} - shared):
+    if alone := sorted((ours.patients | theirs.patients) - shared):
         yield f"left out, as only one has them: {', '.join(alone)}"
     for name, chosen in ((first, ours.chosen_by - theirs.chosen_by), (other, theirs.chosen_by - ours.chosen_by)):
         if chosen & shared:
             yield f"{', '.join(sorted(chosen & shared))} chose the epoch of {name} alone, which flatters it"
+    if both := ours.chosen_by & theirs.chosen_by & shared:
+        yield f"{', '.join(sorted(both))} chose the epochs of both, which flatters both"
     if ours.mpp != theirs.mpp:
         yield scale_remark(ours, theirs)
 
