@@ -71,6 +71,8 @@ class Trainer:
         if self.device.type == "cpu":
             quicken(self.network)
         self.optimisers = _optimisers(self.network, settings, len(spec.classes))
+        groups = ((optimiser, group) for optimiser in self.optimisers for group in optimiser.param_groups)
+        self._optimiser_of = {id(weight): optimiser for optimiser, group in groups for weight in group["params"]}
         self._learner = self.team.learner(self.network)
         self.loss = Loss([settings.class_weights.get(name, 1.0) for name in spec.classes.names], settings.boundary_weight)
         self.recent = deque[np.ndarray](maxlen=_CALIBRATION_BATCHES)
@@ -173,8 +175,8 @@ class Trainer:
             share = (progress + 0.02) / (warm + 0.02)
         else:
             share = 0.5 * (1 + math.cos(math.pi * min((progress - warm) / max(planned - warm, 1e-9), 1)))
-        for optimiser in self.optimisers:
-            optimiser.param_groups[0]["lr"] = settings.learning_rate * share
+        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+            group["lr"] = settings.learning_rate * share
         return settings.learning_rate * share
 
     def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
@@ -197,8 +199,7 @@ class Trainer:
 
     def _moments(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the optimiser that learns a weight keeps of it."""
-        (learner,) = (one for one in self.optimisers if any(weight is own for own in one.param_groups[0]["params"]))
-        moments: dict[str, torch.Tensor] = learner.state[weight]
+        moments: dict[str, torch.Tensor] = self._optimiser_of[id(weight)].state[weight]
         return moments
 
     def _precision(self) -> torch.autocast:
@@ -240,8 +241,9 @@ def memory_sufficing(work: str) -> Iterator[None]:
 
 def _optimisers(network: torch.nn.Module, settings: TrainingSettings, classes: int) -> list[torch.optim.Optimizer]:
     """What learns the filters, and what learns all other weights: each weight has one of them."""
-    filters = [weight for weight in network.parameters() if settings.optimiser == "muon" and learns(weight, classes)]
-    others = [weight for weight in network.parameters() if all(weight is not other for other in filters)]
+    filters, others = list[torch.nn.Parameter](), list[torch.nn.Parameter]()
+    for weight in network.parameters():
+        (filters if settings.optimiser == "muon" and learns(weight, classes) else others).append(weight)
     rate, decay = settings.learning_rate, settings.weight_decay
     adamw = torch.optim.AdamW(others, rate, weight_decay=decay, fused=True)
     return [adamw, Muon(filters, rate, decay)] if filters else [adamw]
