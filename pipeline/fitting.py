@@ -29,7 +29,7 @@ from pipeline.snapshot import Record, Standing
 from pipeline.workspace import left_as_scanned, model_spec, open_sources, rest_index
 
 if TYPE_CHECKING:
-    from pipeline.patches import Patch, PatchStream, Source
+    from pipeline.patches import Batch, PatchStream, Source
     from pipeline.team import Team
     from pipeline.training import Epoch, Trainer
 
@@ -152,7 +152,7 @@ def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> Patch
     return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers)
 
 
-def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: int) -> Iterator[Patch]:
+def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: int) -> Iterator[Batch]:
     """The share of every batch of process `rank` of so many."""
     training = config.training
     return stream.batches(epoch, range(rank, training.patches_per_epoch, size), training.batch_size // size)

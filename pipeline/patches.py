@@ -34,6 +34,9 @@ _AUGMENTING = 1  # tells a patch's second random stream from its first; numpy ta
 Patch = tuple[np.ndarray, np.ndarray]
 """An image (S, S, 3) uint8 RGB and its mask (S, S) uint8 of class indices, IGNORED where nothing is known."""
 
+Batch = tuple[np.ndarray, np.ndarray]
+"""Images (N, S, S, 3) and masks (N, S, S) of patches."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -176,8 +179,8 @@ class PatchStream:
                 unreadable = error
         raise unreadable
 
-    def batches(self, epoch: int, positions: Sequence[int], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The patches at `positions`, in that order, as images (N, S, S, 3) uint8 and masks (N, S, S) uint8.
+    def batches(self, epoch: int, positions: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """The patches at `positions`, in that order.
 
         Each batch has `batch_size` patches, the last what remains. Threads work two batches ahead of the caller; they end
         with the iterator, also where it is closed or dropped early. What a thread raises is raised here, in its turn.
