@@ -19,7 +19,7 @@ class Drawing:
 
     Points that are no place (NaN, infinite, past any slide) are left out, and then rings with fewer than three points;
     without its shell, a polygon is nothing. Where an outline crosses itself, everything that it winds around counts as
-    inside, as in ASAP's own masks.
+    inside, as in ASAP's own masks. A hole that lies beside its shell is none.
     """
 
     def __init__(self) -> None:
@@ -39,8 +39,9 @@ class Drawing:
     def areas(self) -> tuple[list[Area], int]:
         """All objects in their order, valid, empty where nothing is enclosed; and how many had to be repaired."""
         areas, repaired = self._assemble()
-        repaired |= ~shapely.is_valid(areas)
-        areas[repaired] = shapely.make_valid(areas[repaired], method="structure", keep_collapsed=False)
+        for index in np.flatnonzero(~shapely.is_valid(areas)):
+            repaired[index], areas[index] = True, _without_stray_holes(areas[index])
+        areas[repaired] = _mended(areas[repaired])
         for index in np.flatnonzero(~shapely.is_valid(areas)):  # lobes laid side by side, not merged
             areas[index] = shapely.union_all([areas[index]])
         return list(areas), int((repaired & (shapely.area(areas) > 0)).sum())
@@ -78,3 +79,23 @@ class Drawing:
         first = last + 1 - lengths[lengths > 0]
         is_place[last] &= (points[last] != points[first]).any(axis=1)
         return points[is_place], ring_of[is_place], lost
+
+
+def _without_stray_holes(area: Area) -> Area:
+    """An area without the holes that do not meet their shell, which would be mended into more of it."""
+    parts = [_met(part) for part in shapely.get_parts(area)]
+    return shapely.MultiPolygon(parts) if len(parts) > 1 else parts[0]
+
+
+def _met(polygon: shapely.Polygon) -> shapely.Polygon:
+    if not polygon.interiors:
+        return polygon
+    holes = [shapely.Polygon(ring) for ring in polygon.interiors]
+    met = shapely.intersects(_mended([shapely.Polygon(polygon.exterior)]), _mended(holes))
+    return shapely.Polygon(polygon.exterior, [hole.exterior for hole, meets in zip(holes, met, strict=True) if meets])
+
+
+def _mended(areas: Sequence[Area] | NDArray[np.object_]) -> NDArray[np.object_]:
+    """The areas, valid."""
+    mended: NDArray[np.object_] = shapely.make_valid(areas, method="structure", keep_collapsed=False)
+    return mended

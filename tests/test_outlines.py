@@ -118,10 +118,13 @@ def test_invalid_polygons_are_repaired_and_counted(tmp_path: Path) -> None:
     overrun = [[[0, 0], [10, 0], [10, 10], [0, 10], [0, -1], [2, -1], [2, 5], [-1, 5], [-1, 0], [0, 0]]]
     keyhole = [[[0, 0], [9, 0], [9, 9], [0, 9], [0, 5], [3, 5], [3, 6], [6, 6], [6, 3], [3, 3], [3, 5], [0, 5], [0, 0]]]
     lost_vertex = [[[0, 0], [8, 0], [8, None], [8, 3], [0, 3]]]
-    documents = [feature("Polygon", rings) for rings in (bow_tie, overrun, keyhole, lost_vertex, SQUARE)]
+    holes = [box(20, 1, 24, 5), [*box(3, 2, 5, 4)], box(8, 3, 12, 4), box(9, 1, 12, 2), [(30, 1), (31, 2), (31, 1), (30, 2)]]
+    beside = [*SQUARE, *([*ring, ring[0]] for ring in holes)]  # but for one within, and one across the edge
+    documents = [feature("Polygon", rings) for rings in (bow_tie, overrun, keyhole, lost_vertex, beside, SQUARE)]
+    documents.append(feature("MultiPolygon", [beside, [box(40, 1, 44, 5)]]))
     outlines = read_json(tmp_path, documents)
-    assert outlines.repaired == 4
-    assert [outline.geometry.area for outline in outlines.outlines] == [50, 107, 72, 24, 28]
+    assert outlines.repaired == 6
+    assert [outline.geometry.area for outline in outlines.outlines] == [50, 107, 72, 24, 23, 28, 39]
     assert all(outline.geometry.is_valid for outline in outlines.outlines)
 
 
