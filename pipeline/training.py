@@ -1,7 +1,9 @@
 """Fits a network to patches; yields what each epoch achieved.
 
 An epoch's learning rate follows how much of the training is over: a warm-up, then half a cosine. Where time runs out first
-(`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one.
+(`max_minutes`), the cosine is shortened to end with it, so that a bounded training ends as well annealed as a full one, if
+it has some epochs: the pace is known once the first is over. Where that one takes more than half of the time, it is all
+there is, at the full rate.
 
 Muon learns the filters, AdamW all other weights (muon.py). Several processes may train one network, each on its share of
 every batch, to the same weights but for rounding (team.py). Where the device multiplies bf16, the forward pass is computed

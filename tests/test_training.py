@@ -113,6 +113,8 @@ def test_time_ends_the_training_with_an_annealed_rate(monkeypatch: pytest.Monkey
     epochs = list(trainer(epochs=100_000, max_minutes=1.0).fit(slow))
     assert len(epochs) == 6
     assert epochs[-1].learning_rate < 0.1 * max(epoch.learning_rate for epoch in epochs)
+    (only,) = trainer(epochs=100_000, max_minutes=0.3, warmup_epochs=0.5).fit(slow)  # 10 s of 18
+    assert only.learning_rate == pytest.approx(2e-2)  # nothing told in time that it would be the last
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:

@@ -179,7 +179,8 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
     if "dice" not in epochs[-1] and any(case.split == "val" for case in cases):
         console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
     if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):
-        console.print("train: few epochs fit into training.max_minutes: a smaller training.patches_per_epoch gives more")
+        remark = "few epochs fit into training.max_minutes, too few for the learning rate to fall as it should"
+        console.print(f"train: {remark}: a smaller training.patches_per_epoch gives more")
 
 
 def _note(record: Record) -> str:
