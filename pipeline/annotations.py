@@ -34,8 +34,8 @@ _LEAST_ON_SLIDE = 0.5  # of a slide's own outlines
 def open_truth(path: Path, base: Lattice, class_map: ClassMap, label_mpp: float | None, shown: Roi | None = None) -> Truth:
     """The truth in a file of outlines or a label image, which its content tells, of a slide with the lattice `base`.
 
-    `label_mpp` is the scale of a label image in micrometres per pixel; None where it has the slide's own size. `shown` is
-    `Slide.shown`; None: all of it.
+    `label_mpp` is the scale of a label image in micrometres per pixel; None where its pixels are as large as
+    the slide's, or a whole number of them. `shown` is `Slide.shown`; None: all of it.
     Raises AnnotationError for a file that cannot be used: see `read_outlines`, `OutlineTruth`, `LabelImageTruth`.
     """
     if is_label_image(path):

@@ -14,6 +14,9 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.label_image import LabelImage
 from pipeline.truth import ClassMap, centres
 
+Place = tuple[Mpp, Roi]
+"""The micrometres per pixel of labels, and the part of a slide that they show."""
+
 
 @dataclass(frozen=True)
 class LabelImageTruth:
@@ -76,24 +79,51 @@ class LabelImageTruth:
 def fit(image: LabelImage, base: Lattice, class_map: ClassMap, label_mpp: float | None, shown: Roi) -> LabelImageTruth:
     """Lays a label image over its slide, or over what QuPath shows of it.
 
-    At `label_mpp`, a slide whose pixels are no squares may have labels that are, or that are as its own. Raises
-    AnnotationError where its size differs from that of both: at all without `label_mpp`, else by over 1 px.
+    Without `label_mpp`, a pixel of it is as wide and as high as one of the slide, or as a whole number of them, as QuPath
+    exports labels: slides of several scales need no other word. At `label_mpp`, a slide whose pixels are no squares may have
+    labels that are, or that are as its own. Raises AnnotationError where its size is neither exactly the slide's nor to
+    within 1 px one of the others.
     """
-    scales = [base.mpp]
-    if label_mpp is not None:
-        scales = [Mpp.square(label_mpp), Mpp(label_mpp, label_mpp * base.mpp.y / base.mpp.x)]
-    slack = 1e-6 if label_mpp is None else 1 + 1e-6
-    for mpp in scales:
-        labels = Lattice(image.width, image.height, mpp)
-        scale_x, scale_y = base.scale_to(labels)
-        for part in (base.roi, shown):
-            if abs(image.width - part.width * scale_x) <= slack and abs(image.height - part.height * scale_y) <= slack:
-                return LabelImageTruth(image, labels, base, class_map, part)
-    fitting, expected = base.width * base.mpp.x / image.width, base.at(scales[0])
-    raise AnnotationError(
+    places = _divided(image, base, shown) if label_mpp is None else _scaled(image, base, shown, label_mpp)
+    if not places:
+        raise _misfit(image, base, label_mpp)
+    mpp, part = places[0]
+    return LabelImageTruth(image, Lattice(image.width, image.height, mpp), base, class_map, part)
+
+
+def _scaled(image: LabelImage, base: Lattice, shown: Roi, label_mpp: float) -> list[Place]:
+    """Where labels of that scale fit."""
+    scales = (Mpp.square(label_mpp), Mpp(label_mpp, label_mpp * base.mpp.y / base.mpp.x))
+    parts = (base.roi, shown)
+    return [(mpp, part) for mpp in scales for part in parts if _fits(image, part, mpp.x / base.mpp.x, mpp.y / base.mpp.y)]
+
+
+def _divided(image: LabelImage, base: Lattice, shown: Roi) -> list[Place]:
+    """Where labels fit that are a whole number of the slide's pixels wide; nowhere where several numbers would do."""
+    places = list[Place]()
+    for part in dict.fromkeys((base.roi, shown)):
+        if part.shape == (image.height, image.width):
+            return [(base.mpp, part)]
+        least, most = max(part.width // (image.width + 1), 2), part.width // max(image.width - 1, 1)
+        downsamples = (number for number in range(least, most + 1) if _fits(image, part, number, number))
+        places += [(Mpp(base.mpp.x * number, base.mpp.y * number), part) for number in downsamples]
+    return places if len(places) == 1 else []
+
+
+def _fits(image: LabelImage, part: Roi, downsample_x: float, downsample_y: float) -> bool:
+    """Whether an image has the size of part of a slide, so many times smaller, to within 1 px."""
+    apart = (image.width - part.width / downsample_x, image.height - part.height / downsample_y)
+    return max(map(abs, apart)) <= 1 + 1e-6
+
+
+def _misfit(image: LabelImage, base: Lattice, label_mpp: float | None) -> AnnotationError:
+    """The error for a label image of another size; says which scale it would have."""
+    fitting, size = base.width * base.mpp.x / image.width, base if label_mpp is None else base.at(Mpp.square(label_mpp))
+    expected = f"{size.width} x {size.height} px, the slide's size at {size.mpp.x:g} um/px"
+    return AnnotationError(
         str(image.path),
         f"a label image of {image.width} x {image.height} px",
-        f"{expected.width} x {expected.height} px, the slide's size at {expected.mpp.x:g} um/px",
-        f"Set `annotations.label_mpp` to the image's scale (its width would suit {fitting:.6g} um/px), "
-        "or make sure that it belongs to this slide.",
+        f"{expected}, or that divided by one whole number" if label_mpp is None else expected,
+        f"Set `annotations.label_mpp` to the image's scale (its width would suit {fitting:.6g} um/px), or, for slides of "
+        "several scales, leave it null and export each at a whole downsample; or make sure that it belongs to this slide.",
     )

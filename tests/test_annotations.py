@@ -404,15 +404,35 @@ def test_a_coarse_view_of_large_labels_is_read_in_blocks(tmp_path: Path, monkeyp
     np.testing.assert_array_equal(truth.read(Roi(0, 0, 12, 7), lattice), LABELS[1:21:3, 1:36:3])
 
 
-@pytest.mark.parametrize(("mpp", "fits"), [(None, False), (0.8, False), (0.944, False), (1.0, True)])
-def test_labels_must_have_the_slides_extent(tmp_path: Path, mpp: float | None, fits: bool) -> None:
-    half = np.zeros((12, 18), np.uint8)  # the slide is 18.5 x 11.5 um: within a pixel of 1 um, either way
+@pytest.mark.parametrize(
+    ("mpp", "rows", "fits"), [(None, 10, False), (None, 12, True), (0.8, 12, False), (0.944, 12, False), (1.0, 12, True)]
+)
+def test_labels_must_have_the_slides_extent(tmp_path: Path, mpp: float | None, rows: int, fits: bool) -> None:
+    half = np.zeros((rows, 18), np.uint8)  # the slide is 18.5 x 11.5 um: within a pixel of 1 um, either way
     Image.fromarray(half).save(tmp_path / "l.png")
     if fits:
         assert isinstance(open_truth(tmp_path / "l.png", BASE, naming(), mpp), LabelImageTruth)
         return
-    with pytest.raises(AnnotationError, match="18 x 12 px.*annotations.label_mpp"):
+    with pytest.raises(AnnotationError, match=f"18 x {rows} px.*annotations.label_mpp.*whole downsample"):
         open_truth(tmp_path / "l.png", BASE, naming(), mpp)
+
+
+@pytest.mark.parametrize(("mpp", "downsample"), [(0.252, 4), (0.2527, 4), (0.5, 2), (0.2527, 1), (0.25, 7)])
+def test_labels_of_slides_of_several_scales_need_no_scale(tmp_path: Path, mpp: float, downsample: int) -> None:
+    """As QuPath exports them, at one downsample of each slide; the last labels reach on where the size was rounded down."""
+    base = Lattice(1203, 905, Mpp(mpp, mpp * 1.001))
+    shape = (base.height // downsample, base.width // downsample)
+    labels = np.random.default_rng(7).integers(0, 3, shape).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "l.png")
+    rows, columns = (np.minimum(np.arange(size) // downsample, size // downsample - 1) for size in base.shape)
+    truth = open_truth(tmp_path / "l.png", base, naming(), None)
+    np.testing.assert_array_equal(truth.read(base.roi, base), labels[np.ix_(rows, columns)])
+
+
+def test_labels_that_several_downsamples_would_give_are_refused(tmp_path: Path) -> None:
+    Image.new("L", (10, 8)).save(tmp_path / "l.png")  # of 1000 x 800 px: 100, or 99
+    with pytest.raises(AnnotationError, match="10 x 8 px.*1000 x 800 px.*divided by one whole number"):
+        open_truth(tmp_path / "l.png", Lattice(1000, 800, Mpp.square(0.5)), naming(), None)
 
 
 @pytest.mark.parametrize("downsample", [2, 4])
