@@ -51,7 +51,8 @@ class Assessment:
 
     `confusion` is (C, C + 1) as in metrics.py, `reliability` (C, 15, 3) as in calibration.py, `objects` (C, 9) as in
     objects.py. `boundaries` and `detections` have one item a class; the latter is None where lesions are not asked for or
-    cannot be told. `coarsest_um` is the largest um/px at which a field was read.
+    cannot be told. `coarsest_um` is the largest um/px at which a field was read, `tolerance_um` the farthest that a boundary
+    could be off and still be right.
     """
 
     confusion: Counts
@@ -60,6 +61,7 @@ class Assessment:
     boundaries: tuple[Boundaries, ...]
     detections: tuple[Detections | None, ...]
     coarsest_um: float
+    tolerance_um: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +89,17 @@ def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
         reliability += count_reliability(true, labels, canvas.read_probabilities(roi))
         known.add(roi, true != IGNORED)
     objects, boundaries, coarsest = np.zeros((classes, OBJECT_SUMS)), [[_NONE] for _ in range(classes)], 0.0
+    largest = _tolerance_um(rules, canvas.lattice.mpp, canvas.lattice.mpp)
     for field in known.fields(truth):
         tolerance = _tolerance_um(rules, field.mpp, canvas.lattice.mpp)
-        coarsest = max(coarsest, field.mpp.x, field.mpp.y)
+        coarsest, largest = max(coarsest, field.mpp.x, field.mpp.y), max(largest, tolerance)
         for index in _present(field, rules.rest):
             sums, lines = _shapes(field, index, rules, tolerance)
             objects[index] += sums
             boundaries[index].append(lines)
     gathered = tuple(Boundaries.gathered(parts) for parts in boundaries)
-    return Assessment(pixels, reliability, objects, gathered, _detections(canvas, truth, rules), coarsest)
+    detections = _detections(canvas, truth, rules)
+    return Assessment(pixels, reliability, objects, gathered, detections, coarsest, largest)
 
 
 def count_pixels(canvas: Canvas, truth: Truth) -> Counts:
@@ -122,7 +126,8 @@ def extended(
 
     Adds SHAPE_SCORES with their intervals (`rest`, the background, has only `ece`), how many objects there are, were
     predicted and were matched, how many lesions on how many slides (`froc_slides`: those that are known throughout), and
-    `shape_um`, the coarsest um/px at which shapes were looked at.
+    `shape_um`, the coarsest um/px at which shapes were looked at, and `tolerance_um`, how far a boundary could be off and
+    still be right: the `nsd` of two runs tells which is better only where both had the same.
     """
     gained: Report = {}
     for split, slides in scores.items():
@@ -210,6 +215,7 @@ def _sum(parts: Sequence[Assessment]) -> Assessment:
         tuple(Boundaries.gathered(ones) for ones in zip(*(part.boundaries for part in parts), strict=True)),
         tuple(Detections.gathered(ones) if ones else None for ones in detections),
         max(part.coarsest_um for part in parts),
+        max(part.tolerance_um for part in parts),
     )
 
 
@@ -228,6 +234,7 @@ def _columns(rows: Sequence[SlideAssessment], rest: int | None, samples: int, se
     counts = whole.objects[:, [TRUE_COUNT, CALLED_COUNT, MATCHED]].T
     columns |= dict(zip(_COUNTS, (*counts, np.array(lesions), np.array(searched)), strict=True))
     columns["shape_um"] = np.full(len(whole.objects), whole.coarsest_um)
+    columns["tolerance_um"] = np.full(len(whole.objects), whole.tolerance_um)
     if rest is not None:
         for name in columns.keys() - {"ece", "ece_low", "ece_high"}:
             columns[name] = np.where(np.arange(len(whole.objects)) == rest, np.nan, columns[name])

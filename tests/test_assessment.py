@@ -81,6 +81,7 @@ def test_blocks_give_what_the_whole_gives(tmp_path, small_blocks):
         whole = measure_boundaries(true, called, known, mpp, expected)
         assert hd95([found.boundaries[1]], ONCE) == hd95([whole], ONCE)
         assert surface_dice([found.boundaries[1]], ONCE) == surface_dice([whole], ONCE)
+        assert found.tolerance_um == expected
     np.testing.assert_allclose(found.objects[1], object_sums(true, called, mpp, least))
     assert found.confusion.sum() == known.sum()
     assert found.reliability[..., 0].sum() == (known & (labels != IGNORED)).sum()
@@ -143,7 +144,7 @@ def test_a_large_field_predicted_perfectly_has_a_perfect_surface(tmp_path, monke
     canvas = canvas_of(tmp_path / "c", labels, PAIR)
     for tolerance_um in (None, 1.5):
         found = assess(canvas, ArrayTruth(labels), Rules(0, 50.0, tolerance_um))
-        assert found.coarsest_um == 4.0
+        assert (found.coarsest_um, found.tolerance_um) == (4.0, 8.0)
         assert surface_dice([found.boundaries[1]], np.ones((1, 1), int)) == 1
 
 
@@ -212,6 +213,7 @@ def test_pooled_scores_have_intervals_over_patients_and_are_json(tmp_path):
         np.testing.assert_allclose(ordered, sorted(ordered), rtol=1e-9)
         assert gland[f"{name}_low"] < gland[f"{name}_high"]
         assert alone[0][f"{name}_low"] is None
+    assert (gland["shape_um"], gland["tolerance_um"]) == (1.0, 2.0)
     assert (gland["objects"], gland["objects_predicted"], gland["objects_matched"]) == (4, 4, 4)
     assert gland["dice"] == pixels["val"]["pooled"]["gland"]["dice"]
     assert len({tuple(row) for row in table(scores)}) == 1  # every row has the same columns
