@@ -204,6 +204,8 @@ def _name(partial: Path, folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
+        if (folder / GRAPH).is_file():
+            raise
         with locked(folder):  # who comes second finds a whole one
             if not (folder / GRAPH).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
