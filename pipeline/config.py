@@ -234,7 +234,7 @@ class ClusterSettings(Section):
     """Where the work is done. `workers` 0: in this process; null: one, with all processors.
 
     `worker_memory_gib` bounds the tiles whose size is chosen; null: up to 2 of what is free, or 3 where the halo costs more
-    than a fifth.
+    than a fifth; beside a GPU, whose memory has to do as well, all of what is free.
     """
 
     scheduler: str | None = None
