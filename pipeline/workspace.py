@@ -126,8 +126,10 @@ def _prepared(config: Config, own: str | None) -> Iterator[tuple[Config, tuple[C
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     cases = dealt_cases(config)
+    _check_owner(config.output, own)  # a folder that is refused is left without even a lock
+    _check_files(config, cases)
     with alone(config, cases):
-        _check_owner(config.output, own)
+        _check_owner(config.output, own)  # again, since a command that was waited for has left its results
         check_output(config, cases)
         write_setup(config, cases)
         yield config, cases
@@ -152,6 +154,14 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
 
     Raises CohortError where files are there that Fullfield did not write, and would replace.
     """
+    _check_files(config, cases)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_text(config.output / "config.yaml", _WRITTEN + config.to_yaml())  # first: it says whose the other one is
+    write_manifest(config.output / "cohort.csv", cases)
+
+
+def _check_files(config: Config, cases: Sequence[Case]) -> None:
+    """Raise CohortError where files are in the output that Fullfield did not write, and would replace."""
     own, dealt, manifest = config.output / "config.yaml", config.output / "cohort.csv", config.cohort.manifest
     written = own.is_file() and own.read_bytes().startswith(_WRITTEN.encode())
     theirs = [own] if own.exists() and not written else []
@@ -162,9 +172,6 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
         found = f"a file that Fullfield did not write, where it writes {theirs[0].name}"
         remedy = "Call it otherwise, or choose another `output`, for instance output=runs/mine."
         raise CohortError(str(theirs[0]), found, "no file of that name, or Fullfield's own", remedy)
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_text(own, _WRITTEN + config.to_yaml())  # first: it says whose the other one is
-    write_manifest(dealt, cases)
 
 
 def _may_hold(path: Path, text: str) -> bool:

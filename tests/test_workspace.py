@@ -145,7 +145,7 @@ def test_what_another_command_works_at_is_not_replaced_but_waited_for(
     ("override", "told"),
     [
         ("tiles.patch_size=65", "found `tiles.patch_size`: 65; expected a multiple of 4.*`tiles.patch_size` to 64"),
-        ("network.encoder=resnet18", "found `network.encoder`: .*; expected null for fcn. Leave `network.encoder` out, or null"),
+        ("network.encoder=resnet18", "found `network.encoder`: .*; expected null for fcn. Leave `network.encoder` out"),
         ("network.upsample=nearest", None),
     ],
 )
