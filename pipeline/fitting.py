@@ -26,7 +26,8 @@ from pipeline.machine import has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.processes import together
 from pipeline.snapshot import Record, Standing
-from pipeline.workspace import left_as_scanned, model_spec, open_sources, rest_index
+from pipeline.sources import left_as_scanned, open_sources
+from pipeline.specs import model_spec, rest_index
 
 if TYPE_CHECKING:
     from pipeline.patches import Batch, PatchStream, Source

@@ -27,10 +27,11 @@ from pipeline.runtime import load_engine
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.slide_tasks import plan_slide, seal_slide, segment_block
+from pipeline.sources import open_sources
 from pipeline.staining import METHODS
 from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue
-from pipeline.workspace import open_sources, slide_job
+from pipeline.workspace import slide_job
 from workflows.segment import segment
 from workflows.tile import tile, tile_case
 from workflows.train import train

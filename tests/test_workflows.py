@@ -158,7 +158,7 @@ def test_the_figures_are_right(project: Path) -> None:
     canvas = open_canvas(slide_folder(project) / "segmentation.ome.zarr")
     labels = canvas.read_labels(canvas.lattice.roi)
     from pipeline.annotations import open_truth
-    from pipeline.workspace import class_map
+    from pipeline.specs import class_map
 
     config = load_config(project / "config.yaml")
     base = open_slide(project / "cohort" / "phantom-03.tiff").base

@@ -15,24 +15,16 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.errors import CheckpointError, CohortError, ConfigError
+from pipeline.folder import alone, write_setup
 from pipeline.geometry import Roi
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp, training_inputs
 from pipeline.phantom import GLASS, make_phantom
 from pipeline.registry import check_alias
+from pipeline.sources import open_sources
+from pipeline.specs import class_map, model_spec, read_config
 from pipeline.tasks import Here
 from pipeline.truth import ClassMap
-from pipeline.workspace import (
-    Workspace,
-    alias_of,
-    alone,
-    class_map,
-    dealt_cases,
-    model_spec,
-    open_sources,
-    open_workspace,
-    read_config,
-    write_setup,
-)
+from pipeline.workspace import Workspace, alias_of, dealt_cases, open_workspace
 
 
 def config(folder: Path, *overrides: str) -> Config:

@@ -21,9 +21,10 @@ from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
 from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.progress import console, new_table
+from pipeline.specs import read_config
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, write_tally
-from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace, read_config
+from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
 from workflows.evaluate import LEFT_OUT, figure_text, interval_text
 from workflows.run import run_stages
 from workflows.tile import tile_cohort

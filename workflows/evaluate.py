@@ -15,24 +15,18 @@ from pipeline.cohort import Case
 from pipeline.config import SPLITS, Config
 from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
+from pipeline.folder import require_output
 from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, is_segmented
+from pipeline.sources import case_truth
+from pipeline.specs import read_config, rest_index
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import Tally, write_tally
 from pipeline.truth import Truth
-from pipeline.workspace import (
-    Workspace,
-    case_truth,
-    log_inputs,
-    open_workspace,
-    read_config,
-    require_output,
-    rest_index,
-    slide_job,
-)
+from pipeline.workspace import Workspace, log_inputs, open_workspace, slide_job
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
 _FIGURES = ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION)

@@ -25,11 +25,13 @@ from pipeline.progress import console
 from pipeline.registry import check_alias
 from pipeline.runtime import EXACT, with_flips
 from pipeline.slide_job import CANVAS, SlideJob
+from pipeline.sources import case_truth
+from pipeline.specs import rest_index
 from pipeline.store import Store
 from pipeline.tally import FILE, Tally, paired_means, scale_remark, shared_patients, write_tally
 from pipeline.tasks import Cluster
 from pipeline.versions import Version, decide, find_version, version_with
-from pipeline.workspace import case_truth, dealt_cases, rest_index, slide_job
+from pipeline.workspace import dealt_cases, slide_job
 from workflows.segment import run_jobs
 
 Scores = dict[str, float]

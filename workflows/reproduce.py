@@ -9,10 +9,11 @@ from pathlib import Path
 from pipeline import snapshot
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
+from pipeline.folder import TABLES, alone, write_setup
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
 from pipeline.store import run_file
-from pipeline.workspace import TABLES, alias_of, alone, write_setup
+from pipeline.workspace import alias_of
 
 _LETTERS = 9  # of a commit
 

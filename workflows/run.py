@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.progress import console
-from pipeline.workspace import Workspace, log_inputs, open_workspace, read_config
+from pipeline.specs import read_config
+from pipeline.workspace import Workspace, log_inputs, open_workspace
 from workflows.evaluate import evaluate_cohort
 from workflows.segment import segment_cohort
 from workflows.tile import tile_cohort

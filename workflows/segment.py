@@ -168,8 +168,8 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
     from pipeline.approval import approval, approve
     from pipeline.openvino_graph import quantise
     from pipeline.precision import measure_deviation
+    from pipeline.sources import open_source
     from pipeline.tissue import find_tissue
-    from pipeline.workspace import open_source
 
     engine = settled(config.engine)
     if (engine.precision, engine.backend) == ("fastest", "openvino") and not has_int8(model):
@@ -190,7 +190,7 @@ def _calibration(config: Config, cases: Sequence[Case], tiles: Path, spec: Model
     """Patches of the training slides, on which int8 is calibrated."""
     from pipeline.patches import read_index
     from pipeline.precision import calibration_patches
-    from pipeline.workspace import open_source
+    from pipeline.sources import open_source
 
     index = read_index(tiles, config.class_list.names, "train")
     drawn = [case for case in cases if case.slide_id in index.slide_ids]

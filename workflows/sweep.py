@@ -16,10 +16,11 @@ from pipeline.inputs import check_output
 from pipeline.metrics import POOLED
 from pipeline.progress import console, new_table, progress
 from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
+from pipeline.specs import read_config
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally, scale_remark
 from pipeline.tasks import Cluster
-from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace, read_config
+from pipeline.workspace import Workspace, adopt_tiles, dealt_cases, open_within, open_workspace
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
 from workflows.train import begin, fit_arguments

@@ -23,9 +23,11 @@ from pipeline.label_truth import LabelImageTruth
 from pipeline.progress import console, new_table, progress
 from pipeline.slide import open_slide
 from pipeline.slide_job import too_coarse
+from pipeline.sources import case_truth
+from pipeline.specs import read_config
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
-from pipeline.workspace import Workspace, case_truth, log_inputs, open_workspace, read_config
+from pipeline.workspace import Workspace, log_inputs, open_workspace
 
 Row = dict[str, Any]
 

@@ -14,11 +14,13 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.fitting import fit
+from pipeline.folder import require_output
 from pipeline.inputs import read_stamp, tile_inputs, training_facts, training_inputs
 from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
-from pipeline.workspace import Workspace, log_inputs, open_workspace, read_config, require_output
+from pipeline.specs import read_config
+from pipeline.workspace import Workspace, log_inputs, open_workspace
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
 
