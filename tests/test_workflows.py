@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -51,10 +52,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def fullfield(*arguments: object, code: int = 0) -> str:
-    """Run a command in this process, which has imported what it needs; returns what it printed, both streams."""
+    """Run a command in this process, which has imported what it needs; returns what it printed, both streams.
+
+    The environment stays: Dask leaves that of its workers, where another number of threads would have sums rounded otherwise.
+    """
     said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fullfield", *map(str, arguments)])
+    with redirect_stdout(said), redirect_stderr(said), patch.dict(os.environ), pytest.MonkeyPatch.context() as replaced:
+        replaced.setattr(sys, "argv", ["fullfield", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
     assert (ended.value.code or 0) == code, said.getvalue()
