@@ -54,7 +54,7 @@ ROOT = Path(__file__).parents[1]
 def fullfield(*arguments: object, code: int = 0) -> str:
     """Run a command in this process, which has imported what it needs; returns what it printed, both streams.
 
-    The environment stays: Dask leaves that of its workers, where another number of threads would have sums rounded otherwise.
+    The environment stays: Dask leaves that of its workers, whose number of threads would have sums rounded otherwise.
     """
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said), patch.dict(os.environ), pytest.MonkeyPatch.context() as replaced:
