@@ -6,6 +6,7 @@ What was found is written beside the model, so that each later call knows, witho
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class Deviation:
     dice_change: float
     largest_difference: float
 
+    @property
+    def numbers(self) -> bool:
+        """Whether both had a number for every pixel: half precision may overflow."""
+        return math.isfinite(self.largest_difference)
+
     def __str__(self) -> str:
         return (
             f"{self.label_change:.3%} of {self.pixels} pixels have another label, Dice changes by up to "
@@ -37,11 +43,14 @@ class Deviation:
 
 
 def check(found: Deviation, settings: EngineSettings, model: Path) -> None:
-    """Raise EngineError where nothing was compared, or too many labels change."""
+    """Raise EngineError where nothing was compared, an answer is no number, or too many labels change."""
     subject = f"{model}, engine.precision {settings.precision}, engine.backend {settings.backend}"
     if not found.pixels:
         remedy = "Annotate a validation slide, or say engine.precision=exact."
         raise EngineError(subject, "no known tissue to hold it against exact on", "some on validation slides", remedy)
+    if not found.numbers:
+        expected, remedy = "numbers wherever exact has some", "Say engine.precision=exact."
+        raise EngineError(subject, f"answers that are no numbers, and {found}", expected, remedy)
     if found.label_change > settings.max_label_change:
         expected = f"no more than {settings.max_label_change:.3%} of labels changed (engine.max_label_change)"
         remedy = "Say engine.precision=exact, or raise engine.max_label_change."
@@ -62,7 +71,7 @@ def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
 def approval(settings: EngineSettings, model: Path) -> Deviation | None:
     """What was found of a way to run the model; None where it was not held against exact, or not approved."""
     found, allowed = _known(settings, model) or (None, 0.0)
-    return found if found and found.pixels and found.label_change <= allowed else None
+    return found if found and found.pixels and found.numbers and found.label_change <= allowed else None
 
 
 def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | None:

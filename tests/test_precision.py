@@ -141,6 +141,8 @@ def test_what_strays_is_refused_with_its_figures() -> None:
     check(found, FAST.model_copy(update={"max_label_change": 0.0123}), model)
     with pytest.raises(EngineError, match="no known tissue"):
         check(Deviation(0, 0.0, 0.0, 0.0), FAST, model)
+    with pytest.raises(EngineError, match="answers that are no numbers.*engine.precision=exact"):
+        check(Deviation(1000, 0.0001, 0.0, np.inf), FAST, model)
 
 
 def save(folder: Path, width: int) -> Path:
@@ -185,6 +187,9 @@ def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
     assert approval(refused, model) is None
     with pytest.raises(EngineError, match="refused: 50.000% of 1000 pixels"):
         require_approval(refused, model)
+    with pytest.raises(EngineError, match="no numbers"):
+        approve(Deviation(1000, 0.001, 0.004, np.inf), refused, model)
+    assert approval(refused, model) is None
     save(model, 5)
     assert approval(FAST, model) is None
 
