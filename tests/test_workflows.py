@@ -264,7 +264,7 @@ def test_a_slide_without_scale_is_refused_and_works_with_one(project: Path, shar
     log = fullfield(*command, code=1)
     assert "--mpp" in log
     assert not (tmp_path / "slides").exists()
-    fullfield(*command, "--mpp", 0.25)
+    fullfield(*command, "--mpp", 0.25, "--tile-size", 256)
     with (tmp_path / "slides.csv").open() as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["done"]
 
