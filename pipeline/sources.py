@@ -10,16 +10,16 @@ from pipeline.ahead import ahead
 from pipeline.annotations import open_truth, with_glass
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.errors import TrainingError
+from pipeline.errors import SlideError, TrainingError
 from pipeline.geometry import Mpp
 from pipeline.machine import threads
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.patches import Source
-from pipeline.slide import open_slide
+from pipeline.slide import Slide, open_slide
 from pipeline.specs import class_map
 from pipeline.staining import Normalisation, Staining
 from pipeline.stains import reference
-from pipeline.tissue import find_tissue
+from pipeline.tissue import Tissue, find_tissue
 from pipeline.truth import Truth
 
 
@@ -85,4 +85,12 @@ def _taught(case: Case, config: Config) -> tuple[Source, Staining | None]:
     slide = open_slide(case.slide, case.mpp)
     tissue = find_tissue(slide, config.tissue)
     taught = replace(source, truth=with_glass(source.truth, tissue)) if teaches_glass else source
-    return taught, None if method == "none" else estimate(slide, tissue, method)
+    return taught, None if method == "none" else _staining(slide, tissue, method)
+
+
+def _staining(slide: Slide, tissue: Tissue, method: str) -> Staining:
+    """How a slide is stained; where something of it cannot be read, its stain cannot be told."""
+    try:
+        return estimate(slide, tissue, method)
+    except SlideError as error:
+        return Staining((255.0, 255.0, 255.0), (), error.found)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import tifffile
 import yaml
 from pyarrow import parquet
 
@@ -27,7 +28,7 @@ from pipeline.runtime import load_engine
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.slide_tasks import plan_slide, seal_slide, segment_block
-from pipeline.sources import open_sources
+from pipeline.sources import left_as_scanned, open_sources
 from pipeline.staining import METHODS
 from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue
@@ -218,6 +219,19 @@ def test_a_training_tells_of_slides_that_are_left_as_scanned(
         assert verb(tmp_path / "config.yaml", ["tiles.min_tissue=0"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "as scanned" in line]
     assert told == ["train: learned from as scanned, since their stain cannot be told: glass"]
+
+
+def test_a_damaged_slide_whose_stain_cannot_be_told_is_left_as_scanned(project: Project, tmp_path: Path) -> None:
+    whole = next(case for case in project.cases if case.split == "train")
+    level = open_slide(whole.slide).best_level(Mpp.square(2.0))
+    content = bytearray(whole.slide.read_bytes())
+    with tifffile.TiffFile(whole.slide) as file:
+        page = next(page for page in file.pages if page.shape[:2] == open_slide(whole.slide).levels[level].shape)
+        for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+            content[offset : offset + length] = bytes(length)
+    (tmp_path / "damaged.tiff").write_bytes(content)
+    damaged = replace(whole, slide_id="damaged", slide=tmp_path / "damaged.tiff")
+    assert left_as_scanned(open_sources([whole, damaged], project.config)[0]) == ["damaged"]
 
 
 def test_a_cohort_without_stain_is_not_trained_on(project: Project, tmp_path: Path) -> None:
