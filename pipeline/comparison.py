@@ -23,6 +23,7 @@ from pipeline.bootstrap import ENOUGH
 
 SURE = 0.95
 """The confidence that it takes to tell a difference."""
+
 _MOST_IN_FULL, _SUBSETS = 12, 4095  # patients of whom all subsets are taken; random ones of more
 
 

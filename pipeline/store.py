@@ -227,7 +227,7 @@ def _make(path: Path) -> None:
 
 @contextmanager
 def _unsynchronised() -> Iterator[None]:
-    """Lets SQLite write without waiting for the disk, which it does hundreds of times as MLflow makes its tables."""
+    """Lets SQLite write without waiting for the disk, as it does after each of the many steps that make MLflow's tables."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 

@@ -159,7 +159,7 @@ def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
 def _remarks(output: Path, entries: Sequence[Entry]) -> Iterator[str]:
     """Which combinations are scored at another scale than the best is."""
     tallies = {entry.name: read_tally(output / entry.name / TALLY) for entry in entries if entry.dice is not None}
-    for name in tallies:
-        best = next(iter(tallies))
-        if tallies[name].mpp != tallies[best].mpp:
-            yield f"{best}, {name}: {scale_remark(tallies[best], tallies[name])}"
+    best = next(iter(tallies), "")
+    for name, tally in tallies.items():
+        if tally.mpp != tallies[best].mpp:
+            yield f"{best}, {name}: {scale_remark(tallies[best], tally)}"
