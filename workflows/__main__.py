@@ -85,9 +85,9 @@ def tile(config: options.Config, overrides: options.Overrides = None) -> None:
 def train(config: options.Config, overrides: options.Overrides = None) -> None:
     """Train the network on patches of the training slides.
 
-    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json, weights.safetensors and ancestry.json).
-    Killed and called again, it goes on after the last whole epoch (OUTPUT/training.safetensors), to the same weights,
-    unless training.max_minutes has the clock decide how many epochs there are.
+    Reads OUTPUT/tiles.parquet; writes OUTPUT/model (model.yaml, network.json and weights.safetensors). Killed and called
+    again, it goes on after the last whole epoch (OUTPUT/training.safetensors), to the same weights, unless
+    training.max_minutes has the clock decide how many epochs there are.
 
     Example: `fullfield train workflows/configs/glas.yaml training.max_minutes=15`
     """
