@@ -66,7 +66,7 @@ class Boundaries:
         return cls(
             Spread.gathered([part.from_truth for part in parts]),
             Spread.gathered([part.from_prediction for part in parts]),
-            sum(part.within for part in parts),
+            sum((part.within for part in parts), 0.0),
         )
 
     @property

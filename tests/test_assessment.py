@@ -9,11 +9,13 @@ import pytest
 
 from pipeline import assessment, fields
 from pipeline.annotations import open_truth
+from pipeline.assessed import read_assessments, write_assessments
 from pipeline.assessment import SHAPE_SCORES, Rules, SlideAssessment, assess, extended, overall_error
 from pipeline.boundaries import hd95, measure_boundaries, surface_dice
 from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config_file import load_config
+from pipeline.errors import CohortError
 from pipeline.fields import KnownMap
 from pipeline.geometry import Lattice, Mpp
 from pipeline.metrics import POOLED, report, table
@@ -180,8 +182,17 @@ def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
     unknown = assess(canvas, ArrayTruth(truth), rules)
     assert unknown.detections == (None, None)
     rows = [SlideAssessment(name, name, "test", each) for name, each in (("a", whole), ("b", unknown))]
-    scores = extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0)["test"]
+    pixels = [row.pixels for row in rows]
+    scores = extended(report(pixels, PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0)["test"]
     assert [scores[name]["gland"]["froc_slides"] for name in ("a", "b", POOLED)] == [1, None, 1]
+    write_assessments(tmp_path / "assessments.json", rows)
+    again = read_assessments(tmp_path / "assessments.json", pixels)
+    assert extended(report(pixels, PAIR, Mpp(1.0, 1.0), 0), again, PAIR, 0)["test"] == scores
+    assert overall_error(again, 99, 0) == overall_error(rows, 99, 0)
+    (tmp_path / "assessments.json").write_text('{"slides": {"a": {}}}')
+    for counted in (pixels, pixels[1:]):
+        with pytest.raises(CohortError, match=r"assessments\.json.*Call `fullfield evaluate`"):
+            read_assessments(tmp_path / "assessments.json", counted)
 
 
 def test_lesions_are_looked_at_on_the_level_of_8_um_per_pixel(tmp_path):

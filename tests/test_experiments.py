@@ -13,11 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.assessment import SHAPE_SCORES
+from pipeline.assessment import SHAPE_SCORES, SlideAssessment
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import SPLITS
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
+from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.scoreboard import Entry
@@ -25,7 +26,7 @@ from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
-from workflows.evaluate import evaluate, evaluate_cohort
+from workflows.evaluate import FIGURES, assess_case, evaluate, evaluate_cohort, write_figures
 from workflows.run import run
 from workflows.sweep import _remarks, sweep
 from workflows.tile import tile_case, tile_cohort
@@ -94,11 +95,36 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     for index, name in enumerate(pooled.classes):
         assert scores[name]["dice"] == (None if np.isnan(dice[index]) else pytest.approx(dice[index]))
         assert scores[name]["patients"] == 3
+    check_all_figures(output, tmp_path / "one")
     folds = ["fold-1", "fold-2", "fold-3"]
     assert [load_config(output / fold / "config.yaml").tracking.alias for fold in folds] == [f"cv-{fold}" for fold in folds]
     assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
     check_resumption(config, output, capsys)
     check_refusals(config, output)
+
+
+def check_all_figures(output: Path, other: Path) -> None:
+    """They are, to the last digit, those of one evaluation of all slides that were held out."""
+    rows = []
+    for number in (1, 2, 3):
+        part = load_config(output / f"fold-{number}" / "config.yaml")
+        tested = {case.slide_id: case for case in read_manifest(part.output / "cohort.csv") if case.split == "test"}
+        rows += [
+            SlideAssessment(name, case.patient, "out-of-fold", assess_case(case, part))
+            for name, case in sorted(tested.items())
+        ]
+    figures = write_figures(other, rows, load_config(output / "config.yaml"), Mpp.square(4.0))
+    assert {path.name for path in other.iterdir()} == {*FIGURES}
+    for name in FIGURES:
+        assert (output / name).read_bytes() == (other / name).read_bytes(), name
+    pooled = figures.scores["out-of-fold"][POOLED]
+    assert sum(fields["objects"] or 0 for fields in pooled.values()) > 0
+    run_id = json.loads((output / "run.json").read_text())["run_id"]
+    logged = open_store(f"sqlite:///{output / 'mlflow.db'}", create=False).client.get_run(run_id).data.metrics
+    assert logged["out-of-fold ece"] == figures.errors["out-of-fold"]["ece"]
+    for name, fields in pooled.items():
+        for score in ("dice_low", "object_f1", "hd95_um", "nsd", "ece"):
+            assert logged.get(f"out-of-fold {score} {name}") == fields[score]
 
 
 def check_refusals(config: Path, output: Path) -> None:
@@ -124,14 +150,18 @@ def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[s
     weights = (output / "fold-2" / "model" / "weights.safetensors").read_bytes()
     tiles = (output / "fold-2" / "tiles.parquet").read_bytes()
     (output / "fold-2" / "tiles.parquet").unlink()
+    (output / "fold-2" / "assessments.json").unlink()
     capsys.readouterr()
     assert run(output / "fold-2" / "config.yaml", []) == 0
     assert "train: done already" in capsys.readouterr().out
     assert (output / "fold-2" / "tiles.parquet").read_bytes() == tiles
     assert not (output / "fold-2" / "mlflow.db").exists()
-    before = nested(output)
+    before, scores = nested(output), (output / "metrics.json").read_bytes()
     assert crossval(config, [f"output={output}"], 3) == 0
+    assert (output / "metrics.json").read_bytes() == scores
     said = capsys.readouterr().out
+    for told in ("Objects and boundaries", "Calibration: expected error of probabilities, out-of-fold: "):
+        assert told in said.rpartition("Patients held out")[2]
     assert said.count("train: done already") == 3 and said.count("tile: done already") == 4
     assert nested(output) == before
     assert (output / "fold-2" / "model" / "weights.safetensors").read_bytes() == weights

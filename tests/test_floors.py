@@ -17,7 +17,7 @@ FLOORS = [
     "architectures tracing fusion normalised annotations pyramid specs",
     "openvino_graph footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
-    "runtime prediction regions measurement ome_tiff pictures tracking memory versions inputs sources",
+    "runtime prediction regions measurement ome_tiff pictures tracking memory versions inputs sources assessed",
     "blending geojson approval folder",
     "stitching",
     "validation exactness probe",

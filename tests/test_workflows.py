@@ -118,6 +118,7 @@ def test_a_run_leaves_everything(project: Path) -> None:
         "metrics.json",
         "metrics.csv",
         "confusions.json",
+        "assessments.json",
         "lineage.json",
         "mlflow.db",
     ):

@@ -159,8 +159,9 @@ def plan(
 def evaluate(config: options.Config, overrides: options.Overrides = None) -> None:
     """Hold the segmented slides of a run against their annotations.
 
-    Reads OUTPUT/slides; writes metrics.json, metrics.csv, confusions.json, calibration.csv and reliability.png into OUTPUT,
-    and pictures of truth beside prediction. The exit code is 1 where a slide could not be evaluated, or none is annotated.
+    Reads OUTPUT/slides; writes metrics.json, metrics.csv, confusions.json, assessments.json, calibration.csv and
+    reliability.png into OUTPUT, and pictures of truth beside prediction. The exit code is 1 where a slide could not be
+    evaluated, or none is annotated.
 
     Example: `fullfield evaluate workflows/configs/glas.yaml`
     """
@@ -180,7 +181,7 @@ def crossval(
     Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
     train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is
     trained, then OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last
-    the pooled metrics.json, metrics.csv and confusions.json.
+    the figures of all patients that were held out, as `fullfield evaluate` writes them of a run.
 
     Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
     """

@@ -12,20 +12,23 @@ import numpy.typing as npt
 from pyarrow import parquet
 from rich.table import Table
 
+from pipeline.assessed import FILE as ASSESSMENTS
+from pipeline.assessed import read_assessments
+from pipeline.assessment import SlideAssessment
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import SPLITS, Config
 from pipeline.errors import CheckpointError
-from pipeline.files import put_aside, write_csv, write_json
+from pipeline.files import put_aside, write_csv
 from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
-from pipeline.metrics import POOLED, Report, few_patients, report, table
+from pipeline.metrics import POOLED, Report
 from pipeline.progress import console, new_table
 from pipeline.specs import read_config
 from pipeline.tally import FILE as TALLY
-from pipeline.tally import read_tally, write_tally
+from pipeline.tally import read_tally
 from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
-from workflows.evaluate import LEFT_OUT, figure_text, interval_text
+from workflows.evaluate import FIGURES, LEFT_OUT, figure_text, interval_text, show_shapes, write_figures
 from workflows.run import run_stages
 from workflows.tile import tile_cohort
 
@@ -144,7 +147,7 @@ def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
 
 
 def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
-    """Pool what each fold counted on the patients that it held out: metrics, and the counts themselves.
+    """Pool what each fold counted on the patients that it held out: figures as of one evaluation, and the counts themselves.
 
     Returns 1 where a fold has counted nothing, since none of its slides could be segmented, else 0.
     """
@@ -152,35 +155,33 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     for fold in folds:
         if fold not in counted:
             console.print(f"{fold.name} has no figures, and is left out of those of all folds")
-    tallies = [read_tally(fold / TALLY) for fold in counted]
-    rows = tuple(replace(row, split=_HELD_OUT) for tally in tallies for row in tally.rows if row.split == "test")
+    rows = [row for fold in counted for row in _held_out(fold)]
     missing = {case.slide_id for case in _candidates(workspace)} - {row.slide_id for row in rows}
     workspace.run.note(LEFT_OUT, ", ".join(sorted(missing)))
     if not counted:
-        for name in _POOLED:
+        for name in FIGURES:
             put_aside(workspace.output / name)
         workspace.run.renew_metrics({}, [_HELD_OUT])
         return 1
-    config, output, first = workspace.config, workspace.output, tallies[0]
-    samples = config.evaluation.bootstrap_samples
-    scores = report(rows, config.class_list, Mpp.square(first.mpp), first.rest, samples, config.seed)
-    write_tally(output / TALLY, replace(first, rows=rows))
-    write_json(output / "metrics.json", scores)
-    flat = table(scores)
-    write_csv(output / "metrics.csv", list(flat[0]), flat)
-    for name in _POOLED:
-        workspace.run.log_file(output / name)
-    pooled = scores[_HELD_OUT][POOLED]
-    metrics = {f"{_HELD_OUT} {score} {name}": values[score] for name, values in pooled.items() for score in _LOGGED}
-    workspace.run.renew_metrics({**metrics, f"{_HELD_OUT} slides": len(rows)}, [_HELD_OUT])
-    console.print(_table(scores))
-    for remark in few_patients(scores):
-        console.print(f"crossval: {remark}")
+    mpp = Mpp.square(read_tally(counted[0] / TALLY).mpp)
+    figures = write_figures(workspace.output, rows, workspace.config, mpp)
+    for name in FIGURES:
+        workspace.run.log_file(workspace.output / name)
+    pooled = figures.scores[_HELD_OUT][POOLED]
+    intervals = {f"{_HELD_OUT} {bound} {name}": values[bound] for name, values in pooled.items() for bound in _BOUNDS}
+    workspace.run.renew_metrics({**figures.headline(), **intervals}, [_HELD_OUT])
+    console.print(_table(figures.scores))
+    show_shapes(figures, workspace.config, "crossval")
     return 0 if len(counted) == len(folds) else 1
 
 
-_POOLED = (TALLY, "metrics.json", "metrics.csv")
-_LOGGED = ("dice", "dice_low", "dice_high", "iou", "iou_low", "iou_high")
+_BOUNDS = ("dice_low", "dice_high", "iou_low", "iou_high")
+
+
+def _held_out(fold: Path) -> list[SlideAssessment]:
+    """What a fold counted on the slides that it held out."""
+    counted = [replace(row, split=_HELD_OUT) for row in read_tally(fold / TALLY).rows if row.split == "test"]
+    return read_assessments(fold / ASSESSMENTS, counted)
 
 
 def _table(scores: Report) -> Table:

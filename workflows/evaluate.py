@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from pipeline.assessed import FILE as ASSESSMENTS
+from pipeline.assessed import write_assessments
 from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment, assess, extended, overall_error
 from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
@@ -16,6 +19,7 @@ from pipeline.config import SPLITS, Config
 from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.folder import require_output
+from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress
@@ -29,7 +33,9 @@ from pipeline.truth import Truth
 from pipeline.workspace import Workspace, log_inputs, open_workspace, slide_job
 
 _CALIBRATION = ("calibration.csv", "reliability.png")
-_FIGURES = ("metrics.json", "metrics.csv", TALLY, *_CALIBRATION)
+FIGURES = ("metrics.json", "metrics.csv", TALLY, ASSESSMENTS, *_CALIBRATION)
+"""The files of a run's figures, in its output."""
+
 LEFT_OUT = "fullfield.left_out"
 """The tag of an MLflow run that names the slides which are missing from its figures."""
 
@@ -41,6 +47,26 @@ _SHAPE_COLUMNS = (
     ("nsd", "surface Dice"),
     ("froc", "FROC"),
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """The slides of each split, their scores, and the calibration error over all classes of each split."""
+
+    splits: Mapping[str, Sequence[SlideAssessment]]
+    scores: Report
+    errors: Mapping[str, Mapping[str, float | None]]
+
+    def headline(self) -> dict[str, float | None]:
+        """What MLflow is told: pooled scores of every split and class, the calibration error, the number of slides."""
+        metrics = {
+            f"{split} {score} {name}": values[score]
+            for split, slides in self.scores.items()
+            for name, values in slides[POOLED].items()
+            for score in ("dice", "iou", *SHAPE_SCORES)
+        }
+        metrics |= {f"{split} ece": error["ece"] for split, error in self.errors.items()}
+        return metrics | {f"{split} slides": len(mine) for split, mine in self.splits.items()}
 
 
 def evaluate(path: Path, overrides: Sequence[str]) -> int:
@@ -86,7 +112,7 @@ def _put_aside(workspace: Workspace) -> None:
     workspace.run.renew_metrics({}, SPLITS)
     with workspace.run.child("evaluate", anew=True):
         pass
-    for name in _FIGURES:
+    for name in FIGURES:
         put_aside(workspace.output / name)
 
 
@@ -122,35 +148,43 @@ def _rules(config: Config) -> Rules:
 def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
     config, output = workspace.config, workspace.output
     canvas = open_canvas(output / "slides" / rows[0].slide_id / CANVAS)
-    rest, samples = rest_index(config), config.evaluation.bootstrap_samples
-    scores = report([row.pixels for row in rows], canvas.classes, canvas.lattice.mpp, rest, samples, config.seed)
-    scores = extended(scores, rows, canvas.classes, rest, samples, config.seed)
-    splits = {split: [row for row in rows if row.split == split] for split in scores}
-    errors = {split: overall_error(mine, samples, config.seed) for split, mine in splits.items()}
-    write_json(output / "metrics.json", scores)
-    flat = table(scores)
-    write_csv(output / "metrics.csv", list(flat[0]), flat)
-    pixels = tuple(row.pixels for row in rows)
-    write_tally(output / TALLY, Tally(canvas.classes.names, rest, canvas.lattice.mpp.x, pixels))
-    _write_calibration(output, splits)
+    figures = write_figures(output, rows, config, canvas.lattice.mpp)
     with workspace.run.child("evaluate") as run:
-        metrics = _headline(scores)
-        metrics |= {f"{split} ece": error["ece"] for split, error in errors.items()}
-        metrics |= {f"{split} slides": len(mine) for split, mine in splits.items()}
         for whole_or_stage in (run, workspace.run):
-            whole_or_stage.renew_metrics(metrics, SPLITS)
-        for name in _FIGURES:
+            whole_or_stage.renew_metrics(figures.headline(), SPLITS)
+        for name in FIGURES:
             run.log_file(output / name)
         for row in rows:
             run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
-    console.print(_score_table(scores))
-    console.print(_shape_table(scores))
-    for remark in few_patients(scores):
-        console.print(f"evaluate: {remark}")
+    console.print(_score_table(figures.scores))
+    show_shapes(figures, config, "evaluate")
+
+
+def write_figures(output: Path, rows: Sequence[SlideAssessment], config: Config, mpp: Mpp) -> Figures:
+    """Score assessed slides, whose pixels were counted at `mpp`, and write FIGURES into a folder."""
+    classes, rest, samples, seed = config.class_list, rest_index(config), config.evaluation.bootstrap_samples, config.seed
+    pixels = tuple(row.pixels for row in rows)
+    scores = extended(report(pixels, classes, mpp, rest, samples, seed), rows, classes, rest, samples, seed)
+    splits = {split: [row for row in rows if row.split == split] for split in scores}
+    write_json(output / "metrics.json", scores)
+    flat = table(scores)
+    write_csv(output / "metrics.csv", list(flat[0]), flat)
+    write_tally(output / TALLY, Tally(classes.names, rest, mpp.x, pixels))
+    write_assessments(output / ASSESSMENTS, rows)
+    _write_calibration(output, splits)
+    return Figures(splits, scores, {split: overall_error(mine, samples, seed) for split, mine in splits.items()})
+
+
+def show_shapes(figures: Figures, config: Config, command: str) -> None:
+    """Print the figures of objects, boundaries, lesions and calibration, and what a `command` is to say of intervals."""
+    console.print(_shape_table(figures.scores))
+    for remark in few_patients(figures.scores):
+        console.print(f"{command}: {remark}")
+    rows = [row for mine in figures.splits.values() for row in mine]
     if config.evaluation.lesions and (left_out := [row.slide_id for row in rows if not any(row.found.detections)]):
         reason = "FROC leaves out slides of which something that was examined is not known"
         console.print(f"{reason}, {len(left_out)} of {len(rows)}: {', '.join(left_out)}")
-    for split, error in errors.items():
+    for split, error in figures.errors.items():
         interval = interval_text(error["ece_low"], error["ece_high"])
         console.print(f"Calibration: expected error of probabilities, {split}: {figure_text(error['ece'])} ({interval})")
 
@@ -161,16 +195,6 @@ def _write_calibration(output: Path, splits: Mapping[str, Sequence[SlideAssessme
     rows = [{"split": split, **row} for split, part in counts.items() for row in reliability_rows(part)]
     write_csv(output / _CALIBRATION[0], list(rows[0]), rows)
     draw_reliability(output / _CALIBRATION[1], counts)
-
-
-def _headline(scores: Report) -> dict[str, float | None]:
-    """Pooled scores of every split and class, for MLflow."""
-    return {
-        f"{split} {score} {name}": values[score]
-        for split, slides in scores.items()
-        for name, values in slides[POOLED].items()
-        for score in ("dice", "iou", *SHAPE_SCORES)
-    }
 
 
 def _score_table(scores: Report) -> Table:
