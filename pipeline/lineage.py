@@ -1,6 +1,6 @@
 """Where a result comes from: code, packages, machine, slides and annotations by digest, splits, seed, and its models.
 
-    OUTPUT/lineage.json          of a run, or of slides that were segmented; a run's is in MLflow, too
+    OUTPUT/lineage.json          of a run or of many, or of slides that were segmented; runs have theirs in MLflow, too
     MODEL/ancestry.json          the same of a model, of the slides that it learned from; it stays with the model
 
 From either one can tell what a run was made of, without the folder in which it was made.
@@ -114,6 +114,22 @@ def add_models(folder: Path, models: Sequence[Path]) -> Path:
     return path
 
 
+def write_parts(folder: Path, config: Config, parts: Sequence[Path]) -> Path:
+    """Write into FOLDER/lineage.json what each run of a larger work was made of, by the name of its folder.
+
+    It is what the part's own lineage says, with digests alone of models and packages; little of one that has not been
+    trained. Returns the path.
+    """
+    told = {part.name: _in_short(_written(part / FILE)) for part in parts}
+    return write_lineage(folder, {"config_digest": config.digest(), "seed": config.seed, "parts": told})
+
+
+def _in_short(found: Mapping[str, Any]) -> dict[str, Any]:
+    origins = [{name: fact for name, fact in one.items() if name != "packages"} for one in found.get("origins", [])]
+    models = [{name: model[name] for name in ("path", "digest")} for model in found.get("models", [])]
+    return {**found, "origins": origins, "models": models}
+
+
 def _written(path: Path) -> dict[str, Any]:
     """What a lineage holds; one that is damaged is put aside."""
     if not path.exists():
@@ -135,7 +151,7 @@ def _add(path: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> Non
 
 def read_lineage(path: Path) -> dict[str, Any]:
     """What `write_lineage` wrote of a run. Raises CohortError where there is no such file, or it is damaged."""
-    remedy = "Name the output of `fullfield run` or `fullfield train`, or its MLflow run."
+    remedy = "Name the output of `fullfield run` or `train`, or its MLflow run; of a cross-validation or sweep, a run of it."
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

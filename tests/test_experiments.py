@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import yaml
 from PIL import Image
 
 from pipeline.assessment import SHAPE_SCORES, SlideAssessment
+from pipeline.checkpoint import digest
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import SPLITS
 from pipeline.config_file import load_config
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
+from pipeline.files import file_digest
 from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
@@ -27,6 +29,7 @@ from pipeline.tally import Tally, find_tally, write_tally
 from pipeline.workspace import open_workspace
 from workflows.crossval import crossval
 from workflows.evaluate import FIGURES, assess_case, evaluate, evaluate_cohort, write_figures
+from workflows.reproduce import reproduce
 from workflows.run import run
 from workflows.sweep import _remarks, sweep
 from workflows.tile import tile_case, tile_cohort
@@ -99,6 +102,7 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     folds = ["fold-1", "fold-2", "fold-3"]
     assert [load_config(output / fold / "config.yaml").tracking.alias for fold in folds] == [f"cv-{fold}" for fold in folds]
     assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
+    check_lineage(output, folds)
     check_resumption(config, output, capsys)
     check_refusals(config, output)
 
@@ -127,8 +131,25 @@ def check_all_figures(output: Path, other: Path) -> None:
             assert logged.get(f"out-of-fold {score} {name}") == fields[score]
 
 
+def check_lineage(output: Path, parts: Collection[str]) -> None:
+    """Slides, splits, code and models of every part are told beside the whole, in its folder and in its MLflow run."""
+    lineage, record = (json.loads((output / name).read_text()) for name in ("lineage.json", "run.json"))
+    store = open_store(f"sqlite:///{output / 'mlflow.db'}", create=False)
+    assert json.loads(Path(store.client.download_artifacts(record["run_id"], "lineage.json")).read_text()) == lineage
+    assert lineage["parts"].keys() == set(parts) and lineage["origins"][0]["packages"]
+    for name, part in lineage["parts"].items():
+        cases = {case.slide_id: case for case in read_manifest(output / name / "cohort.csv")}
+        assert {slide["slide_id"]: slide["split"] for slide in part["slides"]} == {
+            slide_id: case.split for slide_id, case in cases.items()
+        }
+        for slide in part["slides"]:
+            assert slide["annotation_digest"] == file_digest(cases[slide["slide_id"]].annotation)
+        assert part["models"] == [{"path": str(output / name / "model"), "digest": digest(output / name / "model")}]
+        assert part["origins"][0]["lock"] and part["training"]["minutes"] >= 0
+
+
 def check_refusals(config: Path, output: Path) -> None:
-    """Other folds leave an output as it is; and the whole is no run that could be made again."""
+    """Other folds leave an output as it is; and the whole, which says what its runs are made of, is none itself."""
     before = (output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()
     with pytest.raises(CheckpointError, match="patients dealt out otherwise"):
         crossval(config, [f"output={output}", "cohort.fractions={train: 1, val: 0, test: 0}"], 2)
@@ -140,9 +161,10 @@ def check_refusals(config: Path, output: Path) -> None:
         assert [path.read_bytes() for path in files][2:] == kept[2:]
         assert "9" not in other or [path.read_bytes() for path in files] == kept
     assert ((output / "folds.csv").read_bytes(), (output / "fold-2" / "cohort.csv").read_bytes()) == before
-    store, run_id = f"sqlite:///{output / 'mlflow.db'}", json.loads((output / "run.json").read_text())["run_id"]
-    with pytest.raises(TrackingError, match=f"^runs/cv: found no lineage.json in MLflow run {run_id}"):
-        open_store(store, create=False).fetch(run_id, "lineage.json", output, "runs/cv")
+    with pytest.raises(
+        CohortError, match=r"lineage\.json: found no slides, models; expected the lineage of a run.*a run of it"
+    ):
+        reproduce(str(output), output.with_name("again"))
 
 
 def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,6 +249,7 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
     order = [float(row["dice"]) for row in rows_of(output / "sweep.csv")]
     assert order == sorted(order, reverse=True) and len(set(order)) == 4
     assert (output / "sweep.png").stat().st_size > 0 and all(name in (output / "sweep.md").read_text() for name in names)
+    check_lineage(output, names)
     stages = dict.fromkeys(names, STAGES)
     assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **stages}
     kept = [(output / name).read_bytes() for name in ("config.yaml", "cohort.csv", "sweep.csv")]
@@ -271,6 +294,8 @@ def test_a_combination_that_fails_is_a_row_with_its_reason_and_the_others_go_on(
     assert (good["name"], good["status"]) == ("learning_rate=0.01", "done")
     assert (failed["status"], failed["dice"]) == ("failed", "")
     assert "loss" in failed["reason"]
+    parts = json.loads((tmp_path / "out" / "lineage.json").read_text())["parts"]
+    assert [len(parts[row["name"]]["models"]) for row in (good, failed)] == [1, 0]
     client = open_store(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", create=False).client
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
     ended = {(found.info.run_name, found.info.status) for found in runs}

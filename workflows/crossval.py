@@ -22,6 +22,7 @@ from pipeline.files import put_aside, write_csv
 from pipeline.folds import deal_folds, fold_cases
 from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
+from pipeline.lineage import write_parts
 from pipeline.metrics import POOLED, Report
 from pipeline.progress import console, new_table
 from pipeline.specs import read_config
@@ -50,7 +51,9 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
             with open_within(workspace, part) as fold:
                 adopt_tiles(fold, workspace.tiles, workspace.config)
                 failures.append(run_stages(fold))
-        failures.append(_publish(workspace, [part.output for part in parts]))
+        outputs = [part.output for part in parts]
+        workspace.run.log_file(write_parts(workspace.output, workspace.config, outputs))
+        failures.append(_publish(workspace, outputs))
         command = workspace.run.open_command()
     console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
     return 1 if any(failures) else 0

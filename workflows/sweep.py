@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import CohortError, FullfieldError
 from pipeline.fitting import fit
 from pipeline.inputs import check_output
+from pipeline.lineage import write_parts
 from pipeline.metrics import POOLED
 from pipeline.progress import console, new_table, progress
 from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
@@ -53,6 +54,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
             entry, failure = _finish(workspace, combination, part, failed.get(part.output))
             entries.append(entry)
             failures.append(failure)
+        workspace.run.log_file(write_parts(workspace.output, workspace.config, [part.output for part in parts]))
         _publish(workspace, ranked(entries))
         command = workspace.run.open_command()
     console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
