@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,19 @@ def changes(then: Mapping[str, Any], slides_now: Sequence[Mapping[str, Any]]) ->
                 yield f"{kind} of {old['slide_id']}, {old[kind]}: {state}"
 
 
-def seen_by(model: Path, splits: Collection[str]) -> frozenset[str]:
-    """Digests of the slides of some splits that a model saw as it was trained, and their patients; see ancestry."""
+@dataclass(frozen=True)
+class Seen:
+    """Whom a model saw as it was trained: its slides by digest, and its patients by name."""
+
+    slides: frozenset[str]
+    patients: frozenset[str]
+
+
+def seen_by(model: Path, splits: Collection[str]) -> Seen:
+    """The slides of some splits that a model saw as it was trained, and their patients; see ancestry."""
     slides = [slide for slide in checkpoint.load_ancestry(model).get("slides", []) if slide["split"] in splits]
-    return frozenset(slide[key] for slide in slides for key in ("slide_digest", "patient"))
+    digests, patients = (frozenset(slide[key] for slide in slides) for key in ("slide_digest", "patient"))
+    return Seen(digests, patients)
 
 
 def ways(config: Config) -> dict[str, object]:

@@ -16,11 +16,12 @@ from pipeline.checkpoint import save
 from pipeline.classes import Classes
 from pipeline.cohort import read_manifest, write_manifest
 from pipeline.errors import CheckpointError, CohortError, TrackingError
+from pipeline.lineage import Seen
 from pipeline.network import ModelSpec
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_cohort
 from pipeline.store import open_store
 from pipeline.versions import Version, decide
-from workflows.promote import promote
+from workflows.promote import _strangers, promote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
@@ -62,7 +63,7 @@ def register(home: Path, store: mlflow.MlflowClient) -> Callable[..., str]:
         spec = ModelSpec(
             architecture="fcn", classes=classes, mpp=mpp, patch_size=32, width=4, depth=2, stride=4, halo=16, rest=GLASS
         )
-        slides = [{"slide_digest": "another", "patient": patient, "split": split} for patient, split in saw]
+        slides = [{"slide_digest": f"of {patient}", "patient": patient, "split": split} for patient, split in saw]
         folder = home / f"model-{next(numbers)}"
         save(folder, spec, build_network(spec), ancestry={"slides": slides})
         number = str(store.create_model_version("tissue", folder.as_uri(), run.info.run_id).version)
@@ -110,6 +111,29 @@ def test_patients_that_either_has_seen_do_not_decide(
     challenger = register(saw=(("P1", "train"),))
     promote(f"models:/tissue/{challenger}", "known", 0.01, home / "config.yaml", home / "out")
     assert json.loads(store.get_model_version("tissue", challenger).tags["fullfield.known.patients"]) == ["P2"]
+
+
+def facts_of(slide_id: str, patient: str) -> dict[str, str]:
+    return {"slide_id": slide_id, "patient": patient, "slide_digest": f"digest {slide_id}"}
+
+
+def test_a_name_is_told_from_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who shares a slide with the training is that patient, all slides; of a name alone nobody knows."""
+    slides = [facts_of("old", "1"), facts_of("new", "1"), facts_of("abroad", "2"), facts_of("free", "3")]
+    seen = {"A": Seen(frozenset({"digest old"}), frozenset({"P1"})), "B": Seen(frozenset({"other"}), frozenset({"2"}))}
+    assert _strangers(slides, seen) == (slides[-1:], True)
+    old, new, abroad = capsys.readouterr().out.splitlines()
+    assert old == "left out old: A was trained on that patient" and new == "left out new: A was trained on that patient"
+    assert abroad.startswith("left out abroad: B was trained on a patient of the same name, 2, but on other slides")
+    assert _strangers(slides[:2], seen) == ([], False)
+
+
+def test_a_cohort_whose_patients_are_called_alike_is_refused_with_what_to_do(
+    home: Path, register: Callable[..., str]
+) -> None:
+    register("namesakes", saw=tuple((f"P{number}", "train") for number in range(3)))
+    with pytest.raises(CohortError, match="Rename patients in the manifest that are other people"):
+        promote(f"models:/tissue/{register()}", "namesakes", 0.01, home / "config.yaml", home / "out")
 
 
 def test_a_champion_with_other_classes_is_no_rival(home: Path, register: Callable[..., str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from pipeline.comparison import SURE, Difference, paired_difference
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError
-from pipeline.lineage import case_facts, seen_by
+from pipeline.lineage import Seen, case_facts, case_of, seen_by
 from pipeline.metrics import SlideConfusion
 from pipeline.progress import console
 from pipeline.registry import check_alias
@@ -35,6 +36,8 @@ from pipeline.workspace import dealt_cases, slide_job
 from workflows.segment import run_jobs
 
 Scores = dict[str, float]
+Facts = dict[str, Any]
+"""What `case_facts` tells of a case."""
 
 _DIGITS = 8  # of a model's digest
 _REFUSED = 3
@@ -79,7 +82,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
 def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores, str]:
     """The mean Dice of each patient, of the champion and of the challenger, and their split. Raises CohortError."""
     with connect(config.cluster) as cluster:
-        cases = _unseen(config, cluster, [champion, challenger])
+        cases = [case_of(slide) for slide in _unseen(config, cluster, [champion, challenger])]
         theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
     shared_patients(theirs, ours)  # refuses another truth
     if theirs.mpp != ours.mpp:
@@ -133,8 +136,8 @@ def _folder(output: Path, version: Version) -> Path:
     return output.absolute() / f"{version.name}-{version.number}-{digest(version.checkpoint)[:_DIGITS]}"
 
 
-def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> list[Case]:
-    """The annotated test cases that no version saw as it was trained; where there are no test cases, those for validation.
+def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> list[Facts]:
+    """Facts of the annotated test cases that no version saw as it was trained; where there are none, those for validation.
 
     The challenger's epoch was chosen on these, so a message says so; slides that either learned from are left out.
     Raises CohortError where no case remains.
@@ -147,24 +150,47 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
     for case in annotated:
         if case.split == split:
             cluster.submit(case, case_facts, case)
-    counts = ("train", "val") if split == "test" else ("train",)
-    seen = {version.reference: seen_by(version.checkpoint, counts) for version in versions}
-    for name in (name for name, known in seen.items() if not known):
-        console.print(f"{name} does not tell what it was trained on: it may have been these slides")
-    kept = []
+    facts = []
     for outcome in cluster:
         if outcome.error is not None:
             raise outcome.error
-        facts = {outcome.value["slide_digest"], outcome.value["patient"]}
-        by = [name for name, known in seen.items() if facts & known]
-        if by:
-            console.print(f"left out {outcome.key.slide_id}: {', '.join(by)} was trained on that patient")
-        else:
-            kept.append(outcome.key)
+        facts.append(outcome.value)
+    counts = ("train", "val") if split == "test" else ("train",)
+    seen = {version.reference: seen_by(version.checkpoint, counts) for version in versions}
+    for name in (name for name, known in seen.items() if not known.slides):
+        console.print(f"{name} does not tell what it was trained on: it may have been these slides")
+    kept, namesakes = _strangers(sorted(facts, key=lambda slide: slide["slide_id"]), seen)
     if not kept:
         remedy = "Name a configuration with other annotated slides (--config)."
+        if namesakes:
+            remedy = f"Rename patients in the manifest that are other people than those of the training. {remedy}"
         raise CohortError(str(manifest), f"no {split} slide that both models have never seen", "one or more", remedy)
-    return sorted(kept, key=lambda case: case.slide_id)
+    return kept
+
+
+def _strangers(facts: Sequence[Facts], seen: Mapping[str, Seen]) -> tuple[list[Facts], bool]:
+    """The slides of patients whom no model has seen, by the models' names; and whether any is left out for a name alone.
+
+    A name is no person: two hospitals have a patient 1 each. But a person's other slides have digests that no model knows.
+    """
+    digests = {slide["patient"]: set[str]() for slide in facts}
+    for slide in facts:
+        digests[slide["patient"]].add(slide["slide_digest"])
+    kept, namesakes = [], False
+    for slide in facts:
+        patient, own = slide["patient"], digests[slide["patient"]]
+        by = [name for name, model in seen.items() if own & model.slides or patient in model.patients]
+        if not by:
+            kept.append(slide)
+            continue
+        told = f"left out {slide['slide_id']}: {', '.join(by)} was trained on"
+        if any(own & model.slides for model in seen.values()):
+            console.print(f"{told} that patient")
+        else:
+            namesakes = True
+            remedy = "if it is another person, rename it in the manifest"
+            console.print(f"{told} a patient of the same name, {patient}, but on other slides: {remedy}")
+    return kept, namesakes
 
 
 def _examine(version: Version, cases: Sequence[Case], config: Config, cluster: Cluster, output: Path) -> Tally:
