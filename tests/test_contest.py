@@ -11,14 +11,18 @@ import pytest
 import torch
 import yaml
 
+from pipeline import __version__
 from pipeline.architectures import build_network
 from pipeline.checkpoint import save
 from pipeline.classes import Classes
 from pipeline.cohort import read_manifest, write_manifest
 from pipeline.errors import CheckpointError, CohortError, TrackingError
+from pipeline.files import file_digest
 from pipeline.lineage import Seen
 from pipeline.network import ModelSpec
+from pipeline.origin import origin
 from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_cohort
+from pipeline.slide import open_slide
 from pipeline.store import open_store
 from pipeline.versions import Version, decide
 from workflows.promote import _strangers, promote
@@ -110,7 +114,22 @@ def test_patients_that_either_has_seen_do_not_decide(
     register("known", saw=(("P0", "val"),))
     challenger = register(saw=(("P1", "train"),))
     promote(f"models:/tissue/{challenger}", "known", 0.01, home / "config.yaml", home / "out")
-    assert json.loads(store.get_model_version("tissue", challenger).tags["fullfield.known.patients"]) == ["P2"]
+    tags = store.get_model_version("tissue", challenger).tags
+    assert json.loads(tags["fullfield.known.patients"]) == ["P2"]
+    check_basis(home, challenger, tags)
+
+
+def check_basis(home: Path, challenger: str, tags: dict[str, str]) -> None:
+    """The verdict rests on slides, annotations, models and code that are told by digest, in a file that has one itself."""
+    (path,) = (home / "out").glob(f"tissue-{challenger}-*/lineage.json")
+    found, case = json.loads(path.read_text()), read_manifest(home / "cohort.csv")[2]
+    (slide,) = found["slides"]
+    assert (slide["patient"], slide["slide_digest"]) == ("P2", open_slide(case.slide).digest())
+    assert slide["annotation_digest"] == file_digest(case.annotation)
+    assert [model["ancestry"]["slides"][0]["patient"] for model in found["contestants"]] == ["P0", "P1"]
+    assert path.parent.name.endswith(found["contestants"][1]["digest"][:8])
+    assert tags["fullfield.known.lineage"] == file_digest(path)
+    assert (tags["fullfield.known.version"], tags["fullfield.known.code"]) == (__version__, origin()["code"])
 
 
 def facts_of(slide_id: str, patient: str) -> dict[str, str]:

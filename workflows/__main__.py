@@ -181,7 +181,7 @@ def crossval(
     Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
     train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is
     trained, then OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last
-    the figures of all patients that were held out, as `fullfield evaluate` writes them of a run.
+    lineage.json and the figures of all patients that were held out, as `fullfield evaluate` writes them of a run.
 
     Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
     """
@@ -199,8 +199,8 @@ def sweep(
 
     They train side by side with cluster.workers=N, or on a scheduler's workers; one after the other with one worker, the
     default. A list is one value in brackets; a key with a single value is set for all. Writes OUTPUT/NAME for each
-    combination, which `fullfield run OUTPUT/NAME/config.yaml` continues alone, then OUTPUT/sweep.csv, sweep.md and
-    sweep.png.
+    combination, which `fullfield run OUTPUT/NAME/config.yaml` continues alone, then OUTPUT/sweep.csv, sweep.md,
+    sweep.png and lineage.json.
 
     Example: `fullfield sweep my.yaml output=runs/sweep training.learning_rate=1e-3,3e-4 network.width=16,32`
     """
@@ -241,7 +241,8 @@ def promote(
     Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
     flatters MODEL; the alias moves where the 95 % interval of the paired difference over patients leaves out a loss
     larger than the margin. Fewer than six patients cannot be as sure: then none of them may lose more. The evidence
-    becomes tags of the version. The exit code is 3 where the alias stays, and 1 for an error.
+    becomes tags of the version; the lineage.json of what was examined, below the output, is one of them by its SHA-256. The
+    exit code is 3 where the alias stays, and 1 for an error.
 
     Example: `fullfield promote runs/mine --margin 0.01`
     """

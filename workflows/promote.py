@@ -20,8 +20,10 @@ from pipeline.comparison import SURE, Difference, paired_difference
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError
-from pipeline.lineage import Seen, case_facts, case_of, seen_by
+from pipeline.files import file_digest
+from pipeline.lineage import Seen, case_facts, case_of, models_facts, seen_by, write_lineage
 from pipeline.metrics import SlideConfusion
+from pipeline.origin import origin
 from pipeline.progress import console
 from pipeline.registry import check_alias
 from pipeline.runtime import EXACT, with_flips
@@ -65,13 +67,13 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     _check_classes(champion, challenger)
     config = _own_config(store, challenger, output, reference) if cohort is None else load_config(cohort)
     _check_truth(config, challenger)
-    theirs, ours, split = _contest(champion, challenger, config, output)
+    theirs, ours, basis = _contest(champion, challenger, config, output)
     difference = paired_difference(theirs, ours)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
-    if split == "val":
+    if basis["split"] == "val":
         verdict = f"{verdict} (by patients for validation, {_FLATTERED})"
-    evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin, "split": split}
+    evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin, **basis}
     decide(store, challenger, alias, champion, takes, {**evidence, **_figures(difference, theirs, ours)})
     console.print(f"{challenger.reference}: {verdict}", soft_wrap=True)
     if not takes:
@@ -79,10 +81,11 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     return 0 if takes else _REFUSED
 
 
-def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores, str]:
-    """The mean Dice of each patient, of the champion and of the challenger, and their split. Raises CohortError."""
+def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores, dict[str, str]]:
+    """The mean Dice of each patient, of the champion and of the challenger, and what it rests on. Raises CohortError."""
     with connect(config.cluster) as cluster:
-        cases = [case_of(slide) for slide in _unseen(config, cluster, [champion, challenger])]
+        slides = _unseen(config, cluster, [champion, challenger])
+        cases = [case_of(slide) for slide in slides]
         theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
     shared_patients(theirs, ours)  # refuses another truth
     if theirs.mpp != ours.mpp:
@@ -91,7 +94,10 @@ def _contest(champion: Version, challenger: Version, config: Config, output: Pat
     if not now:
         remedy = "Annotate test slides, or set `annotations.rest`."
         raise CohortError(str(config.cohort.manifest), "nothing known of the slides to examine", "some truth", remedy)
-    return before, now, cases[0].split
+    facts = {"slides": slides, "contestants": models_facts([champion.checkpoint, challenger.checkpoint])}
+    lineage = file_digest(write_lineage(_folder(output, challenger), facts))
+    code = {name: origin()[name] for name in ("version", "code")}
+    return before, now, {"split": cases[0].split, "lineage": lineage, **code}
 
 
 def _figures(difference: Difference, theirs: Scores, ours: Scores) -> dict[str, object]:
