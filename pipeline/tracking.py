@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,8 @@ from pipeline.store import PARENT, STAGE, Store, chosen_address, is_own, open_st
 
 _ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
-_LONGEST_KEY, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 6000, 36  # letters that MLflow takes
+_LONGEST_KEY, _LONGEST_TAG, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 8000, 6000, 36  # letters that MLflow takes
+_FIRST_NAMES = 10  # of a list that is too long for a tag
 _TOLD_APART = 6  # digits of a digest
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
 _NO_PATH = re.compile(r"[#?%]")  # which MLflow puts into addresses as they are
@@ -148,6 +150,23 @@ class Run:
         with self.store.conversation():
             if tag in self.store.client.get_run(self.run_id).data.tags:
                 self.store.client.delete_tag(self.run_id, tag)
+
+    def note_names(self, tag: str, names: Collection[str]) -> None:
+        """Sets a tag that lists names, or deletes it where there are none.
+
+        MLflow cuts a tag at 8000 letters: where the list is longer, the tag has the number of names and the first few, and
+        the file TAG.txt all, a line each.
+        """
+        listed, file = ", ".join(names), f"{tag}.txt"
+        long = len(listed) > _LONGEST_TAG
+        if long or self._has(file):  # one of an earlier call would tell of names that are gone
+            self.log_text(file, "".join(f"{name}\n" for name in names))
+        first = ", ".join(islice(names, _FIRST_NAMES))
+        self.note(tag, f"{len(names)}, all of them in {file}: {first}, ..." if long else listed)
+
+    def _has(self, file: str) -> bool:
+        with self.store.conversation():
+            return any(found.path == file for found in self.store.client.list_artifacts(self.run_id))
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Logs parameters: nested mappings under dotted names, lists as JSON, no more than 6000 letters each.

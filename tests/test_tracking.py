@@ -313,11 +313,23 @@ def test_numbers_and_notes_of_what_is_gone_do_not_stay(start):
     run.renew_metrics({"val dice <a>": 0.75, "val slides": 3}, ["val", "test"])
     found = [value for value in look(run).data.metrics.values() if value == value]  # but for NaN
     assert sorted(found) == [0.75, 2, 3] and len(look(run).data.metrics) == 4
-    run.note("fullfield.left_out", "a, b")
+    run.note_names("fullfield.left_out", ["a", "b"])
     assert look(run).data.tags["fullfield.left_out"] == "a, b"
     for _ in range(2):
         run.note("fullfield.left_out", "")
         assert "fullfield.left_out" not in look(run).data.tags
+
+
+def test_a_list_that_is_too_long_for_a_tag_is_a_file(start):
+    run, names = start(), [f"slide {number:03}, {'x' * 30}" for number in range(300)]
+    run.note_names("fullfield.left_out", names)
+    tag = look(run).data.tags["fullfield.left_out"]
+    assert tag.startswith(f"300, all of them in fullfield.left_out.txt: {names[0]}, {names[1]}, ") and len(tag) < 8000
+    assert read_file(run, "fullfield.left_out.txt").splitlines() == names
+    for fewer in (names[:2], []):
+        run.note_names("fullfield.left_out", fewer)
+        assert look(run).data.tags.get("fullfield.left_out", "") == ", ".join(fewer)
+        assert read_file(run, "fullfield.left_out.txt").splitlines() == fewer
 
 
 def test_a_data_set_is_noted_once(start, tmp_path):

@@ -160,7 +160,7 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
             console.print(f"{fold.name} has no figures, and is left out of those of all folds")
     rows = [row for fold in counted for row in _held_out(fold)]
     missing = {case.slide_id for case in _candidates(workspace)} - {row.slide_id for row in rows}
-    workspace.run.note(LEFT_OUT, ", ".join(sorted(missing)))
+    workspace.run.note_names(LEFT_OUT, sorted(missing))
     if not counted:
         for name in FIGURES:
             put_aside(workspace.output / name)

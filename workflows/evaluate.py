@@ -96,7 +96,7 @@ def evaluate_cohort(workspace: Workspace) -> int:
                 case = outcome.key
                 rows.append(SlideAssessment(case.slide_id, case.patient, case.split, outcome.value))
             bar.advance()
-    workspace.run.note(LEFT_OUT, ", ".join(sorted(left_out)))
+    workspace.run.note_names(LEFT_OUT, sorted(left_out))
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
     else:
