@@ -150,7 +150,8 @@ def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> Patch
     index = read_index(tiles, config.class_list.names, "train")
     # One thread keeps up with a step on processors, and would take more from it than it brings.
     readers = max(threads() // config.training.devices, 1) if has_gpu() else 1
-    return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers)
+    centred = config.network.architecture == "classifier"
+    return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers, centred)
 
 
 def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: int) -> Iterator[Batch]:

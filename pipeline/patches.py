@@ -1,5 +1,7 @@
 """What training reads: patches and their truth, drawn evenly over classes and slides, in an order that one seed decides.
 
+    a class --> a slide that has it --> a cell of the table of tiles --> a pixel of the class in it --> a patch round that
+
 Every patch is a pure function of (seed, epoch, position): any process can make any patch of the stream, so training may be
 resumed, or shared between processes, without a state to carry over. A patch that cannot be read, since its slide is damaged
 there, is drawn anew from (seed, epoch, position, attempt); the others stay what they are.
@@ -52,11 +54,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a patch is: a rectangle of its slide's lattice, which may hang over the lattice's edge."""
+class Shown:
+    """What a patch is to show: a pixel of a class, in a cell of its slide's lattice."""
 
     slide_id: str
-    roi: Roi
+    cell: Roi
+    class_index: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +75,13 @@ class PatchIndex:
     corners: np.ndarray
     fractions: np.ndarray
 
-    def draw(self, size: int, seed: int, epoch: int, position: int, attempt: int = 0) -> Place:
-        """The place of one patch of `size` pixels: a class, then a slide that has it, then a cell in proportion to it.
+    def draw(self, size: int, rng: np.random.Generator) -> Shown:
+        """What a patch is to show: a class, then a slide that has it, then one of its cells, of `size` pixels.
 
         Classes are equally likely. A slide's chance grows with the square root of what it holds: large slides do not drown
-        small ones, and a slide of one field is not seen as often as one of thirty. The patch lies up to half its size beside
-        the cell, in any direction. Each attempt gives another place.
+        small ones, and a slide of one field is not seen as often as one of thirty. A cell's grows with what it holds, so
+        that all pixels of the class are alike in a slide.
         """
-        again = [_AUGMENTING + attempt] if attempt else []  # which is no other stream's
-        rng = np.random.default_rng([seed, epoch, position, *again])
         mass = self._slide_mass
         column = rng.choice(np.flatnonzero(mass.any(axis=0)))
         chances = np.sqrt(mass[:, column])
@@ -90,8 +91,8 @@ class PatchIndex:
         reach = before + rng.uniform() * mass[slide, column]
         cells = self._cumulated[first + 1 : last + 1, column]
         cell = first + np.searchsorted(cells, min(reach, np.nextafter(cells[-1], before)), side="right")
-        x, y = self.corners[cell] + rng.integers(-(size // 2), size // 2, 2, endpoint=True)
-        return Place(self.slide_ids[slide], Roi(int(x), int(y), size, size))
+        x, y = self.corners[cell].tolist()
+        return Shown(self.slide_ids[slide], Roi(x, y, size, size), int(column))
 
     @cached_property
     def _cumulated(self) -> np.ndarray:
@@ -118,36 +119,52 @@ def read_index(path: Path, class_names: Sequence[str], split: str) -> PatchIndex
     table = parquet.read_table(path)
     missing = [name for name in class_names if name not in table.column_names]
     if missing:
-        raise _index_error(path, f"no column for the classes {missing}", "one for every class")
+        raise _index_error(str(path), f"no column for the classes {missing}", "one for every class")
     table = table.filter(np.asarray(table["split"]) == split).sort_by([(key, "ascending") for key in ("slide_id", "y", "x")])
     fractions = np.array([np.asarray(table[name]) for name in class_names], np.float64).T
     if not fractions.any():
-        raise _index_error(path, f"no known pixel of {list(class_names)} in the split {split!r}", "something to learn from")
+        raise _index_error(
+            str(path), f"no known pixel of {list(class_names)} in the split {split!r}", "something to learn from"
+        )
     slide_ids, slides = np.unique(np.asarray(table["slide_id"]).astype(str), return_inverse=True)
     corners = np.stack([np.asarray(table["x"]), np.asarray(table["y"])], axis=1)
     return PatchIndex(tuple(slide_ids.tolist()), slides, corners, fractions)
 
 
-def _index_error(path: Path, found: str, expected: str) -> TrainingError:
-    return TrainingError(str(path), found, expected, "Check the annotations' names and the splits, then tile again.")
+def _index_error(subject: str, found: str, expected: str) -> TrainingError:
+    return TrainingError(subject, found, expected, "Check the annotations' names and the splits, then tile again.")
 
 
-def inside(roi: Roi, lattice: Lattice) -> Roi:
-    """A rectangle that hangs over the lattice's edge, mirrored back inside; one larger than the lattice is centred on it."""
-    return Roi(_fold(roi.x, lattice.width - roi.width), _fold(roi.y, lattice.height - roi.height), roi.width, roi.height)
+def patch_roi(shown: Shown, source: Source, size: int, rng: np.random.Generator, centred: bool = False) -> Roi:
+    """A patch of `size` pixels, and in it one of the cell's pixels of the class: anywhere, or `centred`.
+
+    A centred one may hang over the lattice's edge, as windows do. Any other is moved back onto it; one larger than the
+    lattice is centred on it. Raises TrainingError where the cell has no such pixel, and what the truth's `read` raises.
+    """
+    cell = shown.cell
+    pixels = np.flatnonzero(source.truth.read(cell, source.lattice) == shown.class_index)
+    if not len(pixels):
+        found = f"no pixel of class {shown.class_index} in the tile at {cell.x}, {cell.y}"
+        raise _index_error(shown.slide_id, found, "one, as the table of tiles has it")
+    row, column = divmod(int(rng.choice(pixels)), cell.width)
+    left, top = (size // 2, size // 2) if centred else rng.integers(size, size=2).tolist()
+    roi = Roi(cell.x + column - left, cell.y + row - top, size, size)
+    return roi if centred else _moved_onto(source.lattice, roi)
 
 
-def _fold(start: int, limit: int) -> int:
-    if limit <= 0:
-        return limit // 2
-    start %= 2 * limit
-    return min(start, 2 * limit - start)
+def _moved_onto(lattice: Lattice, roi: Roi) -> Roi:
+    return Roi(_held(roi.x, lattice.width - roi.width), _held(roi.y, lattice.height - roi.height), roi.width, roi.height)
+
+
+def _held(start: int, limit: int) -> int:
+    return min(max(start, 0), limit) if limit > 0 else limit // 2
 
 
 @dataclass(frozen=True)
 class PatchStream:
     """An endless stream of augmented patches for every epoch, of `size` pixels, prepared by a number of threads.
 
+    `centred` ones have a pixel of the class that is drawn at their centre, for a network that is told that one alone.
     `unread` gathers the slides of which a patch could not be read.
     """
 
@@ -157,6 +174,7 @@ class PatchStream:
     size: int
     seed: int
     threads: int
+    centred: bool = False
     unread: set[str] = field(default_factory=set)
 
     def patch(self, epoch: int, position: int) -> Patch:
@@ -167,15 +185,21 @@ class PatchStream:
         rng = np.random.default_rng([self.seed, epoch, position, _AUGMENTING])
         return augment(*self._read(epoch, position), rng, self.augmentation, self.size)
 
+    def place(self, epoch: int, position: int, attempt: int = 0) -> tuple[str, Roi]:
+        """The slide of one patch, and the rectangle of its lattice; each attempt gives another."""
+        again = [_AUGMENTING + attempt] if attempt else []  # which is no other stream's
+        rng = np.random.default_rng([self.seed, epoch, position, *again])
+        shown = self.index.draw(self.size, rng)
+        return shown.slide_id, patch_roi(shown, self.sources[shown.slide_id], self.size, rng, self.centred)
+
     def _read(self, epoch: int, position: int) -> Patch:
         """The pixels of a patch with those around it that augmenting takes: of the first attempt that can be read."""
         for attempt in range(_ATTEMPTS):
-            place = self.index.draw(self.size, self.seed, epoch, position, attempt)
-            source = self.sources[place.slide_id]
+            slide_id, roi = self.place(epoch, position, attempt)
             try:
-                return source.read(inside(place.roi, source.lattice).grow(self.augmentation.margin(self.size)))
+                return self.sources[slide_id].read(roi.grow(self.augmentation.margin(self.size)))
             except SlideError as error:
-                self.unread.add(place.slide_id)
+                self.unread.add(slide_id)
                 unreadable = error
         raise unreadable
 

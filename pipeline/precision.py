@@ -12,7 +12,7 @@ from pipeline.approval import Deviation
 from pipeline.classes import IGNORED
 from pipeline.grid import round_up
 from pipeline.metrics import confusion, ratios
-from pipeline.patches import PatchIndex, Source, inside
+from pipeline.patches import PatchIndex, Source, patch_roi
 from pipeline.stitching import usual
 from pipeline.tissue import Tissue
 from pipeline.validation import KNOWN_TILE, known_tiles
@@ -57,9 +57,11 @@ def calibration_patches(index: PatchIndex, sources: Mapping[str, Source], size: 
     """Patches of training tissue as slides show it, not augmented: (H, W, 3) uint8, of `size` or the next whole strides."""
     patches = []
     for position in range(_PATCHES):
-        place = index.draw(round_up(size, spec.stride), 0, 0, position)
-        source = sources[place.slide_id]
-        patches.append(source.slide.read(inside(place.roi, source.lattice), source.lattice))
+        rng = np.random.default_rng(position)
+        shown = index.draw(size, rng)
+        source = sources[shown.slide_id]
+        roi = patch_roi(shown, source, round_up(size, spec.stride), rng)
+        patches.append(source.slide.read(roi, source.lattice))
     return patches
 
 

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +23,9 @@ from pipeline.augment import Augmentation, augment
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import AnnotationError, SlideError, TrainingError
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.patches import Patch, PatchIndex, PatchStream, Source, inside, read_index
-from pipeline.slide import Slide, open_slide
-from pipeline.truth import ClassMap
+from pipeline.patches import Patch, PatchIndex, PatchStream, Shown, Source, patch_roi, read_index
+from pipeline.slide import Pixels, Slide, open_slide
+from pipeline.truth import ClassMap, Truth
 
 SIZE = 64
 STRENGTHS = Augmentation(flips=True, rotation_degrees=180, scale=0.1, elastic_px=2, blur_px=0.5, stain=0.1)
@@ -79,11 +82,12 @@ def index_of(rows: list[tuple[str, int, int, tuple[float, ...]]]) -> PatchIndex:
 
 
 def cells(sources: dict[str, Source], size: int = SIZE) -> PatchIndex:
-    """Every cell of some slides, half of one class and half of the other."""
+    """Every cell of some slides, with the share of it that each class covers."""
     rows = []
     for name, source in sources.items():
-        for y in range(0, source.lattice.height, size):
-            rows += [(name, x, y, (0.5, 0.5)) for x in range(0, source.lattice.width, size)]
+        for y, x in product(range(0, source.lattice.height, size), range(0, source.lattice.width, size)):
+            mask = source.truth.read(Roi(x, y, size, size), source.lattice)
+            rows.append((name, x, y, (float((mask == 0).mean()), float((mask == 1).mean()))))
     return index_of(rows)
 
 
@@ -105,59 +109,88 @@ def skewed() -> PatchIndex:
     return index_of([*rows, ("c", 0, 2000, (0.25, 0.25, 0.5))])
 
 
-def drawn(index: PatchIndex, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of `count` draws: the slide's name, the row of cells (1000 px apart, a row a class), and the shift from the cell."""
-    places = [index.draw(SIZE, 5, 0, position) for position in range(count)]
-    corners = np.array([(place.roi.x, place.roi.y) for place in places])
-    cell = np.rint(corners / 1000).astype(int)
-    return np.array([place.slide_id for place in places]), cell[:, 1], corners - 1000 * cell
+def drawn(index: PatchIndex, seed: int, count: int = 3000) -> list[Shown]:
+    rng = np.random.default_rng(seed)
+    return [index.draw(SIZE, rng) for _ in range(count)]
 
 
 def test_classes_are_equally_likely_and_slides_by_the_root_of_what_they_hold() -> None:
-    slides, rows, _ = drawn(skewed(), 3000)
+    places = drawn(skewed(), 5)
     # Class 0 is in a, b and c; class 1 in a and c; class 2 in c alone. The mixed cell, row 2, is all that c has of classes 2
     # and 0, and 0.25 of the 3.25 that it has of class 1.
     class_0, class_1 = np.sqrt([400, 10, 0.25]), np.sqrt([40, 3.25])
     (a0, b0, c0), (a1, c1) = class_0 / class_0.sum() / 3, class_1 / class_1.sum() / 3
     expected = {
-        ("a", 0): a0,
-        ("b", 0): b0,
-        ("a", 1): a1,
-        ("c", 1): c1 * 3 / 3.25,
-        ("c", 2): 1 / 3 + c0 + c1 * 0.25 / 3.25,
+        ("a", 0, 0): a0,
+        ("b", 0, 0): b0,
+        ("c", 0, 2): c0,
+        ("a", 1, 1): a1,
+        ("c", 1, 1): c1 * 3 / 3.25,
+        ("c", 1, 2): c1 * 0.25 / 3.25,
+        ("c", 2, 2): 1 / 3,
     }
-    seen = [int(((slides == slide) & (rows == row)).sum()) for slide, row in expected]
-    assert sum(seen) == 3000
-    assert stats.chisquare(seen, 3000 * np.array(list(expected.values()))).pvalue > 0.001
+    found = Counter((shown.slide_id, shown.class_index, shown.cell.y // 1000) for shown in places)
+    seen = [found[key] for key in expected]
+    assert sum(seen) == len(places) and {shown.cell.shape for shown in places} == {(SIZE, SIZE)}
+    assert stats.chisquare(seen, len(places) * np.array(list(expected.values()))).pvalue > 0.001
 
 
 def test_cells_are_drawn_in_proportion_to_their_class() -> None:
     shares = np.array([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
-    index = index_of([("a", 1000 * k, 0, (share,)) for k, share in enumerate(shares)])
-    places = [index.draw(SIZE, 0, 0, position).roi.x for position in range(2000)]
-    seen = np.bincount(np.rint(np.array(places) / 1000).astype(int), minlength=6)
+    places = drawn(index_of([("a", 1000 * k, 0, (share,)) for k, share in enumerate(shares)]), 0)
+    seen = np.bincount([shown.cell.x // 1000 for shown in places], minlength=6)
     assert (seen[shares == 0] == 0).all()
-    assert stats.chisquare(seen[shares > 0], 2000 * shares[shares > 0]).pvalue > 0.01
+    assert stats.chisquare(seen[shares > 0], len(places) * shares[shares > 0]).pvalue > 0.01
 
 
-def test_shifts_fill_half_a_patch_to_every_side() -> None:
-    _, _, shifts = drawn(skewed(), 3000)
-    assert shifts.min(axis=0).tolist() == [-SIZE // 2, -SIZE // 2]
-    assert shifts.max(axis=0).tolist() == [SIZE // 2, SIZE // 2]
-    assert np.abs(shifts.mean(axis=0)).max() < 2
-    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.06
+@pytest.fixture(scope="module")
+def speck(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A slide of 400 x 300 px on which class 1 is two pixels beside each other and a third; half of the rest is unknown."""
+    folder = tmp_path_factory.mktemp("speck")
+    tifffile.imwrite(folder / "s.tif", np.full((300, 400, 3), 200, np.uint8), tile=(64, 64), photometric="rgb")
+    slide, mask = open_slide(folder / "s.tif", 1.0), np.zeros((300, 400), np.uint8)
+    mask[:, 200:] = IGNORED
+    mask[130, 150:152] = mask[190, 129] = 1
+    Image.fromarray(mask).save(folder / "s.png")
+    return Source(slide, open_truth(folder / "s.png", slide.base, ClassMap(CLASSES, {}), 1.0), slide.base)
 
 
-def test_a_draw_depends_on_seed_epoch_and_position_alone() -> None:
-    index = skewed()
-    later = [index.draw(SIZE, 1, 2, position) for position in range(9, -1, -1)]
-    assert later[::-1] == [replace(index).draw(SIZE, 1, 2, position) for position in range(10)]
-    assert index.draw(SIZE, 1, 2, 3) not in (
-        index.draw(SIZE, 1, 3, 3),
-        index.draw(SIZE, 2, 2, 3),
-        index.draw(SIZE, 1, 2, 4),
-        index.draw(SIZE, 1, 2, 3, attempt=1),
-    )
+SPECK = Shown("s", Roi(128, 128, SIZE, SIZE), 1)
+
+
+def test_a_patch_shows_a_pixel_of_its_class_anywhere(speck: Source) -> None:
+    rng = np.random.default_rng(1)
+    rois = [patch_roi(SPECK, speck, SIZE, rng) for _ in range(600)]
+    spread = Counter[tuple[int, int]]()
+    for roi in rois:
+        found = np.argwhere(speck.truth.read(roi, speck.lattice) == 1)
+        assert len(found)
+        spread.update((int(x) // 16, int(y) // 16) for y, x in found)
+    assert roi.shape == (SIZE, SIZE) and len(spread) == 16
+    counts = np.array(list(spread.values()))
+    assert counts.min() > 0.6 * counts.mean()
+
+
+def test_a_centred_patch_has_each_pixel_of_its_class_as_often_in_the_middle(speck: Source) -> None:
+    rng = np.random.default_rng(2)
+    rois = [patch_roi(SPECK, speck, SIZE, rng, centred=True) for _ in range(900)]
+    middles = Counter((roi.y + SIZE // 2, roi.x + SIZE // 2) for roi in rois)
+    assert set(middles) == {(130, 150), (130, 151), (190, 129)}
+    assert stats.chisquare(list(middles.values())).pvalue > 0.001
+
+
+def test_a_cell_without_what_the_table_says_is_told(speck: Source) -> None:
+    with pytest.raises(TrainingError, match=r"s: found no pixel of class 1 in the tile at 0, 64.*table of tiles"):
+        patch_roi(replace(SPECK, cell=Roi(0, 64, SIZE, SIZE)), speck, SIZE, np.random.default_rng(0))
+
+
+def test_half_of_a_classifiers_patches_are_of_a_small_class(speck: Source) -> None:
+    index, shares = index_of([("s", 128, 128, (0.9, 3 / SIZE**2)), ("s", 0, 0, (1.0, 0.0))]), []
+    for centred in (True, False):
+        stream = PatchStream(index, {"s": speck}, Augmentation(), SIZE, seed=1, threads=1, centred=centred)
+        shares.append([int(stream.patch(0, position)[1][SIZE // 2, SIZE // 2]) for position in range(100)])
+    assert 35 < sum(value == 1 for value in shares[0]) < 65 and set(shares[0]) == {0, 1}
+    assert IGNORED in shares[1]
 
 
 def write_tiles(path: Path, order: np.ndarray, names: tuple[str, ...] = NAMES) -> Path:
@@ -181,7 +214,7 @@ def test_index_is_one_split_whatever_the_order_of_the_rows(tmp_path: Path) -> No
     np.testing.assert_allclose(index.fractions[:, 2], (index.corners.sum(axis=1) + 2) / 1000)
     for name in ("slides", "corners", "fractions"):
         np.testing.assert_array_equal(getattr(index, name), getattr(other, name))
-    assert [index.draw(SIZE, 0, 0, k) for k in range(20)] == [other.draw(SIZE, 0, 0, k) for k in range(20)]
+    assert drawn(index, 0, 20) == drawn(other, 0, 20)
 
 
 def test_index_without_anything_to_learn_is_refused(tmp_path: Path) -> None:
@@ -194,19 +227,33 @@ def test_index_without_anything_to_learn_is_refused(tmp_path: Path) -> None:
         read_index(write_tiles(tmp_path / "empty.parquet", np.arange(1), ("gland",)), ("gland",), "val")
 
 
-@given(st.integers(-40, 400), st.integers(-40, 400), st.integers(1, 300), st.integers(1, 300))
-def test_a_patch_that_hangs_over_comes_back_inside(x: int, y: int, width: int, height: int) -> None:
-    lattice, roi = Lattice(width, height, Mpp.square(1)), Roi(x, y, 32, 48)
-    moved = inside(roi, lattice)
-    assert moved.shape == roi.shape
-    for start, before, length, size in ((moved.x, x, width, 32), (moved.y, y, height, 48)):
-        if length < size:
-            assert abs((start + size / 2) - length / 2) <= 1
-        else:
-            assert 0 <= start <= length - size
-            assert start == before or not 0 <= before <= length - size
-            there_and_back = 2 * (length - size) or 1
-            assert 0 in ((start - before) % there_and_back, (start + before) % there_and_back), "mirrored"
+@dataclass(frozen=True)
+class Given:
+    """A truth that is an array."""
+
+    mask: np.ndarray
+
+    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        rows, columns = roi.intersect(lattice.roi).shape
+        part = self.mask[roi.intersect(lattice.roi).slices()]
+        return np.pad(part, ((0, roi.height - rows), (0, roi.width - columns)), constant_values=IGNORED)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
+def test_a_patch_that_would_hang_over_is_moved_onto_the_lattice(width: int, height: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lattice, size = Lattice(width, height, Mpp.square(1)), int(rng.integers(1, 200))
+    mask = (rng.random((height, width)) < 0.02).astype(np.uint8)
+    mask[rng.integers(height), rng.integers(width)] = 1
+    source = Source(cast(Pixels, None), cast(Truth, Given(mask)), lattice)
+    for centred in (False, True):
+        roi = patch_roi(Shown("s", Roi(0, 0, max(mask.shape), max(mask.shape)), 1), source, size, rng, centred)
+        assert roi.shape == (size, size)
+        middle = (roi.y + size // 2, roi.x + size // 2)
+        assert not centred or mask[middle] == 1
+        for start, length in () if centred else ((roi.x, width), (roi.y, height)):
+            assert 0 <= start <= length - size or abs((start + size / 2) - length / 2) <= 1 and length < size
+        assert centred or max(mask.shape) < size or mask[roi.intersect(lattice.roi).slices()].any()
 
 
 def test_image_and_truth_agree_on_every_patch(sources: dict[str, Source]) -> None:
@@ -222,12 +269,19 @@ def test_image_and_truth_agree_on_every_patch(sources: dict[str, Source]) -> Non
 def test_without_augmentation_a_patch_is_the_slide_itself(sources: dict[str, Source]) -> None:
     stream = stream_of(sources, strengths=Augmentation())
     for position in range(10):
-        place = stream.index.draw(SIZE, 3, 1, position)
-        source = stream.sources[place.slide_id]
+        slide_id, roi = stream.place(1, position)
+        source = stream.sources[slide_id]
         image, mask = stream.patch(1, position)
-        roi = inside(place.roi, source.lattice)
         np.testing.assert_array_equal(image, source.slide.read(roi, source.lattice))
         np.testing.assert_array_equal(mask, source.truth.read(roi, source.lattice))
+
+
+def test_where_a_patch_lies_depends_on_seed_epoch_and_position_alone(sources: dict[str, Source]) -> None:
+    stream = stream_of(sources)
+    later = [stream.place(2, position) for position in range(9, -1, -1)]
+    assert later[::-1] == [stream_of(sources).place(2, position) for position in range(10)]
+    others = (stream.place(3, 3), replace(stream, seed=2).place(2, 3), stream.place(2, 4), stream.place(2, 3, attempt=1))
+    assert later[6] not in others
 
 
 def test_every_patch_is_changed_in_its_own_way(sources: dict[str, Source]) -> None:
@@ -243,12 +297,11 @@ def test_how_a_patch_is_turned_has_nothing_to_do_with_where_it_is(sources: dict[
     stream = PatchStream(index, sources, Augmentation(flips=True), SIZE, seed=3, threads=1)
     seen = {name: set[int]() for name in sources}
     for position in range(100):
-        place = index.draw(SIZE, 3, 0, position)
-        source = sources[place.slide_id]
-        plain, _ = source.read(inside(place.roi, source.lattice))
+        slide_id, roi = stream.place(0, position)
+        plain, _ = sources[slide_id].read(roi)
         views = [np.rot90(image, turns) for image in (plain, plain[:, ::-1]) for turns in range(4)]
         patch, _ = stream.patch(0, position)
-        seen[place.slide_id].update(number for number, view in enumerate(views) if np.array_equal(patch, view))
+        seen[slide_id].update(number for number, view in enumerate(views) if np.array_equal(patch, view))
     assert seen == {name: set(range(8)) for name in sources}
 
 
@@ -265,10 +318,10 @@ def test_patches_on_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
 def first_that_can_be_read(stream: PatchStream, position: int) -> tuple[int, Patch]:
     """Attempts at a patch until one succeeds: its number and what comes of it."""
     for attempt in range(99):
-        place = stream.index.draw(SIZE, stream.seed, 0, position, attempt)
-        source, rng = stream.sources[place.slide_id], np.random.default_rng([stream.seed, 0, position, 1])
+        slide_id, roi = stream.place(0, position, attempt)
+        rng = np.random.default_rng([stream.seed, 0, position, 1])
         try:
-            pixels = source.read(inside(place.roi, source.lattice).grow(STRENGTHS.margin(SIZE)))
+            pixels = stream.sources[slide_id].read(roi.grow(STRENGTHS.margin(SIZE)))
         except SlideError:
             continue
         return attempt, augment(*pixels, rng, STRENGTHS, SIZE)
@@ -279,13 +332,15 @@ def test_a_patch_that_cannot_be_read_is_drawn_anew_and_all_others_stay(shared_da
     whole = source_of(open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs"), 1.2, tmp_path / "labels.png")
     damaged = replace(whole, slide=open_slide(shared_data / "damaged" / "cmu_zeroed_tile.svs"))
     healthy, stream = (PatchStream(cells({"s": one}), {"s": one}, STRENGTHS, SIZE, 0, 1) for one in (whole, damaged))
-    attempts = []
-    for position in (87, 88, 89, 109):
+    attempts = list[int]()
+    for position in range(200):
         attempt, expected = first_that_can_be_read(stream, position)
         attempts.append(attempt)
         for found in (stream.patch(0, position), *([] if attempt else [healthy.patch(0, position)])):
             assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
         assert stream.unread == ({"s"} if any(attempts) else set())
+        if len(set(attempts)) == 2:
+            break
     assert set(attempts) == {0, 1}
     hopeless = replace(stream, index=index_of([("s", 317, 716, (1.0, 0.0))]))  # the tile of which there are but zeros
     with pytest.raises(SlideError, match=r"cmu_zeroed_tile\.svs.*level 0"):
@@ -318,8 +373,8 @@ def test_threads_work_ahead_but_not_far(sources: dict[str, Source]) -> None:
 
 def test_a_failure_is_raised_in_its_turn(sources: dict[str, Source], tmp_path: Path) -> None:
     broken = source_of(sources["b"].slide, 1.0, tmp_path / "broken.png", dark=9)
-    stream = stream_of({**sources, "b": broken}, threads=2)
-    names = [stream.index.draw(SIZE, 3, 0, position).slide_id for position in range(100)]
+    stream = replace(stream_of(sources, threads=2), sources={**sources, "b": broken})
+    names = [stream_of(sources).place(0, position)[0] for position in range(100)]
     healthy = [position for position, name in enumerate(names) if name == "a"][:6]
     batches = stream.batches(0, [*healthy, names.index("b"), *healthy], 3)
     assert len(next(batches)[0]) == len(next(batches)[0]) == 3
