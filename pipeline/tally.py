@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import CohortError, unread
 from pipeline.files import write_text
-from pipeline.metrics import SlideConfusion, number, ratios
+from pipeline.metrics import SlideConfusion, ratios
 from pipeline.store import run_file
 
 FILE = "confusions.json"
@@ -32,10 +32,19 @@ class Tally:
     rows: tuple[SlideConfusion, ...]
 
     def dice(self, name: str) -> dict[str, float]:
-        """Dice of a class for each patient, slides summed; left out where neither side has the class."""
+        """Dice of a class for each patient whose truth has it, slides summed.
+
+        Of the others it would tell nothing but whether a single pixel was invented: see `invented`.
+        """
+        index, sums = self.classes.index(name), self.by_patient()
+        return {key: float(ratios(sums[key], self.rest)["dice"][index]) for key in sums if sums[key][index].any()}
+
+    def invented(self, name: str) -> dict[str, float]:
+        """The area, in mm2, that is called a class, for each patient whose truth has none of it, slides summed."""
         index = self.classes.index(name)
-        found = {patient: number(ratios(counts, self.rest)["dice"][index]) for patient, counts in self.by_patient().items()}
-        return {patient: dice for patient, dice in found.items() if dice is not None}
+        called = [index, -1] if index == self.rest else [index]  # pixels not examined count as the background
+        without = {key: counts for key, counts in self.by_patient().items() if counts.any() and not counts[index].any()}
+        return {key: float(counts[:, called].sum() * self.mpp**2 / 1e6) for key, counts in without.items()}
 
     def by_patient(self) -> dict[str, np.ndarray]:
         """The counts of each patient, slides summed, as a confusion of the tally's classes."""
@@ -72,19 +81,6 @@ class Tally:
     def of(self, patients: frozenset[str]) -> Tally:
         """The slides of some patients."""
         return replace(self, rows=tuple(row for row in self.rows if row.patient in patients))
-
-
-def paired_dice(name: str, first: Tally, second: Tally) -> tuple[dict[str, float], dict[str, float]]:
-    """Dice of a class for each patient whose truth has it in both tallies, and for those of whom a run invents it.
-
-    A patient of whom neither the truth nor a run has the class has no score; where one run invents it, and so has 0, saying
-    nothing is right, and has 1. At two scales the truth may have a class at one of them alone: that tells nothing.
-    """
-    index = first.classes.index(name)
-    has, other = ({key: bool(sums[index].any()) for key, sums in tally.by_patient().items()} for tally in (first, second))
-    ours, theirs = first.dice(name), second.dice(name)
-    told = [key for key in has if key in other and has[key] == other[key] and (key in ours or key in theirs)]
-    return {key: ours.get(key, 1.0) for key in told}, {key: theirs.get(key, 1.0) for key in told}
 
 
 def paired_means(first: Tally, second: Tally) -> tuple[dict[str, float], dict[str, float]]:

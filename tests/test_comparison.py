@@ -10,7 +10,7 @@ import pytest
 from pipeline.comparison import Difference, in_words, paired_difference
 from pipeline.errors import CohortError, TrackingError
 from pipeline.metrics import SlideConfusion
-from pipeline.tally import Tally, find_tally, paired_dice, paired_means, read_tally, shared_patients, write_tally
+from pipeline.tally import Tally, find_tally, paired_means, read_tally, shared_patients, write_tally
 from pipeline.tracking import Run
 from workflows.compare import compare
 
@@ -65,14 +65,31 @@ def counts_of(patient: str, *rows: list[int]) -> SlideConfusion:
     return SlideConfusion(f"slide of {patient}", patient, "test", np.array(rows))
 
 
-def test_saying_nothing_is_right_where_the_other_invents_a_class() -> None:
-    has, none, invented = [[6, 2, 0], [1, 3, 0]], [[9, 0, 0], [0, 0, 0]], [[7, 2, 0], [0, 0, 0]]
-    first, second = (
-        Tally(("Rest", "Gland"), 0, 1.0, (counts_of("has", *has), counts_of("healthy", *own), counts_of("without", *none)))
-        for own in (none, invented)
-    )
-    ours, theirs = paired_dice("Gland", first, second)
-    assert (ours, theirs) == ({"has": 2 / 3, "healthy": 1.0}, {"has": 2 / 3, "healthy": 0.0})
+def test_invented_pixels_of_those_who_lack_a_class_decide_nothing_and_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    has = [counts_of(f"ill {number}", [10**6, 0, 0], [20, 80, 0]) for number in range(6)]
+    runs = []
+    for name, invented in (("noisy", 1), ("lavish", 5000), ("sparing", 0)):
+        healthy = [counts_of(f"healthy {number}", [10**6 - invented, invented, 0], [0, 0, 0]) for number in range(8)]
+        unknown = counts_of("unknown", [0, 0, 0], [0, 0, 0])
+        runs.append(folder_of(tmp_path / name, Tally(("Rest", "Gland"), 0, 2.0, (*has, *healthy, unknown))))
+    noisy, lavish, sparing = runs
+    assert compare([sparing, noisy, lavish]) == 0
+    said = capsys.readouterr().out
+    for run, area in ((noisy, "less than 0.001 mm2"), (lavish, "0.160 mm2")):  # 8 x 5000 px of 4 um2
+        even = f"No difference can be told between {sparing} and {run} by Dice for Gland: it is +0.000 for {run}"
+        assert f"{even} (95 % interval 0.000 to 0.000, 6 patients)." in said
+        assert f"On 8 patients without Gland: {sparing} invents none, {run} {area}." in said
+    assert "healthy 1 " not in said[said.index("Dice, Gland") :]
+    assert compare([sparing, folder_of(tmp_path / "as sparing", find_tally(sparing))]) == 0
+    assert "invents" not in capsys.readouterr().out
+
+
+def test_what_was_not_examined_is_invented_of_the_background_alone() -> None:
+    tally = Tally(("Rest", "Gland"), 0, 1000.0, (counts_of("a", [0, 0, 0], [1, 2, 3]), counts_of("b", [4, 5, 6], [0, 0, 0])))
+    assert (tally.invented("Rest"), tally.invented("Gland")) == ({"a": 4.0}, {"b": 5.0})
+    assert replace(tally, rest=None).invented("Rest") == {"a": 1.0}
 
 
 def test_a_class_that_the_truth_has_at_one_scale_alone_favours_nobody() -> None:
@@ -82,8 +99,8 @@ def test_a_class_that_the_truth_has_at_one_scale_alone_favours_nobody() -> None:
     coarse = Tally(
         ("Rest", "Tumour"), 0, 4.0, (counts_of("a", [2500, 0, 0], [0, 0, 0]), counts_of("b", [7, 0, 0], [3, 3, 0]))
     )
-    for ours, theirs in (paired_dice("Tumour", fine, coarse), paired_dice("Tumour", coarse, fine)):
-        assert ours.keys() == theirs.keys() == {"b"}
+    assert fine.dice("Tumour").keys() & coarse.dice("Tumour").keys() == {"b"}
+    assert not fine.invented("Tumour").keys() & coarse.invented("Tumour").keys()
     ours, theirs = paired_means(fine, coarse)
     assert ours["a"] == pytest.approx(2 * 39994 / (2 * 39994 + 1))  # of the rest alone, as the coarse one
     assert theirs["a"] == 1.0

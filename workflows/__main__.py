@@ -216,8 +216,9 @@ def compare(
     """Say whether runs differ: the paired difference of Dice over the patients of both, with its 95 % interval.
 
     Reads each run's confusions.json; each is held against the first. Slides that a run learned from are left out, and so are
-    those that chose its epoch, where all runs have test slides in common. Runs on other classes, slides or annotations are
-    refused.
+    those that chose its epoch, where all runs have test slides in common. Patients without a class in their annotations do
+    not count for its Dice: what runs invent of it there is told as an area. Runs on other classes, slides or annotations
+    are refused.
 
     Example: `fullfield compare runs/plain runs/glas`
     """

@@ -9,7 +9,9 @@ from rich.table import Table
 from pipeline.comparison import in_words, paired_difference
 from pipeline.errors import CohortError
 from pipeline.progress import console, new_table
-from pipeline.tally import Tally, find_tally, paired_dice, scale_remark, shared_patients
+from pipeline.tally import Tally, find_tally, scale_remark, shared_patients
+
+_LEAST = 0.001  # mm2, the smallest area that is told as a number
 
 
 def compare(references: Sequence[str]) -> int:
@@ -26,6 +28,8 @@ def compare(references: Sequence[str]) -> int:
         console.print(_table(name, dice))
         for other in others:
             console.print(_sentence(name, first, tallies[first], other, tallies[other]))
+            if invented := _invented(name, first, tallies[first], other, tallies[other]):
+                console.print(invented)
     return 0
 
 
@@ -55,14 +59,29 @@ def _remarks(first: str, ours: Tally, other: str, theirs: Tally) -> Iterator[str
 
 
 def _sentence(name: str, first: str, ours: Tally, other: str, theirs: Tally) -> str:
-    one, two = paired_dice(name, ours, theirs)
-    if not one:
+    one, two = ours.dice(name), theirs.dice(name)
+    if not one.keys() & two.keys():
         return f"No difference can be told between {first} and {other} by Dice for {name}: no patient of both has any."
     return in_words(paired_difference(one, two), first, other, f"Dice for {name}")
 
 
+def _invented(name: str, first: str, ours: Tally, other: str, theirs: Tally) -> str:
+    """What the runs invent of a class on patients whose truth has none of it, who have no Dice; empty where nothing."""
+    one, two = ours.invented(name), theirs.invented(name)
+    without = one.keys() & two.keys()
+    areas = [sum(found[patient] for patient in without) for found in (one, two)]
+    if not any(areas):
+        return ""
+    patients = f"{len(without)} patient{'s' * (len(without) > 1)} without {name}"
+    return f"On {patients}: {first} invents {_area(areas[0])}, {other} {_area(areas[1])}."
+
+
+def _area(mm2: float) -> str:
+    return "none" if not mm2 else f"{mm2:.3f} mm2" if mm2 >= _LEAST else f"less than {_LEAST} mm2"
+
+
 def _table(name: str, dice: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row a patient, a column a run; empty where the run has no such patient, or the patient no such class."""
+    """A row a patient, a column a run; empty where the run has no such patient, or the patient's truth no such class."""
     table = new_table(f"Dice, {name}", "patient", *dice)
     for patient in sorted({patient for scores in dice.values() for patient in scores}):
         table.add_row(patient, *(f"{scores[patient]:.3f}" if patient in scores else "-" for scores in dice.values()))
