@@ -33,6 +33,7 @@ PARENT = "mlflow.parentRunId"
 _STAGES = ("tile", "train", "segment", "evaluate")
 
 _SQLITE = "sqlite:///"
+_LEFT_OUT = "***@"  # in place of a name and a password
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -243,7 +244,18 @@ def _unsynchronised() -> Iterator[None]:
 
 def without_password(text: str) -> str:
     """The text with `***` for what stands before the @ in an address: a name, and often a password."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    return re.sub(r"(?<=://)[^/@\s]*@", _LEFT_OUT, text)
+
+
+def with_password(address: str) -> str:
+    """An address of `without_password` as MLFLOW_TRACKING_URI gives it, if that leads to the same store; else as it is."""
+    chosen = chosen_address(None) or address
+    return chosen if without_password(chosen) == address.rstrip("/") else address
+
+
+def lacks_password(address: str) -> bool:
+    """Whether an address cannot be opened, since `without_password` has been at it."""
+    return f"://{_LEFT_OUT}" in address
 
 
 @contextmanager

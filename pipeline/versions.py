@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline import checkpoint
 from pipeline.errors import TrackingError, unread
 from pipeline.registry import DIGEST, reference_parts, resolve_model
-from pipeline.store import PARENT, Store, chosen_address, open_store, store_for, without_password
+from pipeline.store import PARENT, Store, open_store, store_for, with_password
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,8 @@ def _store_of(output: Path) -> Store:
     except (OSError, ValueError, LookupError, TypeError) as error:
         expected = "the output folder of a run, or models:/NAME/VERSION, models:/NAME@ALIAS or runs:/ID"
         raise TrackingError(str(record), unread(error), expected, "Name one of these.") from error
-    chosen = chosen_address(None) or address
     try:
-        return open_store(chosen if without_password(chosen) == address else address, create=False)
+        return open_store(with_password(address), create=False)
     except TrackingError as error:
         error.add_note(
             f"{record} names this store. MLFLOW_TRACKING_URI gives it with a password; of a folder that was moved, "

@@ -7,9 +7,14 @@ from pipeline import checkpoint
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.cohort import Case
-from pipeline.lineage import Seen, case_facts, changes, made_here, seen_by
+from pipeline.config_file import load_config
+from pipeline.lineage import Seen, case_facts, changes, made_here, seen_by, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.phantom import write_slide
+from pipeline.store import without_password
+from workflows.reproduce import reproduce
+
+CONFIGS = Path(__file__).parents[1] / "workflows" / "configs"
 
 
 @pytest.fixture
@@ -62,3 +67,28 @@ def test_other_slides_and_truths_are_told_and_the_same_are_not(cases: list[Case]
     told = list(changes(then, [case_facts(case) for case in cases]))
     assert [line.partition(",")[0] for line in told] == ["annotation of train", "slide of val", "slide of test"]
     assert ["cannot be read" in line for line in told] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "written", "said"),
+    [
+        ("https://me:secret@host/mlflow", "https://me:secret@host/mlflow", "that of MLFLOW_TRACKING_URI, the same store"),
+        ("https://me:secret@other/mlflow", None, "null in the new configuration, so that MLFLOW_TRACKING_URI decides"),
+        ("", None, "null in the new configuration"),
+    ],
+)
+def test_a_store_is_not_written_as_mlflow_keeps_it_without_its_password(
+    chosen: str, written: str | None, said: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen)
+    write_lineage(tmp_path, {"slides": [], "models": []})
+    for uri in ("https://me:secret@host/mlflow/", "https://host"):
+        config = load_config(CONFIGS / "demo.yaml", [f"tracking.uri={uri}"])
+        (tmp_path / "config.yaml").write_text(without_password(config.to_yaml()))
+        assert reproduce(str(tmp_path), tmp_path / "again") == 0
+        found, output = load_config(tmp_path / "again" / "config.yaml").tracking.uri, capsys.readouterr().out
+        if uri == "https://host":
+            assert found == uri and "tracking.uri" not in output
+        else:
+            assert found == written
+            assert "tracking.uri was https://***@host/mlflow/" in output and said in output and "secret" not in output

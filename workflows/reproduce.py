@@ -12,7 +12,7 @@ from pipeline.errors import CheckpointError
 from pipeline.folder import TABLES, alone, write_setup
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
-from pipeline.store import run_file
+from pipeline.store import lacks_password, run_file, with_password
 from pipeline.workspace import alias_of
 
 _LETTERS = 9  # of a commit
@@ -27,7 +27,8 @@ def reproduce(reference: str, output: Path | None) -> int:
     output = (output or old.output.with_name(f"{old.output.name}-again")).absolute()
     cases = [case_of(facts) for facts in lineage["slides"]]
     cohort = old.cohort.model_copy(update={"manifest": output / "cohort.csv"})
-    tracking = old.tracking.model_copy(update={"alias": alias_of(output.name)})  # the old run's stays with its own model
+    own = {"alias": alias_of(output.name), "uri": _store(old.tracking.uri)}  # the old run's alias stays with its own model
+    tracking = old.tracking.model_copy(update=own)
     new = old.model_copy(update={"output": output, "cohort": cohort, "tracking": tracking})
     with alone(new, cases):
         _check_free(output)
@@ -56,6 +57,18 @@ def _check_free(output: Path) -> None:
     if taken := [path.name for path in results if path.exists()]:
         found, expected = f"the results of another run ({taken[0]})", "a folder without any"
         raise CheckpointError(str(output), found, expected, "Choose another folder (--output).")
+
+
+def _store(uri: str | None) -> str | None:
+    """The store that a configuration names, as far as it can be opened: MLflow keeps no password of it. Says so."""
+    if uri is None or not lacks_password(uri):
+        return uri
+    found = with_password(uri)
+    told = "is written with that of MLFLOW_TRACKING_URI, the same store"
+    if lacks_password(found):
+        told = "is null in the new configuration, so that MLFLOW_TRACKING_URI decides"
+    console.print(f"tracking.uri was {uri}, of which MLflow keeps no password: it {told}", soft_wrap=True)
+    return None if lacks_password(found) else found
 
 
 def _by(origin: Mapping[str, str]) -> str:
