@@ -10,6 +10,7 @@ a stored model is not executed by Fullfield.
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import uuid
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).resolve().parent
 _SERVED_WITH = ("google-crc32c", "mlflow", "monai", "numpy", "PyYAML", "safetensors", "torch")
+_FOLD = re.compile(r"fold-\d+")
 _MODEL, _CHECKPOINT = "model", "checkpoint"
 
 DIGEST = "fullfield.checkpoint"
@@ -98,6 +100,34 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
             return _kept(_checkpoint_in(Path(download_artifacts(place, dst_path=scratch, tracking_uri=store.address))))
 
 
+def fold_references(reference: str, uri: str | None = None) -> list[str]:
+    """Each fold's `runs:/ID`, where a reference is that of a cross-validation; else the reference itself.
+
+    Raises TrackingError where there is no such run, and where some fold of it has not been begun.
+    """
+    run_id, path = _run_parts(reference)
+    if not reference.startswith("runs:/") or path:
+        return [reference]
+    store = store_for(reference, uri)
+    with store.conversation(reference):
+        parts = store.parts(store.client.get_run(run_id))
+    if not any(map(_FOLD.fullmatch, parts)):
+        return [reference]
+    with TemporaryDirectory() as scratch:
+        dealt = store.fetch(run_id, "folds.csv", Path(scratch), reference).read_text(encoding="utf-8")
+    folds = sorted({int(row["fold"]) for row in csv.DictReader(dealt.splitlines())})
+    if missing := [f"fold-{number}" for number in folds if f"fold-{number}" not in parts]:
+        remedy = "Run the cross-validation to its end, or name the runs of its folds one by one."
+        raise TrackingError(reference, f"no {', '.join(missing)}", "a model of every fold", remedy)
+    return [f"runs:/{parts[f'fold-{number}']}" for number in folds]
+
+
+def _run_parts(reference: str) -> tuple[str, str]:
+    """ID and PATH of `runs:/ID/PATH`; PATH is empty where there is none."""
+    run_id, _, path = reference.removeprefix("runs:/").strip("/").partition("/")
+    return run_id, path
+
+
 def _kept(folder: Path) -> Path:
     """A copy of a checkpoint that stays."""
     kept = cache_folder() / "models" / checkpoint.digest(folder)
@@ -148,7 +178,7 @@ def _store_model(store: Store, run_id: str, folder: Path, classes: Sequence[str]
 
 def _of_run(store: Store, reference: str) -> str:
     """Where the files lie of `runs:/ID` (its or its stages' newest model), `runs:/ID/MODEL` or `runs:/ID/PATH`."""
-    run_id, _, path = reference.removeprefix("runs:/").strip("/").partition("/")
+    run_id, path = _run_parts(reference)
     run = store.client.get_run(run_id)
     outputs = [output for each in (run, *store.below(run)) if each.outputs for output in each.outputs.model_outputs]
     models = [store.client.get_logged_model(output.model_id) for output in outputs]
@@ -156,9 +186,10 @@ def _of_run(store: Store, reference: str) -> str:
     if named:
         return str(max(named, key=lambda model: model.creation_timestamp).artifact_location)
     if not path:
-        raise TrackingError(
-            reference, "a run without a model", "a run that logged one", "Name another run, or runs:/ID/PATH."
-        )
+        found, remedy = f"a run ({run.info.run_name}) without a model", "Finish it, or name another run, or runs:/ID/PATH."
+        if parts := sorted(store.parts(run).items()):
+            remedy = f"Name one of the runs below it, such as runs:/{parts[0][1]} ({parts[0][0]})."
+        raise TrackingError(reference, found, "a run that logged one", remedy)
     return f"{run.info.artifact_uri}/{path}"
 
 

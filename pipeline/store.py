@@ -30,6 +30,9 @@ STAGE = "fullfield.stage"
 PARENT = "mlflow.parentRunId"
 """MLflow's own tag of a run below another: the identifier of that one."""
 
+EARLIER = "earlier "
+"""Begins the tag of a stage whose figures are those of an attempt before."""
+
 _STAGES = ("tile", "train", "segment", "evaluate")
 
 _SQLITE = "sqlite:///"
@@ -112,6 +115,11 @@ class Store:
     def below(self, run: Any) -> list[Any]:
         """The runs that are nested in one: its stages, folds or combinations."""
         return list(self.client.search_runs([run.info.experiment_id], f"tags.`{PARENT}` = '{run.info.run_id}'"))
+
+    def parts(self, run: Any) -> dict[str, str]:
+        """The whole runs that are nested in one, a cross-validation's folds or a sweep's combinations: names and IDs."""
+        names = {each.info.run_id: each.data.tags.get(STAGE, "") for each in self.below(run)}
+        return {name: str(run_id) for run_id, name in names.items() if name.removeprefix(EARLIER) not in _STAGES}
 
     def _shared_files(self) -> str | None:
         """Where a SQLite store that is shared by outputs keeps files: beside it. Other stores know it themselves."""

@@ -30,7 +30,7 @@ from pipeline.errors import TrackingError
 from pipeline.files import write_json
 from pipeline.origin import origin
 from pipeline.registry import log_model
-from pipeline.store import PARENT, STAGE, Store, chosen_address, is_own, open_store, own_address, without_password
+from pipeline.store import EARLIER, PARENT, STAGE, Store, chosen_address, is_own, open_store, own_address, without_password
 
 _ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
@@ -102,8 +102,8 @@ class Run:
             _record(output, content)
 
     def _set_aside(self, run: Any, stage: str) -> None:
-        self.store.client.update_run(run.info.run_id, name=f"earlier {stage}")
-        self.store.client.set_tag(run.info.run_id, STAGE, f"earlier {stage}")
+        self.store.client.update_run(run.info.run_id, name=f"{EARLIER}{stage}")
+        self.store.client.set_tag(run.info.run_id, STAGE, f"{EARLIER}{stage}")
         if run.info.status == "RUNNING":  # its process was killed
             self.store.client.set_terminated(run.info.run_id, "KILLED")
 

@@ -16,13 +16,15 @@ from PIL import Image
 from pipeline.assessment import SHAPE_SCORES, SlideAssessment
 from pipeline.checkpoint import digest
 from pipeline.cohort import Case, read_manifest, write_manifest
-from pipeline.config import SPLITS
+from pipeline.config import SPLITS, ClusterSettings, EngineSettings
 from pipeline.config_file import load_config
+from pipeline.ensemble import members
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
 from pipeline.files import file_digest
 from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
+from pipeline.registry import fold_references, resolve_model
 from pipeline.scoreboard import Entry
 from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
@@ -31,6 +33,7 @@ from workflows.crossval import crossval
 from workflows.evaluate import FIGURES, assess_case, evaluate, evaluate_cohort, write_figures
 from workflows.reproduce import reproduce
 from workflows.run import run
+from workflows.segment import segment
 from workflows.sweep import _remarks, sweep
 from workflows.tile import tile_case, tile_cohort
 
@@ -73,7 +76,7 @@ STAGES = ["evaluate", "segment", "tile", "train"]
 
 @pytest.mark.usefixtures("one_thread")
 def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_out(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "cv"
     assert crossval(config, [f"output={output}"], 3) == 0
@@ -105,6 +108,7 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     check_lineage(output, folds)
     check_resumption(config, output, capsys)
     check_refusals(config, output)
+    check_ensemble(output, tmp_path / "segmented", monkeypatch)
 
 
 def check_all_figures(output: Path, other: Path) -> None:
@@ -165,6 +169,23 @@ def check_refusals(config: Path, output: Path) -> None:
         CohortError, match=r"lineage\.json: found no slides, models; expected the lineage of a run.*a run of it"
     ):
         reproduce(str(output), output.with_name("again"))
+
+
+def check_ensemble(output: Path, segmented: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of the whole in MLflow is the models of all of its folds, as its folder is, or none; alone it is no model."""
+    address, run_id = f"sqlite:///{output / 'mlflow.db'}", json.loads((output / "run.json").read_text())["run_id"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    slide, where = read_manifest(output / "cohort.csv")[0].slide, ClusterSettings(workers=0)
+    assert segment([slide], [f"runs:/{run_id}"], segmented, None, 96, where, EngineSettings()) == 0
+    found = [digest(model) for model in members(segmented / "ensemble")]
+    assert found == [digest(output / f"fold-{number}" / "model") for number in (1, 2, 3)]
+    first, *_, last = fold_references(f"runs:/{run_id}")
+    assert fold_references(first) == [first]
+    with pytest.raises(TrackingError, match=rf"a run \(cv\) without a model.*such as {first} \(fold-1\)"):
+        resolve_model(f"runs:/{run_id}")
+    open_store(address, create=False).client.delete_run(last.removeprefix("runs:/"))
+    with pytest.raises(TrackingError, match="found no fold-3; .*Run the cross-validation to its end"):
+        fold_references(f"runs:/{run_id}")
 
 
 def check_resumption(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ Models = Annotated[
     list[str],
     typer.Option(
         "--model",
-        help=f"{_MODEL} Given several times, or the output of a cross-validation: the mean of their probabilities.",
+        help=f"{_MODEL} Given several times, or the output or run of a cross-validation: the mean of their probabilities.",
         show_default=False,
     ),
 ]

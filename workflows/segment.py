@@ -27,7 +27,7 @@ from pipeline.geometry import Mpp
 from pipeline.lineage import add_models
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
-from pipeline.registry import resolve_model
+from pipeline.registry import fold_references, resolve_model
 from pipeline.runtime import fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled, with_flips
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
@@ -59,7 +59,8 @@ def segment(
     """
     output = output.absolute()
     _check_names(slides)
-    found = [member for model in models for member in _checkpoints(resolve_model(model).absolute())]
+    folders = [resolve_model(each).absolute() for model in models for each in fold_references(model)]
+    found = [member for folder in folders for member in _checkpoints(folder)]
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
     stitching(spec, blend)  # refuses what is not local before anything is begun
     if engine.precision != "exact" and where.scheduler is None:  # else workers decide, which may compute otherwise
