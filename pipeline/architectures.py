@@ -8,14 +8,18 @@ Importing this module imports neither torch nor MONAI.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pipeline.classes import Class, Classes
 from pipeline.network import FAMILIES, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.dense import Classifier
+
+_COLOURS = 3  # channels of an image, fewer than any other layer sees: the least width is 4
 
 
 def build_network(spec: ModelSpec) -> nn.Module:
@@ -42,6 +46,23 @@ def for_slides(learner: nn.Module) -> nn.Module:
     from pipeline.dense import Classifier, convolutional
 
     return convolutional(learner) if isinstance(learner, Classifier) else learner
+
+
+def outer_weights(spec: ModelSpec) -> frozenset[str]:
+    """The names of those of a learner's weights that see colours or give classes: of its first layers and its last ones.
+
+    Other layers may have as many channels as there are classes. So they are told by what would change with the classes: a
+    network of another number of them is laid out beside this one, both without memory, and no random numbers are drawn.
+    """
+    import torch
+
+    count = 1 if len(spec.classes) > 1 else 2
+    other = replace(spec, classes=Classes(tuple(Class(str(index), (0, 0, 0)) for index in range(count))), rest=None)
+    with torch.device("meta"):
+        here, there = (
+            {name: tuple(weight.shape) for name, weight in build_learner(each).named_parameters()} for each in (spec, other)
+        )
+    return frozenset(name for name, shape in here.items() if shape != there[name] or shape[1:2] == (_COLOURS,))
 
 
 def _fcn(spec: ModelSpec) -> nn.Module:
@@ -85,7 +106,7 @@ def _classifier(spec: ModelSpec) -> Classifier:
 
     from pipeline.dense import Classifier
 
-    layers, before, size = list[nn.Module](), 3, spec.patch_size
+    layers, before, size = list[nn.Module](), _COLOURS, spec.patch_size
     for level in range(spec.depth):
         channels = _channels(spec, level)
         layers += [_unpadded(before, channels), _unpadded(channels, channels), nn.MaxPool2d(2)]
@@ -107,7 +128,7 @@ def _encode(spec: ModelSpec, level: int) -> nn.Module:
     from torch import nn
 
     channels = _channels(spec, level)
-    before = _channels(spec, level - 1) if level else 3
+    before = _channels(spec, level - 1) if level else _COLOURS
     pool = (spec.downsample or FAMILIES[spec.architecture].downsample[0]) == "pool"
     layers: list[nn.Module] = [nn.MaxPool2d(2)] if level and pool else []
     layers.append(_convolution(before, channels, stride=1 if pool or not level else 2))
@@ -131,7 +152,7 @@ def _unet(spec: ModelSpec) -> nn.Module:
     # MONAI's own PReLU would take a fifth of the training step on a CPU, most of it for its gradient.
     units = FAMILIES["unet"].residual_units[0] if spec.residual_units is None else spec.residual_units
     network: nn.Module = UNet(
-        2, 3, len(spec.classes), channels, [2] * spec.depth, num_res_units=units, norm=_norm(spec), act=relu
+        2, _COLOURS, len(spec.classes), channels, [2] * spec.depth, num_res_units=units, norm=_norm(spec), act=relu
     )
     return network
 
@@ -140,7 +161,7 @@ def _basic_unet(spec: ModelSpec) -> nn.Module:
     from monai.networks.nets.basic_unet import BasicUNet
 
     features = [spec.width * factor for factor in (1, 1, 2, 4, 8, 1)]
-    network: nn.Module = BasicUNet(2, 3, len(spec.classes), features, norm=_norm(spec), upsample="deconv")
+    network: nn.Module = BasicUNet(2, _COLOURS, len(spec.classes), features, norm=_norm(spec), upsample="deconv")
     return network
 
 
@@ -148,7 +169,7 @@ def _flexible_unet(spec: ModelSpec) -> nn.Module:
     from monai.networks.nets.flexible_unet import FlexibleUNet
 
     network: nn.Module = FlexibleUNet(
-        in_channels=3,
+        in_channels=_COLOURS,
         out_channels=len(spec.classes),
         backbone=str(spec.encoder),
         decoder_channels=tuple(spec.width * factor for factor in (16, 8, 4, 2, 1)),

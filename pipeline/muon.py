@@ -40,14 +40,6 @@ class Muon(torch.optim.Optimizer):
                     update.apply(factor, group["lr"], group["weight_decay"])
 
 
-def learns(weight: torch.Tensor, classes: int) -> bool:
-    """Whether Muon suits a weight: a matrix or filters, neither of the first layer nor of the last.
-
-    Those layers, which see colours and give classes, have few channels on one side, and learn better with AdamW.
-    """
-    return weight.ndim > 1 and min(weight.shape[:2]) > max(3, classes)
-
-
 class _Update:
     """A weight, and what is to be taken from it, as a matrix with a row for each of its fewer channels.
 

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from pipeline.architectures import outer_weights
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.layout import quicken
 from pipeline.loss import Loss
-from pipeline.muon import Muon, learns
+from pipeline.muon import Muon
 from pipeline.network import ModelSpec, normalise
 from pipeline.team import Alone, Team
 
@@ -72,7 +73,7 @@ class Trainer:
         self.average = AveragedModel(self.network, multi_avg_fn=_average(settings.weight_average), use_buffers=True)
         if self.device.type == "cpu":
             quicken(self.network)
-        self.optimisers = _optimisers(self.network, settings, len(spec.classes))
+        self.optimisers = _optimisers(self.network, settings, spec)
         groups = ((optimiser, group) for optimiser in self.optimisers for group in optimiser.param_groups)
         self._optimiser_of = {id(weight): optimiser for optimiser, group in groups for weight in group["params"]}
         self._learner = self.team.learner(self.network)
@@ -241,11 +242,16 @@ def memory_sufficing(work: str) -> Iterator[None]:
         raise TrainingError("training", found, "patches and a network that fit into memory", remedy) from error
 
 
-def _optimisers(network: torch.nn.Module, settings: TrainingSettings, classes: int) -> list[torch.optim.Optimizer]:
-    """What learns the filters, and what learns all other weights: each weight has one of them."""
+def _optimisers(network: torch.nn.Module, settings: TrainingSettings, spec: ModelSpec) -> list[torch.optim.Optimizer]:
+    """What learns the filters, and what learns all other weights: each weight has one of them.
+
+    Filters and matrices of the layers that see colours, and of those that give classes, learn better with AdamW.
+    """
     filters, others = list[torch.nn.Parameter](), list[torch.nn.Parameter]()
-    for weight in network.parameters():
-        (filters if settings.optimiser == "muon" and learns(weight, classes) else others).append(weight)
+    outer = outer_weights(spec)
+    for name, weight in network.named_parameters():
+        suits = settings.optimiser == "muon" and weight.ndim > 1 and name not in outer
+        (filters if suits else others).append(weight)
     rate, decay = settings.learning_rate, settings.weight_decay
     adamw = torch.optim.AdamW(others, rate, weight_decay=decay, fused=True)
     return [adamw, Muon(filters, rate, decay)] if filters else [adamw]

@@ -1,13 +1,17 @@
 """The optimiser of filters, held against torch's own and against the iteration that defines it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from pipeline.architectures import build_learner
+from pipeline.architectures import build_learner, outer_weights
 from pipeline.classes import Class, Classes
-from pipeline.muon import Muon, learns
+from pipeline.config import TrainingSettings
+from pipeline.muon import Muon
 from pipeline.network import ModelSpec
+from pipeline.training import Trainer
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
 
@@ -74,11 +78,44 @@ def test_layout_in_memory_and_weights_without_gradient_change_nothing() -> None:
     assert torch.equal(still, torch.ones(4, 4))
 
 
-@pytest.mark.parametrize("architecture", ["fcn", "unet", "classifier"])
-def test_colours_and_classes_are_left_to_adamw(architecture: str) -> None:
-    spec = ModelSpec(architecture=architecture, classes=CLASSES, mpp=1.0, patch_size=32, width=8, depth=2)
-    weights = [weight for weight in build_learner(spec).parameters() if weight.ndim > 1]
-    chosen = [weight for weight in weights if learns(weight, len(CLASSES))]
-    assert not learns(weights[0], len(CLASSES)) and not learns(weights[-1], len(CLASSES))
-    assert len(chosen) >= len(weights) / 2
-    assert all(3 not in weight.shape[:2] and len(CLASSES) not in weight.shape[:2] for weight in chosen)
+def learnt_by_muon(spec: ModelSpec) -> set[str]:
+    """The names of the weights that the optimiser of filters has."""
+    trainer = Trainer(spec, build_learner(spec), TrainingSettings(), 0)
+    names = {id(weight): name for name, weight in trainer.network.named_parameters()}
+    found = [
+        group["params"]
+        for optimiser in trainer.optimisers
+        if isinstance(optimiser, Muon)
+        for group in optimiser.param_groups
+    ]
+    return {names[id(weight)] for weights in found for weight in weights}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"architecture": "fcn"},
+        {"architecture": "heatmap"},
+        {"architecture": "classifier"},
+        {"architecture": "basic_unet", "depth": 4},
+        *({"architecture": "unet", "residual_units": units} for units in (0, 1, 2)),
+        {"architecture": "flexible_unet", "depth": 5, "encoder": "resnet10"},
+    ],
+    ids=lambda values: "-".join(map(str, values.values())),
+)
+def test_colours_and_classes_are_left_to_adamw_however_many_classes_there_are(values: dict[str, object]) -> None:
+    """With few classes no other layer is as narrow as the first and the last ones; at width 8, eight have a width of it."""
+    spec = ModelSpec(**{"classes": CLASSES, "mpp": 1.0, "patch_size": 32, "width": 8, "depth": 2, **values})
+    weights = [(name, weight.shape) for name, weight in build_learner(spec).named_parameters() if weight.ndim > 1]
+    wide = {name for name, shape in weights if min(shape[:2]) > 3}
+    assert weights[0][0] not in wide and weights[-1][0] not in wide and len(wide) >= len(weights) / 2
+    for count in (1, 2, 3, 8, 22):
+        classes = Classes(tuple(Class(str(index), (0, 0, 0)) for index in range(count)))
+        assert learnt_by_muon(replace(spec, classes=classes)) == wide
+
+
+def test_no_random_number_is_drawn_to_tell_who_learns_what() -> None:
+    spec = ModelSpec(architecture="unet", classes=CLASSES, mpp=1.0, patch_size=32, width=8, depth=2)
+    before = torch.get_rng_state()
+    outer_weights(spec)
+    assert torch.equal(torch.get_rng_state(), before)
