@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,22 @@ def save(
     digest. `ancestry` is who made the model, when, and of what, and no part of it. Raises CheckpointError where the folder
     holds other things.
     """
+    with saving(folder, spec, network, run_record, ancestry):
+        pass
+
+
+@contextmanager
+def saving(
+    folder: Path,
+    spec: ModelSpec,
+    network: torch.nn.Module,
+    run_record: Mapping[str, object] | None = None,
+    ancestry: Mapping[str, object] | None = None,
+) -> Iterator[None]:
+    """As `save`, for a block that writes of it elsewhere: until it has ended, the earlier model waits beside the new one.
+
+    Where the block fails, or its process is killed, `put_back` still has the earlier one.
+    """
     if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {*_FILES, _ANCESTRY}):
         expected = "a new folder, or one that holds a model and nothing else"
         raise CheckpointError(str(folder), "other files", expected, "Save to another folder.")
@@ -73,6 +90,7 @@ def save(
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)
+    yield
     shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -81,6 +99,15 @@ def recover(folder: Path) -> None:
     _, stale = _beside(folder)
     if stale.exists() and not folder.exists():
         stale.rename(folder)
+
+
+def put_back(folder: Path) -> None:
+    """Put the earlier model in the place of the one that `saving` wrote, if it still waits; whole or not at all."""
+    fresh, stale = _beside(folder)
+    if stale.exists():
+        folder.rename(fresh)
+        recover(folder)
+        shutil.rmtree(fresh)
 
 
 def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:

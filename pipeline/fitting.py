@@ -9,6 +9,7 @@ It yields; who called tells of it and logs it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,19 +91,22 @@ def _fit(
         metrics, passed_over = _metrics(epoch, dice), _of_all(trainer.team, cases, stream.unread | unread)
         best = not dice or metrics["dice"] > standing.best
         record = Record(epoch.number, metrics, best, trainer.planned, passed_over)
-        if record.best and rank == 0:
-            took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
-            origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
-            checkpoint.save(folder, spec, averaged, *origins)
-        standing = standing.after(record, trainer.seconds)
-        tensors = trainer.state()
-        if rank == 0:
-            snapshot.save(state, standing, tensors)
+        with ExitStack() as earlier:  # what was kept before waits until the state tells of this epoch
+            if record.best and rank == 0:
+                took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
+                origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
+                earlier.enter_context(checkpoint.saving(folder, spec, averaged, *origins))
+            standing, tensors = standing.after(record, trainer.seconds), trainer.state()
+            if rank == 0:
+                snapshot.save(state, standing, tensors)
         yield record
 
 
 def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:
-    """Where the training stands; the trainer goes on from there. Raises TrainingError where its state is broken."""
+    """Where the training stands; the trainer goes on from there, and from what was kept by then.
+
+    Raises TrainingError where its state is broken.
+    """
     state = snapshot.beside(folder)
     standing = snapshot.read_standing(state)
     if standing is None or standing.changes(facts):
@@ -111,7 +115,16 @@ def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standin
         trainer.restore(snapshot.load_tensors(state), len(standing.records), standing.seconds)
     except (KeyError, RuntimeError) as error:
         raise snapshot.broken(state, error) from error
+    if trainer.team.rank == 0:
+        _check_kept(folder, len(standing.records))
     return standing
+
+
+def _check_kept(folder: Path, done: int) -> None:
+    """Put back what was kept before, where a kill left an epoch that is not yet `done`: made again, it may be another."""
+    checkpoint.recover(folder)
+    if checkpoint.load_run_record(folder)["epoch"] > done:
+        checkpoint.put_back(folder)
 
 
 def _of_all(team: Team, cases: Sequence[Case], slides: Collection[str]) -> tuple[str, ...]:

@@ -150,6 +150,16 @@ def test_a_save_that_was_cut_between_its_renames_loses_nothing(saved: Path) -> N
     assert checkpoint.digest(saved) == before
 
 
+def test_the_earlier_model_waits_until_the_block_has_ended(saved: Path) -> None:
+    before = checkpoint.digest(saved)
+    with pytest.raises(KeyboardInterrupt), checkpoint.saving(saved, spec(), network(spec())):
+        assert checkpoint.digest(saved) != before
+        raise KeyboardInterrupt
+    checkpoint.put_back(saved)
+    checkpoint.put_back(saved)  # for which nothing waits any more
+    assert checkpoint.digest(saved) == before and [item.name for item in saved.parent.iterdir()] == [saved.name]
+
+
 def test_a_folder_with_other_things_is_not_overwritten(saved: Path) -> None:
     notes = saved / "notes.txt"
     notes.write_text("mine")

@@ -1,6 +1,7 @@
 """Which epoch of a training is kept, and what it learns from."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tifffile
+import torch
 from pyarrow import parquet
 
-from pipeline import checkpoint
+from pipeline import checkpoint, snapshot
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.fitting import fit
 from pipeline.phantom import write_slide
-from pipeline.snapshot import Record
+from pipeline.snapshot import Record, Standing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +69,34 @@ def test_the_epoch_that_did_best_on_validation_is_kept(tmp_path: Path, validated
     kept = checkpoint.load_run_record(tmp_path / "model")["epoch"]
     assert kept == 1 + dice.index(max(dice))
     assert (kept > 1 and max(dice) > 0.9) if validated else (kept < 5 and dice[-1] < 0.1)
+
+
+def test_what_is_kept_is_always_of_an_epoch_that_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the weights of the third epoch and its state; made again, the third is worse than the second.
+
+    On a processor it would be as good again, as on a GPU it need not be: so here the state has forgotten what was learned.
+    """
+    settings, state = config(tmp_path, epochs=4, learning_rate=0.03), snapshot.beside(tmp_path / "model")
+    usual = snapshot.save
+
+    def killed(path: Path, standing: Standing, tensors: Mapping[str, torch.Tensor]) -> None:
+        if len(standing.records) == 3:
+            assert standing.records[-1].best and checkpoint.load_run_record(tmp_path / "model")["epoch"] == 3
+            raise KeyboardInterrupt
+        usual(path, standing, tensors)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(snapshot, "save", killed)
+        train(tmp_path, settings, WIDTH // 2)
+    tensors = snapshot.load_tensors(state)
+    forgotten = {name: torch.zeros_like(value) for name, value in tensors.items() if name.startswith(("network", "average"))}
+    snapshot.save(state, snapshot.read_standing(state), {**tensors, **forgotten})
+    records = train(tmp_path, settings, WIDTH // 2)
+    assert [record.best for record in records] == [True, True, False, False]
+    kept = checkpoint.load_run_record(tmp_path / "model")
+    assert kept["epoch"] == 2
+    assert kept["dice"] == {name: records[1].metrics[f"dice {name}"] for name in kept["dice"]}
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def damaged(case: Case, name: str) -> Case:
