@@ -12,7 +12,7 @@ from pipeline.errors import CheckpointError
 from pipeline.folder import TABLES, alone, write_setup
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
-from pipeline.store import lacks_password, run_file, with_password
+from pipeline.store import lacks_password, run_file
 from pipeline.workspace import alias_of
 
 _LETTERS = 9  # of a commit
@@ -60,15 +60,12 @@ def _check_free(output: Path) -> None:
 
 
 def _store(uri: str | None) -> str | None:
-    """The store that a configuration names, as far as it can be opened: MLflow keeps no password of it. Says so."""
+    """The store that a configuration names, if it can be opened: MLflow keeps no password, nor is one written down here."""
     if uri is None or not lacks_password(uri):
         return uri
-    found = with_password(uri)
-    told = "is written with that of MLFLOW_TRACKING_URI, the same store"
-    if lacks_password(found):
-        told = "is null in the new configuration, so that MLFLOW_TRACKING_URI decides"
+    told = "is null in the new configuration, so that MLFLOW_TRACKING_URI decides"
     console.print(f"tracking.uri was {uri}, of which MLflow keeps no password: it {told}", soft_wrap=True)
-    return None if lacks_password(found) else found
+    return None
 
 
 def _by(origin: Mapping[str, str]) -> str:
