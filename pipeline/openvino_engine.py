@@ -58,13 +58,14 @@ class OpenVinoEngine:
         self._turn = Lock()  # a request that two threads use at once gives one of them the other's answer
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
-        """See Engine; another shape than the last two is compiled for first."""
+        """See Engine; another shape than the last one, or that turned by a quarter, is compiled for first."""
         with self._turn:
-            request = self._requests.pop(windows.shape, None)
-            if request is None:
-                self._requests = dict(list(self._requests.items())[-1:])
-                request = self._compiled(windows.shape).create_infer_request()
-            self._requests[windows.shape] = request  # the last one is the latest
+            if windows.shape not in self._requests:
+                count, height, width, colours = windows.shape
+                turned = (count, width, height, colours)  # as flips ask for it; any other would hold its activations in vain
+                self._requests = {shape: request for shape, request in self._requests.items() if shape == turned}
+                self._requests[windows.shape] = self._compiled(windows.shape).create_infer_request()
+            request = self._requests[windows.shape]
             # The answer is a copy: a request's own memory is written again by the next call.
             answer: np.ndarray = request.infer({0: np.ascontiguousarray(windows)}, share_inputs=True)[0]
         return answer

@@ -88,6 +88,17 @@ def test_an_answer_outlives_the_next_call(graphs: dict[str, Path]) -> None:
     assert (first == kept).all()
 
 
+def test_only_what_flips_need_is_held(graphs: dict[str, Path]) -> None:
+    """A request holds all activations: a worker would take as much again for a small slide of another size."""
+    engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
+    for windows in (IMAGE[None, :64, :96], IMAGE[None, :96, :64], IMAGE[None, :64, :96]):
+        engine(windows)
+    assert set(engine._requests) == {(1, 64, 96, 3), (1, 96, 64, 3)}
+    for width in (128, 160):
+        engine(IMAGE[None, :64, :width])
+        assert set(engine._requests) == {(1, 64, width, 3)}
+
+
 def test_threads_get_their_own_answers(graphs: dict[str, Path]) -> None:
     """As a server's do, and those of a Dask worker with several."""
     engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
