@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.config import EngineSettings
+from pipeline.config import Config, EngineSettings
 from pipeline.errors import EngineError
 from pipeline.files import write_json
-from pipeline.runtime import backend_version, describe, engines_folder, has_int8, held
+from pipeline.openvino_graph import require_quantiser
+from pipeline.runtime import backend_version, describe, engines_folder, has_int8, held, require_ability, settled
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Deviation:
             f"{self.label_change:.3%} of {self.pixels} pixels have another label, Dice changes by up to "
             f"{self.dice_change:.4f}, a probability by up to {self.largest_difference:.3f}"
         )
+
+
+def require_means(config: Config) -> None:
+    """Raise EngineError where this machine could not run the engine of a run, or not make a model's int8 graph for it.
+
+    Before hours of training, that is. Workers of a scheduler may be able to do what this machine is not.
+    """
+    if config.cluster.scheduler is not None:
+        return
+    engine, model = settled(config.engine), config.output / "model"
+    require_ability(engine)
+    if engine.precision == "fastest" and not (model.exists() and has_int8(model)):
+        require_quantiser()
 
 
 def check(found: Deviation, settings: EngineSettings, model: Path) -> None:

@@ -216,6 +216,12 @@ class EngineSettings(Section):
     flips: bool = False
     max_label_change: Fraction = 0.005
 
+    @model_validator(mode="after")
+    def _int8_is_openvino_s(self) -> EngineSettings:
+        if (self.precision, self.backend) == ("fastest", "torch"):
+            raise ValueError("backend should be auto or openvino for precision fastest: torch computes in no int8")
+        return self
+
 
 class EvaluationSettings(Section):
     """How figures are reported.

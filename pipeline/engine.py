@@ -99,6 +99,11 @@ def _dtype(device: torch.device, precision: Precision) -> torch.dtype:
     return _half(device)
 
 
+def require_ability(precision: Precision) -> None:
+    """Raise EngineError where what torch computes on here does not compute in that precision."""
+    _dtype(_device(), precision)
+
+
 def torch_half() -> str:
     """The half precision of `fast` with torch on the device that it finds here."""
     return {torch.float16: "fp16", torch.bfloat16: "bf16"}[_half(_device())]

@@ -48,7 +48,7 @@ class OpenVinoEngine:
         self.spec, self._graph, self._cache = spec, graph, cache
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
-            "INFERENCE_PRECISION_HINT": _computed_in(precision).replace("fp", "f"),
+            "INFERENCE_PRECISION_HINT": computed_in(precision).replace("fp", "f"),
             # Pinned, the only threads of two workers would both sit on the first core.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_NUM_THREADS": threads(),
@@ -124,8 +124,11 @@ def beside_int8() -> str:
     return half() if half().upper() in _abilities() else "fp32"
 
 
-def _computed_in(precision: Precision) -> str:
-    """Raises EngineError where it is to be a half precision that this processor does not have."""
+def computed_in(precision: Precision) -> str:
+    """What this processor computes in where a graph is not int8.
+
+    Raises EngineError where it is to be a half precision that the processor does not have.
+    """
     if precision == "exact":
         return "fp32"
     found = beside_int8()

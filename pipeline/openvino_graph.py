@@ -71,8 +71,7 @@ def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
     whole. Raises EngineError where nncf is not installed.
     """
     openvino = import_openvino()
-    if find_spec("nncf") is None:
-        raise _missing("nncf")
+    require_quantiser()
     import nncf
 
     nncf.set_log_level(logging.ERROR)
@@ -91,6 +90,12 @@ def quantise(graph: Path, patches: Sequence[np.ndarray], folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     _write_folder(folder, small, openvino)
     return folder / GRAPH
+
+
+def require_quantiser() -> None:
+    """Raise EngineError where nncf, with which `quantise` works, is not installed."""
+    if find_spec("nncf") is None:
+        raise _missing("nncf")
 
 
 def graph_digest(graph: Path) -> str:

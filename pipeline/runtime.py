@@ -128,6 +128,20 @@ def settled(settings: EngineSettings) -> EngineSettings:
     return settings.model_copy(update={"backend": "openvino" if openvino else "torch"})
 
 
+def require_ability(settings: EngineSettings) -> None:
+    """Raise EngineError where this machine cannot compute in that way; `settings` name a backend.
+
+    Nothing heavy is imported to tell that of exact.
+    """
+    backend_version(settings.backend)
+    if settings.backend == "openvino":
+        openvino_engine.computed_in(settings.precision)
+    elif settings.precision != "exact":
+        from pipeline import engine
+
+        engine.require_ability(settings.precision)
+
+
 def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> EngineSettings:
     """The settings with `flips`, or, where that is None, with what the run that trained the model had."""
     own = ensemble.load_run_record(model).get("flips", False) if flips is None else flips

@@ -26,7 +26,7 @@ from pipeline.files import locked, write_json
 from pipeline.grid import Grid, Tile
 from pipeline.machine import release_memory
 from pipeline.pyramid import CoarseShard, remove_coarse
-from pipeline.runtime import load_engine
+from pipeline.runtime import load_engine, require_ability
 from pipeline.shards import Place
 from pipeline.slide_job import (
     CANVAS,
@@ -106,11 +106,12 @@ def plan_slide(job: SlideJob, wait: bool = True) -> Plan | Busy:
 
     Where the model has a normalisation, the slide's staining is estimated as the canvas is made, and kept in it. Raises
     SlideError where the slide cannot be read, CanvasError where the folder holds another run's output, and EngineError where
-    the way in which this worker would run the model was never held against exact.
+    this worker cannot run the model in that way, or would do so in one that was never held against exact.
     """
     if job.engine.precision != "exact":
         from pipeline.approval import require_approval
 
+        require_ability(job_engine(job))
         for member in ensemble.members(job.model):
             require_approval(job_engine(job), member)
     OpenedJob(job)  # what cannot be opened leaves no folder

@@ -90,6 +90,7 @@ def test_overrides_reach_any_key() -> None:
         ("network.norm=instance", "segmentation.blend should be true"),
         ("network.norm=group", "`network.norm`"),
         ("cluster={workers: 2, scheduler: 'tcp://head:8786'}", "workers should be null where a scheduler is named"),
+        ("engine={precision: fastest, backend: torch}", "torch computes in no int8"),
         ("training.warmup_epochs=61", "no more than epochs, 60"),
         ("output=~nobody-has-this-name/out", "should lead somewhere"),
         ("seed", "no `=`"),

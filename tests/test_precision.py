@@ -1,19 +1,21 @@
 """How far an engine strays: against a slow count over the whole slide, and through the commands."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("openvino")
 
 from pipeline import checkpoint, runtime
-from pipeline.approval import Deviation, approval, approve, check, require_approval
+from pipeline.approval import Deviation, approval, approve, check, require_approval, require_means
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import EngineSettings, Precision, SegmentationSettings, TissueSettings
+from pipeline.config import Backend, EngineSettings, Precision, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError
 from pipeline.geometry import Lattice, Roi
@@ -27,6 +29,7 @@ from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob
 from pipeline.slide_tasks import plan_slide
 from pipeline.tissue import Tissue, find_tissue
+from workflows.plan import plan
 from workflows.run import run_config
 from workflows.segment import segment
 
@@ -153,7 +156,7 @@ def save(folder: Path, width: int) -> Path:
     return folder
 
 
-def test_a_worker_that_computes_otherwise_than_approved_is_refused(tmp_path: Path) -> None:
+def test_a_worker_that_computes_otherwise_than_approved_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever gave the order may have looked at another kind of machine."""
     write_slide(np.full((64, 64, 3), 255, np.uint8), tmp_path / "slide.tiff", 1.0)
     job = SlideJob(
@@ -166,8 +169,11 @@ def test_a_worker_that_computes_otherwise_than_approved_is_refused(tmp_path: Pat
         TissueSettings(),
         FAST,
     )
-    with pytest.raises(EngineError, match="never held against exact"):
-        plan_slide(job)
+    monkeypatch.setattr("pipeline.engine._device", lambda: torch.device("cpu"))
+    for able, found in ((True, "never held against exact"), (False, "multiplies bf16")):
+        monkeypatch.setattr("pipeline.engine._has_bf16", lambda able=able: able)
+        with pytest.raises(EngineError, match=found):
+            plan_slide(job)
     assert not job.folder.exists()
 
 
@@ -274,6 +280,40 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["segmentation"], config["cluster"] = {"tile_size": 96}, {"workers": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "lacking", "found"),
+    [
+        ("fast", "openvino", ("pipeline.openvino_engine._abilities", lambda: ("FP32", "INT8")), "computes in FP32, INT8"),
+        ("fast", "torch", ("pipeline.engine._has_bf16", lambda: False), "multiplies bf16"),
+        ("exact", "openvino", ("pipeline.openvino_graph.find_spec", lambda name: None), "openvino: found no such library"),
+        ("fastest", "auto", ("pipeline.openvino_graph.find_spec", lambda name: name == "openvino" or None), "nncf"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused_before_anything_is_begun(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+    backend: Backend,
+    lacking: tuple[str, Callable[..., object]],
+    found: str,
+) -> None:
+    monkeypatch.setattr("pipeline.engine._device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(*lacking)
+    asked = [f"engine.precision={precision}", f"engine.backend={backend}", f"output={tmp_path / 'out'}"]
+    config = load_config(project / "config.yaml", asked)
+    with pytest.raises(EngineError, match=found):
+        run_config(config)
+    assert not (tmp_path / "out").exists()
+    require_means(load_config(project / "config.yaml", [*asked, "cluster={scheduler: 'tcp://elsewhere:8786'}"]))
+    model, slide = str(save(tmp_path / "model", 4)), project / "cohort" / "phantom-03.tiff"
+    if precision != "fastest":  # whose model needs nncf but once
+        with pytest.raises(EngineError, match=found):
+            segment([slide], [model], tmp_path / "out", None, 96, config.cluster, config.engine)
+        with pytest.raises(EngineError, match=found):
+            plan(slide, model, None, None, config.engine, False, None, False)
 
 
 def test_a_run_holds_int8_against_exact_and_segment_trusts_it(

@@ -88,11 +88,6 @@ def test_int8_is_the_models_own(model: Path) -> None:
         load_engine(model, FASTEST)
 
 
-def test_torch_computes_no_int8(model: Path) -> None:
-    with pytest.raises(EngineError, match="no int8"):
-        load_engine(model, EngineSettings(precision="fastest", backend="torch"))
-
-
 def test_auto_becomes_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = settled(EngineSettings())
     assert chosen.backend in ("torch", "openvino") and settled(chosen) == chosen

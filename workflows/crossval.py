@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pyarrow import parquet
 from rich.table import Table
 
+from pipeline.approval import require_means
 from pipeline.assessed import FILE as ASSESSMENTS
 from pipeline.assessed import read_assessments
 from pipeline.assessment import SlideAssessment
@@ -40,6 +41,7 @@ _HELD_OUT = "out-of-fold"
 def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
     """Cross-validate a configuration file; the exit code is 1 where a slide failed."""
     config = read_config(path, overrides)
+    require_means(config)
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
     with open_workspace(config, own="folds.csv") as workspace:

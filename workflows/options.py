@@ -53,4 +53,6 @@ def engine(precision: Precision, backend: Backend) -> EngineSettings:
     """The two options of the engine as settings."""
     from pipeline.config import EngineSettings
 
+    if (precision, backend) == ("fastest", "torch"):
+        raise typer.BadParameter("torch computes in no int8: leave it out for `fastest`", param_hint="--backend")
     return EngineSettings(precision=precision, backend=backend)

@@ -14,7 +14,7 @@ from pipeline.config import ClusterSettings, EngineSettings, SegmentationSetting
 from pipeline.geometry import Mpp
 from pipeline.progress import console
 from pipeline.registry import resolve_model
-from pipeline.runtime import with_flips
+from pipeline.runtime import require_ability, settled, with_flips
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Estimate, foresee
@@ -39,6 +39,7 @@ def plan(
     spec = ensemble.load_spec(folder)
     stitching(spec, blend)
     engine = with_flips(engine, folder, flips)
+    require_ability(settled(engine))
     wanted = SegmentationSettings(tile_size=tile_size, blend=blend)
     workers = local_workers([(path, mpp)], Mpp.square(spec.mpp))
     with connect(ClusterSettings(workers=workers)) as cluster:

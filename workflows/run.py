@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.approval import require_means
 from pipeline.config import Config
 from pipeline.progress import console
 from pipeline.specs import read_config
@@ -21,7 +22,11 @@ def run(path: Path, overrides: Sequence[str]) -> int:
 
 
 def run_config(config: Config) -> int:
-    """Run every stage, each of which skips what is done; returns 1 where a slide failed, else 0."""
+    """Run every stage, each of which skips what is done; returns 1 where a slide failed, else 0.
+
+    Raises EngineError, before anything is begun, where this machine cannot compute as `config.engine` asks.
+    """
+    require_means(config)
     with open_workspace(config) as workspace:
         failed = run_stages(workspace)
         command = workspace.run.open_command()

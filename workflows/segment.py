@@ -28,7 +28,16 @@ from pipeline.lineage import add_models
 from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import fold_references, resolve_model
-from pipeline.runtime import fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled, with_flips
+from pipeline.runtime import (
+    fp32_graph,
+    has_int8,
+    int8_folder,
+    load_engine,
+    open_engine,
+    require_ability,
+    settled,
+    with_flips,
+)
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
@@ -63,7 +72,9 @@ def segment(
     found = [member for folder in folders for member in _checkpoints(folder)]
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
     stitching(spec, blend)  # refuses what is not local before anything is begun
-    if engine.precision != "exact" and where.scheduler is None:  # else workers decide, which may compute otherwise
+    if where.scheduler is None:  # else workers decide, which may compute otherwise
+        require_ability(settled(engine))
+    if engine.precision != "exact" and where.scheduler is None:
         from pipeline.approval import require_approval
 
         for member in found:

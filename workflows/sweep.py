@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.approval import require_means
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
 from pipeline.errors import CohortError, FullfieldError
@@ -39,6 +40,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
     cases = dealt_cases(config)
     for part in parts:
         check_output(part, cases)
+        require_means(part)
     with open_workspace(config, own="sweep.csv") as workspace:
         if not workspace.annotated((_SPLIT,)):
             remedy = "Name some patients as val in the manifest, or set cohort.fractions.val."
