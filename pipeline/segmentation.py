@@ -73,14 +73,15 @@ def with_tile_sizes(jobs: Sequence[SlideJob], cluster: Cluster, memory_gib: floa
     """The same jobs, each with a tile size to fall back on where neither the user nor a canvas says one: the same for all,
     chosen in a worker (or `blending.TILE_SIZE` where they are blended).
 
-    A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Raises
+    A canvas keeps its tile size so that a slightly different measurement never refuses to go on with it. Those that have one
+    take part in the choice, so that slides which are left after a kill get the tiles that they would have got. Raises
     ClusterError where no tile fits into `memory_gib`, and CheckpointError where the model cannot be loaded. Where the slides
     together kill the workers that try them, one of the first three by itself decides: where each does, it is the model.
     """
     jobs = [replace(job, chosen_tile_size=TILE_SIZE) if job.settings.blend else job for job in jobs]
     fresh = [job for job in jobs if not _has_tile_size(job)]
     if fresh:
-        for tried in (fresh, *([job] for job in fresh[:_TRIED_ALONE] if len(fresh) > 1)):
+        for tried in (jobs, *([job] for job in fresh[:_TRIED_ALONE] if len(jobs) > 1)):
             outcome = _tile_size(tried, cluster, memory_gib)
             if not isinstance(outcome.error, WorkerError):
                 break

@@ -421,6 +421,20 @@ def test_an_output_keeps_its_tile_size_and_the_user_counts_before_all(model: Pat
     assert not is_finished(new)
 
 
+def test_slides_that_are_left_after_a_kill_get_the_tiles_that_they_would_have_got(
+    model: Path, scan: Path, tmp_path: Path
+) -> None:
+    write_slide(np.full((200, 300, 3), 120, np.uint8), tmp_path / "small.tiff", 1.0)
+    paths, ask = (scan, tmp_path / "small.tiff"), (SegmentationSettings(), TissueSettings())
+    jobs = [SlideJob(path.stem, path, None, model, tmp_path / path.stem, *ask) for path in paths]
+    with connect(ClusterSettings(workers=0)) as cluster:
+        chosen = with_tile_sizes(jobs, cluster, 30.0)
+        assert job_tile_size(with_tile_sizes(jobs[1:], cluster, 30.0)[0]) < job_tile_size(chosen[1])
+        plan_slide(chosen[0])
+        left = with_tile_sizes(jobs, cluster, 30.0)
+    assert [job_tile_size(job) for job in left] == [job_tile_size(job) for job in chosen]
+
+
 class Deadly:
     """Runs tasks here; whoever is given a slide called `deadly` is dead."""
 
