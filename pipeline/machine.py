@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -15,12 +16,38 @@ _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
 _NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/dxg"))  # its driver's, and that of Linux in Windows
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # the limits of Linux, and whose are this process's
 _AMD = Path("/dev/kfd")  # there for every graphics of theirs, whether torch can use it or not
 
 
 def cores() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of processors that this process may use: no more than it is granted the time of, as a container is."""
+    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(present, _granted()))
+
+
+def _granted() -> float:
+    """Processors whose time the control groups that this process is in grant it; infinity where none sets a limit."""
+    try:
+        lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    folders = set[Path]()
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers or "cpu" in controllers.split(","):  # of version 2, which names none, or of version 1
+            top, own = _GROUPS / "cpu" if controllers else _GROUPS, Path(path.lstrip("/"))
+            folders |= {top / group for group in (own, *own.parents)}  # a group has no more than those that it is in
+    return min(map(_quota, folders), default=math.inf)
+
+
+def _quota(folder: Path) -> float:
+    """Processors whose time a control group grants to all that is in it; infinity where it sets no limit."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # the latter for `max`
+            quota, period = map(int, " ".join((folder / name).read_text(encoding="utf-8") for name in names).split())
+            if quota > 0:
+                return quota / period
+    return math.inf
 
 
 def threads() -> int:

@@ -38,6 +38,34 @@ def test_two_where_there_is_work_and_memory_for_two(scan: Path, monkeypatch: pyt
             assert local_workers([(scan, None)] * (few + 1), SCALE) == 1
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "250000 100000\n"}, 3),
+        ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
+        ("0::/jobs/7\n", {"jobs/cpu.max": "400000 100000\n", "jobs/7/cpu.max": "max 100000\n"}, 4),
+        ("0::/of/the/host\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("3:cpuset:/a\n2:cpu,cpuacct:/a\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ("2:cpuacct,cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "600000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 6),
+        ("2:cpuset:/a\n", {"cpuset/a/cpu.max": "100000 100000\n"}, 64),
+        (None, {}, 64),
+    ],
+)
+def test_a_container_has_the_processors_that_it_is_granted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str | None, files: dict[str, str], expected: int
+) -> None:
+    if groups is not None:
+        (tmp_path / "own").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: range(64), raising=False)
+    assert machine.cores() == expected
+
+
 BUILDS = {
     "cpu": "cuda: Optional[str] = None\nhip: Optional[str] = None\n",
     "cuda": "cuda: Optional[str] = '12.8'\nhip: Optional[str] = None\n",
