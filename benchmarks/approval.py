@@ -24,7 +24,7 @@ from pipeline.grid import Grid
 from pipeline.openvino_graph import quantise
 from pipeline.patches import Source
 from pipeline.precision import measure_deviation
-from pipeline.runtime import EXACT, fp32_graph, has_int8, int8_folder, load_engine, open_engine, settled
+from pipeline.runtime import EXACT, fp32_graph, int8_folder, is_calibrated, load_engine, open_engine, settled
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
 
@@ -55,7 +55,7 @@ class OnePass:
 def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) -> Deviation:
     """How far a precision is from exact; from now on it is approved. Raises EngineError where it cannot be run here."""
     settings = settled(EngineSettings(precision=precision, max_label_change=1.0))
-    if precision == "fastest" and not has_int8(model):
+    if precision == "fastest" and not is_calibrated(model):
         quantise(fp32_graph(model), list(patches(_PATCHES, _PATCH)), int8_folder(model))
     slide = open_slide(slide_path)
     tissue = find_tissue(slide, TissueSettings())

@@ -1,6 +1,7 @@
 """Which ways to run a model below fp32 were held against fp32, and approved.
 
-What was found is written beside the model, so that each later call knows, without running anything, what is approved.
+What was found is written beside the model, with a copy for the same model in other folders, so that each later call knows,
+without running anything, what is approved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ from pipeline.config import Config, EngineSettings
 from pipeline.errors import EngineError
 from pipeline.files import write_json
 from pipeline.openvino_graph import require_quantiser
-from pipeline.runtime import backend_version, describe, engines_folder, has_int8, held, require_ability, settled
+from pipeline.runtime import (
+    backend_version,
+    describe,
+    engine_file,
+    engines_folder,
+    has_int8,
+    held,
+    is_calibrated,
+    keep_engines,
+    require_ability,
+    settled,
+    where_from,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ def require_means(config: Config) -> None:
         return
     engine, model = settled(config.engine), config.output / "model"
     require_ability(engine)
-    if engine.precision == "fastest" and not (model.exists() and has_int8(model)):
+    if engine.precision == "fastest" and not (model.exists() and is_calibrated(model)):
         require_quantiser()
 
 
@@ -78,7 +91,8 @@ def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
     """
     content = {"engine": _way(settings, model), "max_label_change": settings.max_label_change, "found": asdict(found)}
     if found.label_change <= settings.max_label_change or approval(settings, model) is None:
-        write_json(_path(settings, model), content)
+        write_json(engines_folder(model) / _name(settings), content)
+        keep_engines(model)
     check(found, settings, model)
 
 
@@ -96,15 +110,16 @@ def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | N
     backend_version(settings.backend)
     if settings.precision == "fastest" and not has_int8(model):
         return None
+    path = engine_file(model, _name(settings))
     try:
-        content = json.loads(_path(settings, model).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         same = content["engine"] == _way(settings, model)
         return (Deviation(**content["found"]), float(content["max_label_change"])) if same else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        path, remedy = str(_path(settings, model)), "Delete it, and run with that precision again."
-        raise EngineError(path, f"a damaged file ({error})", "an approval as Fullfield wrote it", remedy) from error
+        remedy = "Delete it, and run with that precision again."
+        raise EngineError(str(path), f"a damaged file ({error})", "an approval as Fullfield wrote it", remedy) from error
 
 
 def require_approval(settings: EngineSettings, model: Path) -> None:
@@ -117,8 +132,7 @@ def require_approval(settings: EngineSettings, model: Path) -> None:
             "one that was approved on validation tissue",
             f"Run `fullfield run CONFIG engine.precision={settings.precision} engine.backend={settings.backend} "
             f"engine.flips={str(settings.flips).lower()}` with the "
-            "configuration that the model was trained with; of a copied model, copy "
-            f"{engines_folder(model).parent.name} along. Or say --precision exact.",
+            f"configuration that the model was trained with. {where_from(model)} Or say --precision exact.",
         )
 
 
@@ -127,6 +141,7 @@ def _way(settings: EngineSettings, model: Path) -> str:
     return f"{describe(model, settings)}, fullfield {__version__}"
 
 
-def _path(settings: EngineSettings, model: Path) -> Path:
+def _name(settings: EngineSettings) -> str:
+    """Of the file with what was found of a way to run a model."""
     flips = "-flips" if settings.flips else ""
-    return engines_folder(model) / f"{held(settings).replace(' ', '-')}-{settings.backend}{flips}.json"
+    return f"{held(settings).replace(' ', '-')}-{settings.backend}{flips}.json"

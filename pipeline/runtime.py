@@ -3,15 +3,18 @@
     MODEL/                          the checkpoint, which nothing is added to
     MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
     MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see precision.py
-    ~/.cache/fullfield/             what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles take,
-                                    models from an MLflow server
+    ~/.cache/fullfield/engines/DIGEST/  a copy of these, for the same model in another folder, such as one of the registry
+    ~/.cache/fullfield/             else what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles
+                                    take, models from an MLflow server
 
 DIGEST is the beginning of the model's own, so that nothing made for one model is ever used with another.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 from pipeline import checkpoint, ensemble, openvino_engine, openvino_graph
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
+from pipeline.files import replacing
 from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import GRAPH
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 EXACT = EngineSettings()
 
 _DIGITS = 16  # of a digest, in the name of a folder
+_INT8 = f"int8/{GRAPH}"  # of a model's engines
 
 _OTHER_VIEWS = ((0, -1), (2, 1), (2, -1), (1, 1), (1, -1), (3, 1), (3, -1))
 """Quarter turns of a window, and the step along its columns, -1 for its mirror image; those of its own shape come first."""
@@ -199,10 +204,11 @@ def fp32_graph(model: Path) -> Path:
 
 def int8_graph(model: Path) -> Path:
     """A model's int8 graph. Raises EngineError where it has none yet."""
-    graph = int8_folder(model) / GRAPH
-    if not has_int8(model):
+    graph = engine_file(model, _INT8)
+    if not graph.is_file():
         remedy = (
-            "Run `fullfield run CONFIG engine.precision=fastest` with the configuration that the model was trained with."
+            "Run `fullfield run CONFIG engine.precision=fastest` with the configuration that the model was trained with. "
+            f"{where_from(model)}"
         )
         raise EngineError(str(model), "no int8 form of this model", f"one in {graph.parent}", remedy)
     return graph
@@ -210,14 +216,47 @@ def int8_graph(model: Path) -> Path:
 
 def has_int8(model: Path) -> bool:
     """Whether a model has been calibrated for int8."""
+    return engine_file(model, _INT8).is_file()
+
+
+def is_calibrated(model: Path) -> bool:
+    """Whether the int8 graph is where the model's own run writes it."""
     return (int8_folder(model) / GRAPH).is_file()
 
 
 def int8_folder(model: Path) -> Path:
-    """Where a model's int8 graph is, or will be."""
-    return engines_folder(model) / "int8"
+    """Where a model's int8 graph is written."""
+    return (engines_folder(model) / _INT8).parent
 
 
 def engines_folder(model: Path) -> Path:
-    """Where a model's int8 graph and approvals are: beside the model, since a checkpoint is never added to."""
-    return model.with_name(f"{model.name}.engines") / checkpoint.digest(model)[:_DIGITS]
+    """Where a model's int8 graph and approvals are written: beside the model, since a checkpoint is never added to."""
+    return model.with_name(f"{model.name}.engines") / _key(model)
+
+
+def engine_file(model: Path, name: str) -> Path:
+    """Where what was written into `engines_folder` is read: there, or, where it is only there, from `keep_engines`' copy."""
+    beside, kept = engines_folder(model) / name, _kept_engines(model) / name
+    return kept if kept.is_file() and not beside.is_file() else beside
+
+
+def keep_engines(model: Path) -> None:
+    """Copy what lies in `engines_folder` to where this machine finds it for the same model in any other folder."""
+    beside = engines_folder(model)
+    with suppress(OSError):  # where the disk is full, it is found beside the model only
+        for path in (*beside.glob(f"{Path(_INT8).parent}/network.*"), *beside.glob("*.json")):
+            with replacing(_kept_engines(model) / path.relative_to(beside)) as partial:
+                shutil.copyfile(path, partial)
+
+
+def where_from(model: Path) -> str:
+    """What to do with a model whose own run has written engines elsewhere."""
+    return f"Where another machine did so, copy model.engines/{_key(model)} of that run to {_kept_engines(model)} here."
+
+
+def _kept_engines(model: Path) -> Path:
+    return cache_folder() / "engines" / _key(model)
+
+
+def _key(model: Path) -> str:
+    return checkpoint.digest(model)[:_DIGITS]

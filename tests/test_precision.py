@@ -1,6 +1,7 @@
 """How far an engine strays: against a slow count over the whole slide, and through the commands."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,16 @@ from workflows.plan import plan
 from workflows.run import run_config
 from workflows.segment import segment
 
+pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).parents[1]
 FAST = EngineSettings(precision="fast", backend="torch", max_label_change=0.01)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fullfield"
 
 
 @dataclass
@@ -198,6 +207,24 @@ def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
     assert approval(refused, model) is None
     save(model, 5)
     assert approval(FAST, model) is None
+
+
+def test_an_approval_counts_for_the_model_wherever_it_lies(tmp_path: Path, cache: Path) -> None:
+    """As in the registry, whose models lie in folders of their own."""
+    model, found = save(tmp_path / "out" / "model", 4), Deviation(1000, 0.001, 0.004, 0.31)
+    stored = Path(shutil.copytree(model, tmp_path / "artifacts" / "checkpoint"))
+    approve(found, FAST, model)
+    assert approval(FAST, stored) == found
+    beside, kept = runtime.engines_folder(model), next((cache / "engines").iterdir())
+    with pytest.raises(EngineError):
+        approve(Deviation(1000, 0.5, 0.004, 0.31), FAST.model_copy(update={"flips": True}), model)
+    with pytest.raises(EngineError, match="refused: 50.000%"):
+        require_approval(FAST.model_copy(update={"flips": True}), stored)
+    shutil.rmtree(kept)  # another machine
+    with pytest.raises(EngineError, match=f"copy model.engines/{beside.name} of that run to {kept} here"):
+        require_approval(FAST, stored)
+    shutil.copytree(beside, kept)
+    require_approval(FAST, stored)
 
 
 def test_an_approval_of_one_half_precision_is_none_of_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Which engine a model gets, and that either gives the same answer."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from pipeline.network import ModelSpec
 from pipeline.openvino_engine import OpenVinoEngine, beside_int8
 from pipeline.openvino_graph import quantise
 from pipeline.phantom import render
-from pipeline.runtime import describe, fp32_graph, int8_folder, load_engine, settled, with_flips
+from pipeline.runtime import describe, fp32_graph, int8_folder, is_calibrated, keep_engines, load_engine, settled, with_flips
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
 WINDOWS = render(5, 160, 96, 1.0, spread=3)[0][None]
@@ -83,6 +84,11 @@ def test_int8_is_the_models_own(model: Path) -> None:
     quantise(fp32_graph(model), [WINDOWS[0]], int8_folder(model))
     assert isinstance(load_engine(model, FASTEST), OpenVinoEngine)
     assert describe(model, FASTEST).startswith(f"fastest {beside_int8()}, openvino {version('openvino')}, ")
+    stored = Path(shutil.copytree(model, model.parent / "checkpoint"))  # as in the registry
+    keep_engines(model)
+    assert (load_engine(stored, FASTEST)(WINDOWS) == load_engine(model, FASTEST)(WINDOWS)).all()
+    assert describe(stored, FASTEST) == describe(model, FASTEST)
+    assert is_calibrated(model) and not is_calibrated(stored)
     save(model, 2)
     with pytest.raises(EngineError, match="no int8 form of this model"):
         load_engine(model, FASTEST)

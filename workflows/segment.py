@@ -30,8 +30,8 @@ from pipeline.progress import console, progress
 from pipeline.registry import fold_references, resolve_model
 from pipeline.runtime import (
     fp32_graph,
-    has_int8,
     int8_folder,
+    is_calibrated,
     load_engine,
     open_engine,
     require_ability,
@@ -175,7 +175,7 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
     """Yield the backend that this worker runs, and how far it is from exact on validation tissue; then approve it, or raise
     EngineError.
 
-    Calibrates int8 where the model has none yet. An engine that was approved before is not run again.
+    Calibrates int8 where the run has not done so yet. An engine that was approved before is not run again.
     """
     from pipeline.approval import approval, approve
     from pipeline.openvino_graph import quantise
@@ -184,7 +184,7 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
     from pipeline.tissue import find_tissue
 
     engine = settled(config.engine)
-    if (engine.precision, engine.backend) == ("fastest", "openvino") and not has_int8(model):
+    if (engine.precision, engine.backend) == ("fastest", "openvino") and not is_calibrated(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
     found = approval(engine, model)
     if found is None:
