@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders in which one process works at a time."""
+"""Files that are written whole or not at all, folders in which one process works at a time, and what a cache forgets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_KEPT, _KEPT_SECONDS = 16, 86400.0  # folders of one kind in a cache, and for how long after its last use any one stays
 
 
 @contextmanager
@@ -134,3 +138,28 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
         except OSError:
             pass
         yield free
+
+
+def used(folder: Path) -> Path:
+    """The same folder of a cache, which from now on counts as used; it need not be there yet.
+
+    For a new one those beside it make room that nobody used for a day, but for the last sixteen. Nobody loses a folder
+    between this and reading it. Where the cache may not be written, nothing is done.
+    """
+    with suppress(OSError), locked(folder.parent):
+        if folder.exists():
+            os.utime(folder)
+        else:
+            _forget_oldest(folder.parent)
+    return folder
+
+
+def _forget_oldest(cache: Path) -> None:
+    """Remove what was used last before all others; whole, since half of a folder would be taken for a damaged one."""
+    last_used = {folder: folder.stat().st_mtime for folder in cache.iterdir() if folder.is_dir()}
+    for folder in sorted(last_used, key=last_used.__getitem__)[:-_KEPT]:
+        if time.time() - last_used[folder] > _KEPT_SECONDS:
+            going = folder.with_name(f"{folder.name}.going")
+            shutil.rmtree(going, ignore_errors=True)  # of one that was killed meanwhile
+            folder.rename(going)
+            shutil.rmtree(going, ignore_errors=True)

@@ -25,7 +25,7 @@ import numpy as np
 from pipeline import checkpoint, ensemble, openvino_engine, openvino_graph
 from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
-from pipeline.files import replacing
+from pipeline.files import replacing, used
 from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import GRAPH
@@ -109,7 +109,7 @@ def _open_one(model: Path, settings: EngineSettings) -> Engine:
         return TorchEngine(*checkpoint.load(model), settings.precision)
     graph = int8_graph(model) if settings.precision == "fastest" else fp32_graph(model)
     key = openvino_graph.graph_digest(graph)[:_DIGITS]
-    cache = cache_folder() / "compiled" / key
+    cache = used(cache_folder() / "compiled" / key)
     return openvino_engine.OpenVinoEngine(checkpoint.load_spec(model), graph, settings.precision, cache)
 
 
@@ -196,7 +196,7 @@ def fp32_graph(model: Path) -> Path:
     """A model as an OpenVINO graph, from the cache, else made from the checkpoint and left there for the next process."""
     # Other code may make another graph: one made before a mistake was mended is not used again.
     made_by = f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_graph.openvino_version()}"
-    folder = cache_folder() / "graphs" / f"{checkpoint.digest(model)[:_DIGITS]}-{made_by}"
+    folder = used(cache_folder() / "graphs" / f"{_key(model)}-{made_by}")
     if not (folder / GRAPH).is_file():
         openvino_graph.export(*checkpoint.load(model), folder)
     return folder / GRAPH

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.files import locked, replacing, write_text
+from pipeline.files import locked, replacing, used, write_text
 from pipeline.shards import ShardedArray
 
 HOLD = """
@@ -100,6 +101,44 @@ def test_without_locks_each_writer_has_a_file_of_its_own(tmp_path: Path, monkeyp
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_cache_keeps_what_was_used_last_or_today(tmp_path: Path) -> None:
+    def made(name: str, days_ago: float) -> Path:
+        folder = tmp_path / "cache" / name
+        folder.mkdir(parents=True)
+        (folder / "network.xml").touch()
+        os.utime(folder, (time.time() - days_ago * 86400,) * 2)
+        return folder
+
+    old = [made(f"old {day}", day) for day in range(2, 22)]
+    recent = [made(f"recent {number}", number / 30) for number in range(20)]
+    assert used(old[-1]) == old[-1] and old[0].exists()  # nothing is new
+    new = used(tmp_path / "cache" / "new")
+    assert not new.exists()
+    assert set((tmp_path / "cache").iterdir()) == {*recent, old[-1]}
+    for folder in recent:
+        os.utime(folder, (0, 0))
+    used(recent[7])
+    used(new)
+    left = set((tmp_path / "cache").iterdir())
+    assert len(left) == 16 and {recent[7], old[-1]} < left
+
+
+def test_who_makes_room_takes_nothing_from_who_has_just_looked(tmp_path: Path) -> None:
+    folders = [tmp_path / "cache" / str(number) for number in range(40)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        os.utime(folder, (0, 0))
+
+    def look(folder: Path) -> bool:
+        used(folder.with_name(f"{folder.name} anew"))
+        return used(folder).exists()
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(look, folders))
+    assert [folder.exists() for folder in folders] == found
+    assert 0 < sum(found) < 40
 
 
 def test_a_write_that_the_system_cuts_short_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
