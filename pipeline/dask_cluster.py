@@ -16,6 +16,7 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ClusterError, CodeError, WorkerError
+from pipeline.machine import keep_memory
 from pipeline.origin import source_digest
 from pipeline.progress import console
 from pipeline.tasks import Outcome, Task
@@ -58,7 +59,8 @@ class DaskCluster:
         """See Cluster."""
         with suppress(OSError):  # of a scheduler that is lost, which those tell who wait for it
             workers = self._client.scheduler_info()["workers"]
-            self._preparing += [self._client.submit(function, *arguments, workers=[one], pure=False) for one in workers]
+            task = source_digest(), function, arguments
+            self._preparing += [self._client.submit(_run, *task, workers=[one], pure=False) for one in workers]
 
     def cancel(self, key: Any) -> None:
         """See Cluster."""
@@ -207,7 +209,7 @@ def _hear(told: Queue[Outcome], key: Any, event: tuple[float, bytes]) -> None:
 
 def _run(code: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call the function, on a worker of the same code. Raises CodeError."""
-    _check_code(code)
+    _make_ready(code)
     return function(*arguments)
 
 
@@ -218,7 +220,7 @@ def _tell(topic: str, code: str, function: Callable[..., Iterator[Any]], argumen
     """
     from distributed import get_worker
 
-    _check_code(code)
+    _make_ready(code)
     worker = get_worker()
     task = worker.state.tasks[worker.get_current_task()]
     for record in function(*arguments):
@@ -227,8 +229,12 @@ def _tell(topic: str, code: str, function: Callable[..., Iterator[Any]], argumen
             return
 
 
-def _check_code(code: str) -> None:
-    """Raise CodeError where this worker has other code: it may have joined late, or have been replaced after an update."""
+def _make_ready(code: str) -> None:
+    """Settle this worker's allocator, which Dask has give back every activation: whoever started it need not know.
+
+    Raises CodeError where it has other code: it may have joined late, or have been replaced after an update.
+    """
+    keep_memory()
     if source_digest() != code:
         from distributed import get_worker
 

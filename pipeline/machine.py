@@ -78,8 +78,11 @@ def _torch_builds() -> list[str]:
 
 
 def keep_memory() -> None:
-    """Let this process's allocator keep freed memory for the next activation. Without effect where there is no glibc."""
-    if sys.platform != "linux":
+    """Let this process's allocator keep freed memory for the next activation. Without effect where there is no glibc.
+
+    Where its environment has settled that, as `worker_environment` does, it stays so.
+    """
+    if sys.platform != "linux" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -158,15 +158,16 @@ def test_a_task_that_kills_its_workers_fails_and_no_other_does() -> None:
         assert int(outcome.value["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30  # of the worker that came last, too
 
 
-def test_an_address_is_used() -> None:
+def test_an_address_is_used_and_its_workers_keep_their_memory() -> None:
     from distributed import LocalCluster
 
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
         connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster,
     ):
-        cluster.submit("a", double, 21)
-        assert [outcome.value for outcome in cluster] == [42]
+        cluster.submit("a", arena_growth)
+        (outcome,) = cluster
+    assert sys.platform != "linux" or outcome.value > 90_000_000
 
 
 def have_other_code() -> None:
