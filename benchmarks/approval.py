@@ -63,7 +63,7 @@ def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) 
     square = max(squares, key=lambda square: tissue.fraction(square, slide.base))
     source = Source(slide, OnePass(slide.base, Labels.open(labels), square), slide.base)
     exact = open_engine(model, settled(EXACT))
-    found = measure_deviation(exact, load_engine(model, settings), [(source, tissue)])
+    found, _ = measure_deviation(exact, load_engine(model, settings), {slide_path.name: lambda: (source, tissue)})
     approve(found, settings, model)
     return found
 

@@ -13,11 +13,12 @@ lock while they work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from pyarrow import parquet
@@ -32,6 +33,8 @@ from pipeline.truth import Truth
 _AHEAD = 2  # batches that are prepared or waiting to be taken
 _ATTEMPTS = 20  # at a patch that cannot be read, each at another place, until the slides are given up
 _AUGMENTING = 1  # tells a patch's second random stream from its first; numpy takes a 0 at the end of a seed for nothing
+
+Read = TypeVar("Read")
 
 Patch = tuple[np.ndarray, np.ndarray]
 """An image (S, S, 3) uint8 RGB and its mask (S, S) uint8 of class indices, IGNORED where nothing is known."""
@@ -152,6 +155,16 @@ def patch_roi(shown: Shown, source: Source, size: int, rng: np.random.Generator,
     return roi if centred else _moved_onto(source.lattice, roi)
 
 
+def first_read(read: Callable[[int], Read]) -> Read:
+    """What the first attempt, of which `read` is told the number, can read. Raises SlideError where none can."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return read(attempt)
+        except SlideError as error:
+            unreadable = error
+    raise unreadable
+
+
 def _moved_onto(lattice: Lattice, roi: Roi) -> Roi:
     return Roi(_held(roi.x, lattice.width - roi.width), _held(roi.y, lattice.height - roi.height), roi.width, roi.height)
 
@@ -194,14 +207,16 @@ class PatchStream:
 
     def _read(self, epoch: int, position: int) -> Patch:
         """The pixels of a patch with those around it that augmenting takes: of the first attempt that can be read."""
-        for attempt in range(_ATTEMPTS):
+
+        def read(attempt: int) -> Patch:
             slide_id, roi = self.place(epoch, position, attempt)
             try:
                 return self.sources[slide_id].read(roi.grow(self.augmentation.margin(self.size)))
-            except SlideError as error:
+            except SlideError:
                 self.unread.add(slide_id)
-                unreadable = error
-        raise unreadable
+                raise
+
+        return first_read(read)
 
     def batches(self, epoch: int, positions: Sequence[int], batch_size: int) -> Iterator[Batch]:
         """The patches at `positions`, in that order.

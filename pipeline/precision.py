@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.approval import Deviation
 from pipeline.classes import IGNORED
+from pipeline.errors import SlideError
 from pipeline.grid import round_up
 from pipeline.metrics import confusion, ratios
-from pipeline.patches import PatchIndex, Source, patch_roi
+from pipeline.patches import PatchIndex, Source, first_read, patch_roi
 from pipeline.stitching import usual
 from pipeline.tissue import Tissue
 from pipeline.validation import KNOWN_TILE, known_tiles
@@ -24,45 +27,77 @@ if TYPE_CHECKING:
 _PATCHES = 100  # for calibration: figures no longer change with more
 
 
-def measure_deviation(exact: Engine, other: Engine, sources: Iterable[tuple[Source, Tissue]]) -> Deviation:
-    """Run both engines over all tissue of the slides of which something is known, and compare.
+def measure_deviation(
+    exact: Engine, other: Engine, slides: Mapping[str, Callable[[], tuple[Source, Tissue]]]
+) -> tuple[Deviation, list[str]]:
+    """Run both engines over all tissue of the slides of which something is known, each opened in its turn, and compare.
 
-    A pixel for which one of them has no number has changed, and infinitely.
+    A pixel for which one of them has no number has changed, and infinitely. Returns also the slides that cannot be read, of
+    which nothing is counted.
     """
-    both, way, classes = _Both(exact, other), usual(exact.spec), len(exact.spec.classes)
-    counts = np.zeros((2, classes, classes + 1), np.int64)
-    pixels, changed, largest = 0, 0, 0.0
-    for source, tissue in sources:
-        grid = way.grid(source.lattice, KNOWN_TILE)
-        lattice = source.lattice.shrink(exact.spec.output_stride)
-        tiles = (tile for tile in known_tiles(source, grid) if tissue.fraction(tile.write_roi, source.lattice) > 0)
-        for tile, probabilities in way.predict(source.slide, grid, tiles, both):
-            target = tile.target(exact.spec.output_stride)
-            truth = np.where(tissue.sampled(target, lattice), source.truth.read(target, lattice), IGNORED)
-            known, answers = truth != IGNORED, probabilities.reshape(2, classes, *truth.shape)
-            if not known.any():
-                continue
-            labels = answers.argmax(axis=1).astype(np.uint8)
-            counts += [confusion(truth, each, classes) for each in labels]
-            pixels += int(known.sum())
-            numbers = np.isfinite(answers).all(axis=(0, 1))  # half precision may overflow
-            changed += int(((labels[0] != labels[1]) | ~numbers)[known].sum())
-            largest = max(largest, float(np.abs(answers[0] - answers[1])[:, known & numbers].max(initial=0)))
-            if not numbers[known].all():
-                largest = math.inf
-    return Deviation(pixels, changed / max(pixels, 1), _dice_change(counts, exact.spec), largest)
+    both, classes = _Both(exact, other), len(exact.spec.classes)
+    counts, pixels, changed, largest = np.zeros((2, classes, classes + 1), np.int64), 0, 0, 0.0
+    unread = list[str]()
+    for name, opened in slides.items():
+        try:
+            found = list(_compared(both, *opened()))
+        except SlideError:
+            unread.append(name)
+            continue
+        counts += sum(tile.counts for tile in found)
+        pixels += sum(tile.pixels for tile in found)
+        changed += sum(tile.changed for tile in found)
+        largest = max([largest, *(tile.largest for tile in found)])
+    return Deviation(pixels, changed / max(pixels, 1), _dice_change(counts, exact.spec), largest), unread
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What one tile showed: the `counts` of both engines, (2, classes, classes + 1) int64, over its known `pixels`; how many
+    have another label, and the largest difference of a probability.
+    """
+
+    counts: np.ndarray
+    pixels: int
+    changed: int
+    largest: float
+
+
+def _compared(both: _Both, source: Source, tissue: Tissue) -> Iterator[_Compared]:
+    """The tiles of one slide in which tissue is known."""
+    spec, way, classes = both.spec, usual(both.spec), len(both.spec.classes)
+    grid, lattice = way.grid(source.lattice, KNOWN_TILE), source.lattice.shrink(spec.output_stride)
+    tiles = (tile for tile in known_tiles(source, grid) if tissue.fraction(tile.write_roi, source.lattice) > 0)
+    for tile, probabilities in way.predict(source.slide, grid, tiles, both):
+        target = tile.target(spec.output_stride)
+        truth = np.where(tissue.sampled(target, lattice), source.truth.read(target, lattice), IGNORED)
+        known, answers = truth != IGNORED, probabilities.reshape(2, classes, *truth.shape)
+        if not known.any():
+            continue
+        labels = answers.argmax(axis=1).astype(np.uint8)
+        numbers = np.isfinite(answers).all(axis=(0, 1))  # half precision may overflow
+        difference = float(np.abs(answers[0] - answers[1])[:, known & numbers].max(initial=0))
+        yield _Compared(
+            counts=np.stack([confusion(truth, each, classes) for each in labels]),
+            pixels=int(known.sum()),
+            changed=int(((labels[0] != labels[1]) | ~numbers)[known].sum()),
+            largest=difference if numbers[known].all() else math.inf,
+        )
 
 
 def calibration_patches(index: PatchIndex, sources: Mapping[str, Source], size: int, spec: ModelSpec) -> list[np.ndarray]:
-    """Patches of training tissue as slides show it, not augmented: (H, W, 3) uint8, of `size` or the next whole strides."""
-    patches = []
-    for position in range(_PATCHES):
-        rng = np.random.default_rng(position)
+    """Patches of training tissue as slides show it, not augmented: (H, W, 3) uint8, of `size` or the next whole strides.
+
+    One that cannot be read is drawn anew. Raises SlideError where one attempt after the other meets what cannot be read.
+    """
+
+    def read(position: int, attempt: int) -> np.ndarray:
+        rng = np.random.default_rng([position, attempt])
         shown = index.draw(size, rng)
         source = sources[shown.slide_id]
-        roi = patch_roi(shown, source, round_up(size, spec.stride), rng)
-        patches.append(source.slide.read(roi, source.lattice))
-    return patches
+        return source.slide.read(patch_roi(shown, source, round_up(size, spec.stride), rng), source.lattice)
+
+    return [first_read(partial(read, position)) for position in range(_PATCHES)]
 
 
 class _Both:

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import SlideError, TrainingError
 from pipeline.geometry import Mpp
 from pipeline.machine import threads
-from pipeline.normalised import NormalisedSlide, estimate, normalised
+from pipeline.normalised import NormalisedSlide, estimate
 from pipeline.patches import Source
 from pipeline.slide import Slide, open_slide
 from pipeline.specs import class_map
@@ -32,12 +32,16 @@ def case_truth(case: Case, config: Config) -> Truth:
 
 
 def open_source(case: Case, config: Config, normalisation: Normalisation | None = None) -> Source:
-    """The slide and the truth of an annotated case, on the lattice of the model, as one of that normalisation sees it."""
+    """The slide and the truth of an annotated case, on the lattice of the model, as one of that normalisation sees it.
+
+    What is damaged where its stain is estimated is seen as scanned, as in training.
+    """
     slide = open_slide(case.slide, case.mpp)
     source = Source(slide, case_truth(case, config), slide.base.at(Mpp.square(config.network.mpp)))
     if normalisation is None:
         return source
-    return replace(source, slide=normalised(slide, find_tissue(slide, config.tissue), normalisation))
+    staining = _staining(slide, find_tissue(slide, config.tissue), normalisation.method)
+    return replace(source, slide=NormalisedSlide(slide, staining, normalisation))
 
 
 def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Source], Normalisation | None]:

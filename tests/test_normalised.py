@@ -28,7 +28,7 @@ from pipeline.runtime import load_engine
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.slide_tasks import plan_slide, seal_slide, segment_block
-from pipeline.sources import left_as_scanned, open_sources
+from pipeline.sources import left_as_scanned, open_source, open_sources
 from pipeline.staining import METHODS
 from pipeline.stains import reference, staining_of
 from pipeline.tissue import find_tissue
@@ -231,7 +231,10 @@ def test_a_damaged_slide_whose_stain_cannot_be_told_is_left_as_scanned(project: 
             content[offset : offset + length] = bytes(length)
     (tmp_path / "damaged.tiff").write_bytes(content)
     damaged = replace(whole, slide_id="damaged", slide=tmp_path / "damaged.tiff")
-    assert left_as_scanned(open_sources([whole, damaged], project.config)[0]) == ["damaged"]
+    sources, normalisation = open_sources([whole, damaged], project.config)
+    assert left_as_scanned(sources) == ["damaged"]
+    alone = {case.slide_id: open_source(case, project.config, normalisation) for case in (whole, damaged)}
+    assert {name: one.slide for name, one in alone.items()} == {name: one.slide for name, one in sources.items()}
 
 
 def test_a_cohort_without_stain_is_not_trained_on(project: Project, tmp_path: Path) -> None:

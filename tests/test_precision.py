@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 
@@ -18,7 +19,7 @@ from pipeline.approval import Deviation, approval, approve, check, require_appro
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import Backend, EngineSettings, Precision, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, SlideError
 from pipeline.geometry import Lattice, Roi
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import beside_int8
@@ -98,6 +99,26 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Source, Tiss
     return found
 
 
+def as_opened(sources: Sequence[tuple[Source, Tissue]]) -> dict[str, Callable[[], tuple[Source, Tissue]]]:
+    return {f"slide {number}": lambda own=own: own for number, own in enumerate(sources)}
+
+
+@pytest.fixture(scope="module")
+def damaged(sources: list[tuple[Source, Tissue]], tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The first of the sources, of whose slide a tile in the midst is zeros."""
+    source, _ = sources[0]
+    content = bytearray(source.slide.path.read_bytes())
+    with tifffile.TiffFile(source.slide.path) as file:
+        page = file.pages[0]
+        across, down = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+        middle = down // 2 * across + across // 2
+        start, length = page.dataoffsets[middle], page.databytecounts[middle]
+    content[start : start + length] = bytes(length)
+    path = tmp_path_factory.mktemp("damaged") / "damaged.tiff"
+    path.write_bytes(content)
+    return replace(source, slide=open_slide(path))
+
+
 def dice(truth: np.ndarray, labels: np.ndarray, index: int) -> float:
     return float(2 * ((truth == index) & (labels == index)).sum() / ((truth == index).sum() + (labels == index).sum()))
 
@@ -114,7 +135,7 @@ def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissu
         for engine, answers in ((exact, firsts), (other, seconds)):
             answers.append(engine(image[None])[0][:, known])
     truth, first, second = (np.concatenate(parts, axis=-1) for parts in (truths, firsts, seconds))
-    found = measure_deviation(exact, other, sources)
+    found, _ = measure_deviation(exact, other, as_opened(sources))
     assert found.pixels == truth.size > 100_000
     assert 0 < found.label_change == (first.argmax(0) != second.argmax(0)).mean()
     assert found.largest_difference == np.abs(first - second).max()
@@ -123,7 +144,7 @@ def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissu
 
 
 def test_an_engine_does_not_stray_from_itself(sources: list[tuple[Source, Tissue]]) -> None:
-    found = measure_deviation(Shades(spec(5), 0.0), Shades(spec(5), 0.0), sources)
+    found, _ = measure_deviation(Shades(spec(5), 0.0), Shades(spec(5), 0.0), as_opened(sources))
     assert (found.label_change, found.dice_change, found.largest_difference) == (0, 0, 0)
 
 
@@ -140,10 +161,23 @@ def test_what_is_no_number_has_changed(sources: list[tuple[Source, Tissue]]) -> 
     source, tissue = sources[0]
     image, mask = source.read(source.lattice.roi)
     total = image.sum(axis=-1)[(mask != IGNORED) & tissue.sampled(source.lattice.roi, source.lattice)]
-    found = measure_deviation(Shades(spec(5), 0.0), Overflowing(spec(5), 0.0), [sources[0]])
+    found, _ = measure_deviation(Shades(spec(5), 0.0), Overflowing(spec(5), 0.0), as_opened([sources[0]]))
     assert found.pixels == total.size
     assert found.label_change == ((total % 2 == 0) | (total % 3 == 0)).mean()
     assert found.largest_difference == np.inf
+
+
+def test_slides_that_cannot_be_read_do_not_count_and_are_named(
+    sources: list[tuple[Source, Tissue]], damaged: Source
+) -> None:
+    def none() -> tuple[Source, Tissue]:
+        raise SlideError("none.svs", "no such file", "a slide", "Copy it.")
+
+    engines = Shades(spec(5), 0.0), Shades(spec(5), 0.004)
+    good = as_opened(sources[1:])
+    found, unread = measure_deviation(*engines, {"torn": lambda: (damaged, sources[0][1]), **good, "none": none})
+    assert (found, []) == measure_deviation(*engines, good)
+    assert unread == ["torn", "none"]
 
 
 def test_what_strays_is_refused_with_its_figures() -> None:
@@ -283,9 +317,31 @@ def test_patches_for_calibration_are_the_slides_own(sources: list[tuple[Source, 
     assert all((one == other).all() for one, other in zip(patches, again, strict=True))
     assert len({patch.tobytes() for patch in patches}) > 90
     images = [one.slide.read(one.lattice.roi, one.lattice) for one in source.values()]
-    views = [np.lib.stride_tricks.sliding_window_view(image[..., 0], (64, 64)) for image in images]
-    for patch in patches[:5]:
-        assert any((view == patch[..., 0]).all(axis=(2, 3)).any() for view in views)
+    assert all(any(lies_in(image, patch) for image in images) for patch in patches[:5])
+
+
+def lies_in(image: np.ndarray, patch: np.ndarray) -> bool:
+    """Whether an image holds a square patch, told first by some of its diagonal."""
+    size = len(patch)
+    height, width = image.shape[0] - size + 1, image.shape[1] - size + 1
+    alike = [(image[at:, at:][:height, :width] == patch[at, at]).all(axis=-1) for at in range(0, size, 9)]
+    places = np.argwhere(np.logical_and.reduce(alike))
+    return any(np.array_equal(image[y : y + size, x : x + size], patch) for y, x in places)
+
+
+def test_patches_for_calibration_that_cannot_be_read_are_drawn_anew(
+    sources: list[tuple[Source, Tissue]], damaged: Source
+) -> None:
+    corners = [(x, y) for y in range(60, 420, 60) for x in range(110, 650, 60)]
+    cells = [damaged.truth.read(Roi(x, y, 50, 50), damaged.lattice) for x, y in corners]
+    shares = np.array([[(mask == index).mean() for index in range(5)] for mask in cells])
+    index = PatchIndex(("a",), np.zeros(len(corners), int), np.array(corners), shares)
+    whole, found = (calibration_patches(index, {"a": one}, 50, spec(2, stride=16)) for one in (sources[0][0], damaged))
+    same = [np.array_equal(one, other) for one, other in zip(whole, found, strict=True)]
+    assert 20 < sum(same) < 100
+    nowhere = replace(index, fractions=shares * [[x // 256 == 2 and y // 256 == 1] for x, y in corners])
+    with pytest.raises(SlideError):
+        calibration_patches(nowhere, {"a": damaged}, 50, spec(2, stride=16))
 
 
 @pytest.fixture(scope="module")

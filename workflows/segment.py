@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ from pipeline.workers import local_workers
 
 if TYPE_CHECKING:
     from pipeline.approval import Deviation
+    from pipeline.patches import Source
+    from pipeline.tissue import Tissue
     from pipeline.workspace import Workspace
 
 
@@ -166,14 +169,17 @@ def segment_cohort(workspace: Workspace) -> int:
 def _approve_engine(workspace: Workspace, run: Run) -> None:
     """Compare the run's engine with the exact one in a worker, print and log. Raises EngineError where it strays too far."""
     config, cases = workspace.config, workspace.tiled(("train", "val"))
-    for backend, found in workspace.cluster.stream(approve_engine, config, cases, workspace.tiles, workspace.model):
-        console.print(f"{config.engine.precision} with {backend} against exact: {found}")
+    for backend, found, unread in workspace.cluster.stream(approve_engine, config, cases, workspace.tiles, workspace.model):
+        passed_over = f"; passed over, since they cannot be read: {', '.join(unread)}" if unread else ""
+        console.print(f"{config.engine.precision} with {backend} against exact: {found}{passed_over}")
         run.log_metrics(asdict(found))
 
 
-def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Path) -> Iterator[tuple[str, Deviation]]:
-    """Yield the backend that this worker runs, and how far it is from exact on validation tissue; then approve it, or raise
-    EngineError.
+def approve_engine(
+    config: Config, cases: Sequence[Case], tiles: Path, model: Path
+) -> Iterator[tuple[str, Deviation, list[str]]]:
+    """Yield the backend that this worker runs, how far it is from exact on validation tissue, and which slides cannot be
+    read; then approve it, or raise EngineError.
 
     Calibrates int8 where the run has not done so yet. An engine that was approved before is not run again.
     """
@@ -186,15 +192,18 @@ def approve_engine(config: Config, cases: Sequence[Case], tiles: Path, model: Pa
     engine = settled(config.engine)
     if (engine.precision, engine.backend) == ("fastest", "openvino") and not is_calibrated(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
-    found = approval(engine, model)
+    found, unread = approval(engine, model), list[str]()
     if found is None:
-        slides = [case for case in cases if case.split == "val"]
         normalisation = checkpoint.load_spec(model).normalisation
-        sources = (open_source(case, config, normalisation) for case in slides)
-        tissues = (find_tissue(open_slide(case.slide, case.mpp), config.tissue) for case in slides)
+
+        def opened(case: Case) -> tuple[Source, Tissue]:
+            tissue = find_tissue(open_slide(case.slide, case.mpp), config.tissue)
+            return open_source(case, config, normalisation), tissue
+
+        slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
         exact = open_engine(model, settled(EngineSettings(flips=engine.flips)))
-        found = measure_deviation(exact, load_engine(model, engine), zip(sources, tissues, strict=True))
-    yield engine.backend, found
+        found, unread = measure_deviation(exact, load_engine(model, engine), slides)
+    yield engine.backend, found, unread
     approve(found, engine, model)
 
 
