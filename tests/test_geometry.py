@@ -48,8 +48,11 @@ def test_a_lattice_is_seen_at_most_so_long(mpp: float, longest: int, shape: tupl
 
 
 def test_rounding_noise_adds_no_pixel() -> None:
-    # 0.1 * 3 is 0.30000000000000004
-    assert Lattice(30, 60, Mpp.square(0.1)).at(Mpp.square(0.3)) == Lattice(10, 20, Mpp.square(0.3))
+    # 0.1 * 3 is 0.30000000000000004, and 0.3 / 0.1 is 2.9999999999999996
+    fine, coarse = Lattice(30, 60, Mpp.square(0.1)), Lattice(10, 20, Mpp.square(0.3))
+    assert fine.at(coarse.mpp) == coarse
+    assert fine.cover(Roi(3, 6, 6, 3), coarse) == Roi(1, 2, 2, 1)
+    assert coarse.cover(Roi(1, 2, 2, 1), fine) == Roi(3, 6, 6, 3)
 
 
 @given(rois.filter(lambda roi: roi.area > 0), st.floats(0.05, 20), st.floats(0.05, 20))

@@ -5,8 +5,10 @@ import pytest
 import tifffile
 from PIL import Image
 
+from pipeline.canvas import create_canvas
 from pipeline.geometry import Lattice, Mpp
 from pipeline.ome_tiff import write_ome_tiff
+from pipeline.pyramid import build_pyramid
 from tests.canvases import CLASSES, make
 
 
@@ -31,6 +33,18 @@ def test_ome_tiff_holds_every_level_of_the_canvas(tmp_path: Path, write_size: in
     assert pixels["PhysicalSizeXUnit"] == "µm"
     assert (pixels["SizeX"], pixels["SizeY"], pixels["Type"]) == (1300, 770, "uint8")
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("place", [(0, 1), (1, 0)])
+def test_a_tile_of_the_tiff_is_written_though_only_its_end_was_examined(tmp_path: Path, place: tuple[int, int]) -> None:
+    """Tiles of 296 pixels do not suit TIFF, whose tiles of 512 begin in one and end in the next."""
+    canvas = create_canvas(tmp_path / "out.ome.zarr", Lattice(900, 800, Mpp(0.5, 0.25)), CLASSES, 296, {})
+    canvas.write(canvas.tile_roi(place), np.full((3, 296, 296), 1 / 3, np.float32))
+    build_pyramid(canvas)
+    write_ome_tiff(canvas, tmp_path / "classes.ome.tif")
+    for number, level in enumerate(canvas.levels):
+        found = tifffile.imread(tmp_path / "classes.ome.tif", level=number)
+        assert np.array_equal(found, canvas.read_labels(level.roi, number))
 
 
 def test_ome_tiff_opens_in_pillow_as_indices_with_colours(tmp_path: Path) -> None:

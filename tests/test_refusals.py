@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -318,6 +320,30 @@ def test_a_slide_that_another_command_is_at_comes_last(models: list[Path], scan:
                 told.append(f"{step.job.slide_id} is {step.row.status}")
                 theirs.close()
     assert told == ["taken is postponed", "free is done", "taken is done"]
+
+
+def test_who_seals_a_slide_has_it_alone_and_its_pyramid_is_made_by_one_at_a_time(
+    models: list[Path], scan: Path, tmp_path: Path
+) -> None:
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, models[0], tmp_path / "scan", settings, TissueSettings(), TORCH)
+    get_ready(job)  # so that none is late for another reason
+    plan = plan_slide(job)
+    for block in plan.blocks:
+        segment_block(job, block)
+    with ThreadPoolExecutor() as others:
+
+        def waits_for(theirs: AbstractContextManager[bool], task: Callable[..., object], *arguments: object) -> bool:
+            with theirs:
+                begun = others.submit(task, job, *arguments)
+                waited = not wait([begun], timeout=0.3).done
+            begun.result(timeout=60)
+            return waited
+
+        assert waits_for(locked(job.folder), segment_block, plan.blocks[0])
+        assert waits_for(locked(job.folder), finish_slide, Part("tissue"), plan.bands)
+        assert waits_for(locked(tmp_path / "scan.pyramid"), finish_slide, Part("pyramid"), plan.bands)
+        assert waits_for(locked(job.folder, shared=True), seal_slide, plan.tissue_mm2, plan.bands)
 
 
 def test_what_disk_does_not_tell_of_is_not_taken_for_glass(

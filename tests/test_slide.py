@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,29 @@ def test_a_coarser_scale_is_an_average_over_area(slide: Slide, mpp: float) -> No
     assert np.abs(only_base.read(roi, lattice) - reference).max() <= 2
 
 
+@pytest.mark.parametrize(
+    ("downsamples", "mpp", "level"),
+    [
+        ((1.0, 2.0, 4.0), (0.2, 0.2), 0),  # finer than the scan
+        ((1.0, 2.0, 4.0), (0.49, 0.49), 0),
+        ((1.0, 2.0, 4.0), (0.496, 0.496), 1),  # coarser by less than a hundredth
+        ((1.0, 2.0, 4.0), (0.5, 0.49), 0),  # along one axis
+        ((1.0, 2.0, 4.0), (0.8, 0.8), 1),
+        ((1.0, 2.0, 4.0), (0.98, 0.98), 1),
+        ((1.0, 2.0, 4.0), (1.0, 1.0), 2),
+        ((1.0, 2.0, 4.0), (8.0, 8.0), 2),
+        ((1.0, 2.0, 4.0004), (1.0, 1.0), 1),  # four times the pixels cost less than those between two others
+        ((1.0, 2.0004, 4.0), (0.5, 0.5), 0),
+        ((1.0, 2.0004, 4.0008), (1.0, 1.0), 2),  # sixteen times cost more
+    ],
+)
+def test_the_best_level_is_the_cheapest_that_is_fine_enough(
+    slide: Slide, downsamples: tuple[float, ...], mpp: tuple[float, float], level: int
+) -> None:
+    levels = tuple(Lattice(800 // 2**index, 600 // 2**index, Mpp.square(0.25 * 2**index)) for index in range(3))
+    assert replace(slide, base=levels[0], levels=levels, downsamples=downsamples).best_level(Mpp(*mpp)) == level
+
+
 def test_fiducials_come_back_in_place(tmp_path: Path) -> None:
     """A dark square at a known place is found there at every scale, far from the origin too."""
     image = np.full((2501, 3701, 3), 240, np.uint8)
@@ -155,11 +179,15 @@ def test_a_slide_travels_between_processes(slide: Slide) -> None:
     assert (copy.read(Roi(5, 6, 70, 80), slide.base) == slide.read(Roi(5, 6, 70, 80), slide.base)).all()
 
 
-def test_the_digest_sees_a_change(image: np.ndarray, tmp_path: Path) -> None:
-    first, second = tmp_path / "a.tiff", tmp_path / "b.tiff"
+def test_the_digest_sees_a_change(slide: Slide, image: np.ndarray, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{name}.tiff" for name in "abc")
     write_slide(image[:400, :500], first, MPP)
     write_slide(255 - image[:400, :500], second, MPP)
     assert open_slide(first).digest() == open_slide(first).digest() != open_slide(second).digest()
+    content = bytearray(slide.path.read_bytes())
+    content[len(content) // 2] ^= 1  # a pixel of the base, at which OpenSlide's own hash does not look
+    third.write_bytes(content)
+    assert open_slide(third).digest() != slide.digest()
 
 
 def test_a_missing_scale_is_refused_and_may_be_given(shared_data: Path) -> None:
@@ -217,22 +245,25 @@ def test_a_compression_that_openslide_lacks_is_no_damage(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("reduction", [2, 3, 2.5, 30, 56, 98, 160, 255, 400, 511])
 def test_a_large_reduction_is_an_average_too(reduction: float) -> None:
-    """Weights in whole 256ths are never below 0, however many there are, and half of one beside the truth at most."""
+    """Weights in whole 256ths are never below 0, however many there are, and one of them beside the truth at most."""
     found = sampling(3, 4, reduction, 5000)
-    weights = found.weights.toarray()
+    pixels, sources = np.arange(3, 7)[:, None], found.start + np.arange(found.length)
+    common = np.minimum(sources + 1, (pixels + 1) * reduction) - np.maximum(sources, pixels * reduction)
+    weights, truth = found.weights.toarray(), np.clip(common, 0, None) / reduction
     assert (weights.sum(axis=1) == 256).all()
-    assert weights.max() <= round(256 / reduction) + 1
+    assert np.abs(weights - 256 * truth).max() <= 1
     rows = np.random.default_rng(0).integers(0, 256, (found.length, 2, 3), np.uint8)
-    start = round(3 * reduction) - found.start
     whole = resample_rows(rows, found)
-    exact = np.tensordot(weights.astype(int), rows, 1) / 256
-    assert np.array_equal(whole, np.floor(exact + 0.5))
-    if reduction == round(reduction):
-        means = rows[start : start + 4 * round(reduction)].reshape(4, round(reduction), 2, 3).mean(axis=1)
-        spread = 0.5 + 255 * np.sqrt(reduction) / 256  # of rounding that is as often up as down
-        assert np.abs(whole - means).max() <= spread
+    assert np.array_equal(whole, np.floor(np.tensordot(weights.astype(int), rows, 1) / 256 + 0.5))
+    spread = 0.5 + 255 * np.sqrt(reduction) / 256  # of rounding that is as often up as down
+    assert np.abs(whole - np.tensordot(truth, rows, 1)).max() <= spread
     constant = np.full((found.length, 2, 3), 245, np.uint8)
     assert (resample_rows(constant, found) == 245).all()
+
+
+def test_rounding_noise_reads_no_pixel_more() -> None:
+    # 45 * 1.4 is 62.99999999999999
+    assert sampling(45, 2, 1.4, 5000).start == 63
 
 
 def test_slides_held_open_share_one_cache(tmp_path: Path) -> None:
