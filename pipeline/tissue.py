@@ -25,7 +25,7 @@ _BLACK = 70  # of 255: brightest channel of ink and of the scanner's border
 _BLACK_CHROMA = 35  # of 255: ink and border are grey; dark nuclei are blue
 _PEN_SATURATION = 0.42
 _SMOOTHING_UM, _TRUNCATED = 12.0, 4.0  # standard deviation of a Gaussian, and how many of them it reaches
-_SPECK, _GROWN = 15, 2  # pixels: no ink that is smaller, and a margin round what is
+_SPECK, _GROWN = 15, 2  # pixels: ink is more than that, with such a margin round it
 _SURVEYED = 1024  # pixels along the longer side of the view that tells a slide's glass and its threshold
 _BAND_PIXELS = 1 << 19  # looked at together: a few arrays of them stay small
 _MOST_HELD = 5 << 24  # level pixels of all bands that are looked at side by side: some 600 MiB
@@ -80,7 +80,8 @@ def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:
     """The tissue of a slide, from a view at `settings.mpp`. Raises SlideError where the slide cannot be read.
 
     Stain is told from glass by a threshold (Otsu 1979) held within bounds, so that a slide that is all tissue or has none is
-    not split in two. Ink and scanner borders are recognised by colour. Small objects are dropped and small holes filled.
+    not split in two. Ink and scanner borders are recognised by colour. Objects of up to `min_area_um2` are dropped, then
+    holes of up to `max_hole_um2` filled.
     A large slide's threshold is that of a coarser view, and its view is looked at in bands, to save memory.
     """
     lattice = slide.base.at(Mpp.square(max(settings.mpp, slide.base.mpp.x)))

@@ -77,6 +77,12 @@ def test_the_oddest_patient_is_learned_from_and_the_plainest_validates() -> None
     assert validating == min(content.keys() - held, key=lambda name: np.abs(shares[name] - 1 / 5).max()) != "odd"
 
 
+def test_the_share_that_validates_is_the_nearest_that_equal_parts_give() -> None:
+    content = {f"P{number:02d}": np.array([10.0, 1.0]) for number in range(14)}
+    dealt = fold_cases(cases_of(content), frozenset({"P00", "P01"}), content, 0.28, 0)
+    assert len({case.patient for case in dealt if case.split == "val"}) == 3  # of 12: 3.36 are wanted, thirds would be 4
+
+
 def test_each_patient_is_learned_from_in_some_fold() -> None:
     content = {f"P{number}": row for number, row in enumerate(np.random.default_rng(3).gamma(0.7, size=(9, 2)))}
     validated, learned = list[str](), set[str]()

@@ -71,7 +71,9 @@ def test_a_detection_stands_where_it_is_surest():
     assert len(found(truth, probability).false) == 1
     probability = levels((150, 190, 40, 150), (150, 160, 6, 230))
     assert found(truth, probability) == Detections((), (230 / 255,), 1)
-    assert found(truth, probability, min_area_um2=1e7) == Detections((), (0.0,), 1)
+    area_um2 = 64.0 * (probability > 127).sum()
+    assert found(truth, probability, min_area_um2=area_um2) == Detections((), (230 / 255,), 1)
+    assert found(truth, probability, min_area_um2=area_um2 + 1) == Detections((), (0.0,), 1)
 
 
 def camelyon16(truth, prediction, probability, min_area_um2):
