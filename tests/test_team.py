@@ -28,9 +28,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three phantoms, and patches of which not all is known; three steps an epoch, the last of half a batch."""
+    """Three phantoms, two of which validate, and patches of which not all is known; three steps an epoch, the last of half
+    a batch.
+    """
     folder = tmp_path_factory.mktemp("team")
     manifest = make_cohort(folder / "cohort", seed=3, slides=3, width=1001, height=803, mpp=1.0)
+    manifest.write_text(manifest.read_text().replace(",test", ",val"))
     content = yaml.safe_load((ROOT / "workflows" / "configs" / "demo.yaml").read_text())
     content["output"], content["cohort"] = str(folder / "out"), {"manifest": str(manifest)}
     content["network"] = {"architecture": "fcn", "mpp": 4.0, "width": 8, "depth": 2}

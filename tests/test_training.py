@@ -11,7 +11,7 @@ from pipeline.architectures import build_network
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
-from pipeline.network import ModelSpec
+from pipeline.network import ModelSpec, normalise
 from pipeline.snapshot import Standing, load_tensors, save
 from pipeline.training import Trainer
 
@@ -50,8 +50,6 @@ def test_what_is_learned_is_right() -> None:
     list(model.fit(batches))
     images, masks = next(batches(99))
     with torch.inference_mode():
-        from pipeline.network import normalise
-
         labels = model.averaged()(normalise(images, SPEC)).argmax(1).numpy()
     assert (labels == masks)[masks != IGNORED].mean() > 0.97
 
@@ -83,8 +81,6 @@ def test_a_heavier_class_is_found_where_the_patch_leaves_it_open() -> None:
 
         model = trainer(epochs=3, **values)
         list(model.fit(doubtful))
-        from pipeline.network import normalise
-
         with torch.inference_mode():
             answer = model.averaged()(normalise(np.full((1, 32, 48, 3), 120, np.uint8), SPEC)).softmax(1)
         return float(answer[0, 1].mean())
@@ -132,6 +128,46 @@ def test_the_average_forgets_the_start() -> None:
     pairs = zip(start, model.network.parameters(), model.averaged().parameters(), strict=True)
     far, near = np.array([((a - c).norm().item(), (b - c).norm().item()) for a, b, c in pairs]).sum(axis=0)
     assert 0 < near < far
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0.1), (1, 2 / 11), (90, 0.91), (10_000, 0.99)])
+def test_the_average_forgets_faster_at_first(step: int, kept: float) -> None:
+    average = torch.ones(3)
+    training._average(0.99)([average], [torch.zeros(3)], torch.tensor(step))
+    assert average.tolist() == pytest.approx([kept] * 3)
+
+
+def test_what_is_kept_has_the_batch_statistics_of_its_own_weights_over_the_latest_batches() -> None:
+    model = trainer(patches_per_epoch=56)
+    next(model.fit(lambda epoch: batches(epoch, 14)))
+    kept = model.averaged()
+    norms = {name: layer for name, layer in kept.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    expected = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in norms.items()}
+    seen = {name: list[tuple[torch.Tensor, torch.Tensor]]() for name in norms}
+    for name, layer in norms.items():
+        layer.register_forward_pre_hook(lambda _, inputs, own=seen[name]: own.append(statistics(*inputs)))
+    with torch.no_grad():
+        for images, _ in list(batches(0, 14))[-12:]:
+            kept.train()(normalise(images, SPEC))
+    assert len(norms) > 2
+    for name, parts in seen.items():
+        for found, truth in zip(expected[name], zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(found, torch.stack(truth).mean(dim=0))
+
+
+def statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel of a batch."""
+    return pixels.mean(dim=(0, 2, 3)), pixels.var(dim=(0, 2, 3))
+
+
+def test_a_huge_loss_takes_no_huge_step() -> None:
+    model = trainer(patches_per_epoch=4)
+    with torch.no_grad():
+        model.network.head.conv.weight.mul_(1e4)
+    epoch = next(model.fit(lambda number: batches(number, 1)))
+    assert epoch.loss > 1000
+    gradients = [weight.grad.norm() for weight in model.network.parameters()]
+    assert torch.stack(gradients).norm().item() == pytest.approx(5, rel=1e-3)
 
 
 @pytest.mark.parametrize(("count", "optimiser"), [(4, "muon"), (13, "muon"), (4, "adamw")])
