@@ -134,7 +134,8 @@ def test_large_fields_are_read_from_a_coarser_level(tmp_path, monkeypatch):
     fine = object_scores(object_sums(truth == 1, labels == 1, Mpp(1.0, 1.0), 50.0))
     coarse = object_scores(found.objects[1])
     assert coarse["object_dice"] == pytest.approx(fine["object_dice"], abs=0.01)
-    assert coarse["object_hausdorff_um"] == pytest.approx(fine["object_hausdorff_um"], abs=8)
+    moved_um = 2 * found.coarsest_um  # of two boundaries each is off by a pixel of the coarser level at most
+    assert coarse["object_hausdorff_um"] == pytest.approx(fine["object_hausdorff_um"], abs=moved_um)
     whole = measure_boundaries(truth == 1, labels == 1, truth < 9, Mpp(1.0, 1.0), 2.0)
     assert found.boundaries[1].length == pytest.approx(whole.length, rel=0.05)
 

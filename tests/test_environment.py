@@ -46,4 +46,5 @@ def test_conda_gets_the_same_python_and_the_same_lock() -> None:
 
 def test_make_installs_with_the_lock() -> None:
     installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
-    assert all("--constraint requirements.lock" in line or "torch==" + locked()["torch"] in line for line in installs)
+    assert installs
+    assert all("--constraint requirements.lock" in line for line in installs)

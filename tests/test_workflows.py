@@ -352,11 +352,13 @@ def test_a_killed_segmentation_is_finished_alike(project: Path, tmp_path: Path) 
         process = subprocess.Popen(
             [*FULLFIELD, *map(str, command)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 120
-        while len([path for path in shards.rglob("*") if path.is_file()]) < least and time.monotonic() < deadline:
+        deadline, found = time.monotonic() + 120, 0
+        while found < least and time.monotonic() < deadline:
             time.sleep(0.005)
+            found = len([path for path in shards.rglob("*") if path.is_file()])
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        assert found >= least
         assert not (folder / "provenance.json").exists()
     fullfield(*command)
     canvas = open_canvas(folder / "segmentation.ome.zarr")
