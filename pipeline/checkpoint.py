@@ -1,7 +1,7 @@
 """A trained model on disk: a folder with what it is, what it has learnt and how the two give an answer.
 
-    model.yaml            the spec, where it comes from, the version that wrote it; SHA-256 of all three, so that a model
-                          whose halo was edited, or whose weights were damaged on their way, is refused
+    model.yaml            the spec, the run that made it and the version that wrote it; the SHA-256 of spec, weights and
+                          graph, so that a model whose halo was edited, or whose weights were damaged on the way, is refused
     weights.safetensors   the weights
     network.json          the network as a graph, see graph.py; absent where it has none, and `build_network` builds it
 
@@ -40,7 +40,7 @@ _ANCESTRY = "ancestry.json"
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _RUN_RECORD = "lineage"  # its key in model.yaml
 _SEAL, _WEIGHTS_DIGEST = "spec_sha256", "weights_sha256"
-_REQUIRED, _OPTIONAL = {"fullfield", "spec"}, {"network", _SEAL, _WEIGHTS_DIGEST, _RUN_RECORD}
+_REQUIRED, _OPTIONAL = ("fullfield", "spec"), ("network", _SEAL, _WEIGHTS_DIGEST, _RUN_RECORD)  # keys of model.yaml
 _SHOWN = 4  # weights that an error names
 _WHOLE = "Keep the files of a model together, as they were written."
 _AS_WRITTEN = "Use the file as Fullfield wrote it, or train the model again."
@@ -274,16 +274,17 @@ def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, 
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The content of `model.yaml`: the keys fullfield and spec, and perhaps network and lineage."""
+    """The content of `model.yaml`: all keys that are required, and of the others some."""
     _check_files(folder)
     path = folder / _SPEC
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(str(path), f"broken YAML ({error})", "a model's description", _AS_WRITTEN) from error
-    if not isinstance(content, dict) or not _REQUIRED <= set(content) <= _REQUIRED | _OPTIONAL:
+    if not isinstance(content, dict) or not set(_REQUIRED) <= set(content) <= {*_REQUIRED, *_OPTIONAL}:
         found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(str(path), found, "the keys fullfield and spec, perhaps network and lineage", _AS_WRITTEN)
+        expected = f"the keys {' and '.join(_REQUIRED)}, perhaps {', '.join(_OPTIONAL)}"
+        raise CheckpointError(str(path), found, expected, _AS_WRITTEN)
     if not isinstance(content.get(_RUN_RECORD, {}), dict):
         raise CheckpointError(str(path), f"the lineage {content[_RUN_RECORD]!r}", "keys and values", _AS_WRITTEN)
     return content

@@ -2,7 +2,7 @@
 
     MODEL/                          the checkpoint, which nothing is added to
     MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
-    MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see precision.py
+    MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see approval.py
     ~/.cache/fullfield/engines/DIGEST/  a copy of these, for the same model in another folder, such as one of the registry
     ~/.cache/fullfield/             else what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles
                                     take, models from an MLflow server

@@ -237,7 +237,11 @@ def _cut(folder: Path) -> None:
         (lambda folder: (folder / "model.yaml").write_bytes(b"\xff\xfe\x00"), "broken YAML"),
         (lambda folder: (folder / "model.yaml").write_text("- spec"), "found list"),
         (lambda folder: (folder / "model.yaml").write_text("!!python/object/apply:os.getcwd []"), "broken YAML"),
-        (_edit(note="x"), "the keys fullfield, lineage, network, note, spec, spec_sha256, weights_sha256"),
+        (
+            _edit(note="x"),
+            "the keys fullfield, lineage, network, note, spec, spec_sha256, weights_sha256; "
+            "expected the keys fullfield and spec, perhaps network, spec_sha256, weights_sha256, lineage",
+        ),
         (_untold_edit, r"a spec of SHA-256 \w+: it was changed"),
         (_weights(lambda weights: weights["head.conv.bias"].add_(1)), "SHA-256 .*; expected the file of SHA-256"),
         (_edit(lineage=[1]), "the lineage"),
