@@ -24,6 +24,7 @@ from torch import nn
 from pipeline.errors import NetworkError
 from pipeline.network import ModelSpec, activation
 
+_CHANNELS = 3  # of a slide
 _LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)  # pixels: of the strips, tried in turn
 _WIDTHS = (8, 16, 32, 64)  # pixels: across the strips; the first that the network takes
 _STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -46,15 +47,15 @@ class Footprint:
     output_stride: int
 
 
-def measure(network: nn.Module, in_channels: int = 3) -> Footprint:
+def measure(network: nn.Module) -> Footprint:
     """The footprint of a network in evaluation, on the device where it is.
 
     Weights, batch statistics, training mode and torch's random numbers stay as they were. Raises NetworkError for a network
     that is not local, naming the layers, and for one that exact tiling cannot use for another reason.
     """
     with _evaluation(network):
-        width, output_stride = _scale(network, in_channels)
-        axes = [_Axis(network, in_channels, width, dim) for dim in (2, 3)]
+        width, output_stride = _scale(network)
+        axes = [_Axis(network, width, dim) for dim in (2, 3)]
         length, stride = _LENGTHS[0], output_stride
         for axis in axes:
             length = _length(axis, length)
@@ -64,7 +65,7 @@ def measure(network: nn.Module, in_channels: int = 3) -> Footprint:
     return Footprint(-(-reach // stride) * stride, stride, output_stride)
 
 
-def assert_exact(network: nn.Module, footprint: Footprint, in_channels: int = 3) -> None:
+def assert_exact(network: nn.Module, footprint: Footprint) -> None:
     """Compare tiles with one forward pass over the whole: at its start, an odd number of strides inside, and at its end.
 
     This also sees what NaN cannot: layers that replace NaN, that count pixels from the border, or that scale by the image's
@@ -77,7 +78,7 @@ def assert_exact(network: nn.Module, footprint: Footprint, in_channels: int = 3)
     differences = []
     with _evaluation(network):
         for dim in (2, 3):
-            axis = _matched(_Axis(network, in_channels, max(stride, _WIDTHS[1]), dim), length)
+            axis = _matched(_Axis(network, max(stride, _WIDTHS[1]), dim), length)
             strip = axis.noise(length)
             whole = activation(axis.run(strip)[None])[0]
             for start in (0, inside, length - write):
@@ -108,7 +109,6 @@ class _Axis:
     """One axis of a network: strips run along it, and have it as their first."""
 
     network: nn.Module
-    in_channels: int
     width: int
     dim: int  # 2: down the rows, 3: along the columns
 
@@ -126,7 +126,7 @@ class _Axis:
 
     def noise(self, length: int) -> torch.Tensor:
         """A strip of noise, the same at every call."""
-        noise = torch.randn((self.in_channels, length, self.width), generator=torch.Generator().manual_seed(0))
+        noise = torch.randn((_CHANNELS, length, self.width), generator=torch.Generator().manual_seed(0))
         return noise.to(next(self.network.parameters()))
 
     def spread(self, length: int, start: int, stop: int) -> tuple[int, int]:
@@ -139,11 +139,11 @@ class _Axis:
         return (rows[0] * scale, (rows[-1] + 1) * scale) if rows else (start, stop)
 
 
-def _scale(network: nn.Module, in_channels: int) -> tuple[int, int]:
+def _scale(network: nn.Module) -> tuple[int, int]:
     """The width of the strips to probe with, and the output stride."""
     for width in _WIDTHS:
         try:
-            return width, _output_stride(_Axis(network, in_channels, width, 2))
+            return width, _output_stride(_Axis(network, width, 2))
         except NetworkError as error:
             refusal = error
     raise refusal

@@ -45,7 +45,7 @@ class Region:
 
 
 def band_regions(
-    canvas: Canvas, band: int, base: Lattice, min_area_um2: float = 0.0, skip: Collection[int] = ()
+    canvas: Canvas, band: int, base: Lattice, min_area_um2: float, skip: Collection[int]
 ) -> Generator[Region, None, OpenRegions]:
     """The regions that end within a band of the canvas, from top to bottom by where they end; returns what it leaves open.
 
@@ -76,9 +76,7 @@ def band_regions(
     return OpenRegions(whole.y, whole.bottom, first, upper, above, waiting.components())
 
 
-def joined_regions(
-    canvas: Canvas, bands: Iterable[OpenRegions], base: Lattice, min_area_um2: float = 0.0
-) -> Iterator[Region]:
+def joined_regions(canvas: Canvas, bands: Iterable[OpenRegions], base: Lattice, min_area_um2: float) -> Iterator[Region]:
     """The regions that reach edges of bands, which come from top to bottom; see `band_regions`."""
     finish, waiting = _Finish.of(canvas, base, min_area_um2), Waiting()
     above, bottom, first = Edge.empty(canvas.lattice.width), -1, 0

@@ -30,7 +30,7 @@ def run_config(config: Config) -> int:
     with open_workspace(config) as workspace:
         failed = run_stages(workspace)
         command = workspace.run.open_command()
-    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
+    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}")
     return failed
 
 
