@@ -111,7 +111,7 @@ def damaged(case: Case, name: str) -> Case:
 def test_what_cannot_be_read_is_passed_over_and_named(tmp_path: Path) -> None:
     good = [case(tmp_path, "train", WIDTH // 2), case(tmp_path, "val", WIDTH // 2)]
     bad = [damaged(one, f"bad {one.split}") for one in good]
-    cells = {"slide_id": ["train", "bad train"], "split": ["train"] * 2, "x": [48] * 2, "y": [48] * 2, "Light": [1.0] * 2}
+    cells = {"slide_id": ["train", "bad train"], "split": ["train"] * 2, "x": [80] * 2, "y": [48] * 2, "Light": [1.0] * 2}
     parquet.write_table(pa.table({**cells, "Dark": [1.0] * 2}), tmp_path / "tiles.parquet")
     settings = config(tmp_path, epochs=2, patches_per_epoch=16)
     without, found = (
