@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from pipeline.tissue import Tissue
 
 _BLOCK_TILES = 2
-"""A block is this many tiles wide and high, as a coarse shard is; halos that neighbours read twice are in memory then."""
+"""A block is this many tiles wide and high, as a coarse shard is. What OpenSlide decoded for a halo is in its cache then."""
 
 
 @dataclass(frozen=True)
