@@ -26,6 +26,7 @@ from pipeline import __version__
 from pipeline.architectures import build_network
 from pipeline.errors import CheckpointError, NetworkError
 from pipeline.network import ModelSpec
+from pipeline.weights import TOGETHER, check_fit, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,6 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _RUN_RECORD = "lineage"  # its key in model.yaml
 _SEAL, _WEIGHTS_DIGEST = "spec_sha256", "weights_sha256"
 _REQUIRED, _OPTIONAL = ("fullfield", "spec"), ("network", _SEAL, _WEIGHTS_DIGEST, _RUN_RECORD)  # keys of model.yaml
-_SHOWN = 4  # weights that an error names
-_WHOLE = "Keep the files of a model together, as they were written."
 _AS_WRITTEN = "Use the file as Fullfield wrote it, or train the model again."
 
 
@@ -118,7 +117,7 @@ def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:
     from pipeline.graph import described
 
     spec, graph = load_spec(folder), _load_graph(folder)
-    weights = _load_weights(folder / _WEIGHTS)
+    weights = load_weights(folder / _WEIGHTS)
     if graph is not None:
         _check_weights(folder, described(weights), graph.weights)
         return spec, _assembled(folder / _GRAPH, spec, graph, weights)
@@ -156,7 +155,7 @@ def load_ancestry(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise CheckpointError(str(folder / _ANCESTRY), f"broken JSON ({error})", "a model's ancestry", _WHOLE) from error
+        raise CheckpointError(str(folder / _ANCESTRY), f"broken JSON ({error})", "a model's ancestry", TOGETHER) from error
     return found
 
 
@@ -223,7 +222,7 @@ def _load_graph(folder: Path) -> Graph | None:
     found = None if content is None else hashlib.sha256(content).hexdigest()
     if found != expected:
         wanted = f"the file of SHA-256 {expected}" if expected else "no such file"
-        raise CheckpointError(str(path), f"SHA-256 {found}" if found else "no such file", f"{wanted}, by {_SPEC}", _WHOLE)
+        raise CheckpointError(str(path), f"SHA-256 {found}" if found else "no such file", f"{wanted}, by {_SPEC}", TOGETHER)
     if content is None:
         return None
     from pipeline.graph import Graph
@@ -234,22 +233,10 @@ def _load_graph(folder: Path) -> Graph | None:
 def _check_weights(folder: Path, described: Mapping[str, str], needed: Mapping[str, str]) -> None:
     """Raise CheckpointError where the weights are not such as the network needs, or not those that `model.yaml` names."""
     path, expected = folder / _WEIGHTS, _read(folder).get(_WEIGHTS_DIGEST)
-    _check_fit(path, described, needed)
+    check_fit(path, described, needed)
     found = _file_digest(path).hex()
     if expected is not None and found != expected:
-        raise CheckpointError(str(path), f"SHA-256 {found}", f"the file of SHA-256 {expected}, by {_SPEC}", _WHOLE)
-
-
-def _load_weights(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights: dict[str, torch.Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        expected = "a whole safetensors file"
-        raise CheckpointError(str(path), f"a broken file ({error})", expected, "Copy the model again.") from error
-    return weights
+        raise CheckpointError(str(path), f"SHA-256 {found}", f"the file of SHA-256 {expected}, by {_SPEC}", TOGETHER)
 
 
 def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
@@ -266,10 +253,10 @@ def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, 
         with torch.inference_mode():
             found = tuple(network(torch.zeros(1, 3, 2 * step, 3 * step)).shape)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(str(path), f"a graph that does not run ({error})", f"one for {_WEIGHTS}", _WHOLE) from error
+        raise CheckpointError(str(path), f"a graph that does not run ({error})", f"one for {_WEIGHTS}", TOGETHER) from error
     if found != expected:
         wanted = f"{expected}, by {_SPEC}"
-        raise CheckpointError(str(path), f"an answer of {found} to {2 * step} x {3 * step} pixels", wanted, _WHOLE)
+        raise CheckpointError(str(path), f"an answer of {found} to {2 * step} x {3 * step} pixels", wanted, TOGETHER)
     return network
 
 
@@ -306,14 +293,3 @@ def _check_files(folder: Path) -> None:
         inner = next((folder / name for name in ("model", "ensemble") if (folder / name).is_dir()), None)
         remedy = "Give the folder of the model, OUTPUT/model, whole." if inner is None else f"Give {inner}."
         raise CheckpointError(str(folder), found, expected, remedy)
-
-
-def _check_fit(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Compare the weights in a file with those of a network, both described."""
-    wrong = [f"no {name}" for name in expected if name not in found]
-    wrong += [f"unknown {name}" for name in found if name not in expected]
-    common = [name for name in expected if name in found]
-    wrong += [f"{name} of {found[name]} for {expected[name]}" for name in common if found[name] != expected[name]]
-    if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise CheckpointError(str(path), "; ".join(wrong[:_SHOWN]) + more, "the weights that the network has", _WHOLE)

@@ -1,4 +1,4 @@
-"""A whole-slide scan: what it says of itself, and its pixels at any scale. The only importer of openslide.
+"""A whole-slide scan: what it says of itself, and its pixels at any scale.
 
 A read is *tile-invariant*: a region read at once or in pieces gives the same bytes. Every pixel is therefore sampled at a
 place that depends on its own index alone, in integer arithmetic, from level pixels that are the same however fetched.
@@ -9,30 +9,23 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import openslide
 
 from pipeline.errors import ScaleError, SlideError
-from pipeline.fetching import fetch, fetch_in_blocks
 from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
-from pipeline.jpeg_tiles import JpegLevel, jpeg_levels
 from pipeline.sampling import resample_rows, sampling
+from pipeline.scan import MPP, OBJECTIVE, QUICKHASH, READABLE, VENDOR, Scan
 
-_READABLE = "a scan of a format that OpenSlide reads"
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
 _FRACTIONAL_COST = 8  # times the cost of a pixel at a whole downsample, roughly
 _MOST_PIXELS = 1 << 25  # level pixels in memory at once: a scan without a pyramid is no trap
 _DIGEST_SAMPLES, _DIGEST_BYTES = 64, 65536
-_TIFFS = ("aperio", "generic-tiff")  # whose pixels OpenSlide takes from the tiles as they are
 _WHITE = 255
-_COLOURFUL = 16  # grey levels between the channels of a pixel
-_CACHE = openslide.OpenSlideCache(1 << 25)  # of all slides together: each would else have as much of its own
 _MIDDLE = 512  # pixels a side of what is looked at first to tell whether two ways of reading agree
 
 
@@ -41,46 +34,6 @@ class Pixels(Protocol):
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
         """See Slide.read."""
-
-
-@dataclass
-class _Handle:
-    """An open scan that is opened when first needed, and again after a failure; it does not travel between processes.
-
-    `tiles` are the levels that may be decoded without OpenSlide, None before they are looked for. They are `proven` once a
-    read, or the middle of it, was the same both ways and had colours in it; one that differs is dropped.
-    """
-
-    path: Path
-    scan: openslide.OpenSlide | None = None
-    tiles: dict[int, JpegLevel] | None = None
-    proven: set[int] = field(default_factory=set)
-
-    def get(self) -> openslide.OpenSlide:
-        if self.scan is None:
-            self.scan = openslide.OpenSlide(str(self.path))
-            self.scan.set_cache(_CACHE)
-        return self.scan
-
-    def drop(self) -> None:
-        self.scan = None
-
-    def tiles_of(self, level: int, levels: Sequence[Lattice], vendor: str) -> JpegLevel | None:
-        if self.tiles is None:
-            self.tiles = jpeg_levels(self.path, levels) if vendor in _TIFFS else {}
-        return self.tiles.get(level)
-
-    def judge(self, level: int, decoded: np.ndarray, drawn: np.ndarray) -> None:
-        """Hold what the tiles of a level gave against what OpenSlide drew."""
-        if not np.array_equal(decoded, drawn):
-            (self.tiles or {}).pop(level, None)
-            return
-        high, low = channel_range([drawn[..., channel] for channel in range(3)])
-        if (high - low).max(initial=0) > _COLOURFUL:
-            self.proven.add(level)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "scan": None, "tiles": None, "proven": set()}
 
 
 @dataclass(frozen=True)
@@ -99,7 +52,7 @@ class Slide:
     vendor: str
     objective: float | None
     shown: Roi
-    _handle: _Handle = field(repr=False, compare=False)
+    _scan: Scan = field(repr=False, compare=False)
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
         """Pixels of `roi`, a rectangle of `lattice`, resampled from the best level.
@@ -149,7 +102,7 @@ class Slide:
         it, and so may one in the other files of a scan that has several (MIRAX, VMS).
         """
         size = self.path.stat().st_size
-        quickhash = self._handle.get().properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")
+        quickhash = self._scan.get().properties.get(QUICKHASH, "")
         digest = hashlib.sha256(f"{size} {quickhash}".encode())
         with self.path.open("rb") as file:
             for start in sorted({size * k // _DIGEST_SAMPLES for k in range(_DIGEST_SAMPLES)}):
@@ -167,18 +120,20 @@ class Slide:
         decoded = self._decode(level, roi)
         if decoded is None:
             return self._draw(level, roi)
-        if level not in self._handle.proven:
+        if level not in self._scan.proven:
             middle = _middle(roi)
-            self._handle.judge(level, decoded[middle.within(roi).slices()], self._draw(level, middle))
-        if level in self._handle.proven:
+            self._scan.judge(
+                level, decoded[middle.within(roi).slices()], self._scan.draw(level, middle, self.downsamples[level])
+            )
+        if level in self._scan.proven:
             return decoded
         drawn = self._draw(level, roi)
-        self._handle.judge(level, decoded, drawn)
+        self._scan.judge(level, decoded, drawn)
         return drawn
 
     def _decode(self, level: int, roi: Roi) -> np.ndarray | None:
         """RGB of `roi` without OpenSlide; None where that cannot be, and where it fails: OpenSlide then says why."""
-        tiles = self._handle.tiles_of(level, self.levels, self.vendor) if self._is_whole(level) else None
+        tiles = self._scan.tiles_of(level, self.levels, self.vendor) if self._is_whole(level) else None
         if tiles is None:
             return None
         inside = roi.intersect(self.levels[level].roi)
@@ -194,16 +149,7 @@ class Slide:
 
     def _draw(self, level: int, roi: Roi) -> np.ndarray:
         """RGB of `roi` as OpenSlide draws it."""
-        try:
-            scan = self._handle.get()
-            fetch_level = fetch if self._is_whole(level) else fetch_in_blocks
-            return fetch_level(scan, level, roi, self.downsamples[level])
-        except (openslide.OpenSlideError, OSError) as error:
-            self._handle.drop()
-            place = f"x {roi.x}, y {roi.y}, {roi.width} x {roi.height} px of level {level}"
-            raise SlideError(
-                str(self.path), f"a read error at {place} ({error})", "pixels", "The file is damaged: copy it again."
-            ) from error
+        return self._scan.draw(level, roi, self.downsamples[level])
 
 
 def open_slide(path: Path, mpp: float | None = None) -> Slide:
@@ -215,18 +161,12 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise SlideError(str(path), "a folder, or no ordinary file", _READABLE, "Name the slide's own file.")
+            raise SlideError(str(path), "a folder, or no ordinary file", READABLE, "Name the slide's own file.")
         path.open("rb").close()  # OpenSlide calls a file that may not be read one of no known format
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        raise SlideError(str(path), found, _READABLE, "Correct the path, or give access to it.") from error
+        raise SlideError(str(path), found, READABLE, "Correct the path, or give access to it.") from error
     return _shared_slide(path, mpp, (status.st_size, status.st_mtime_ns))
-
-
-def channel_range(planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The highest and the lowest of three colours, pixel by pixel: numpy is slow over a short last axis."""
-    red, green, blue = planes
-    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
 
 
 def fallback_mpp(path: Path, mpp: float | None) -> float | None:
@@ -242,42 +182,23 @@ def fallback_mpp(path: Path, mpp: float | None) -> float | None:
 
 @lru_cache(maxsize=32)
 def _shared_slide(path: Path, mpp: float | None, stamp: tuple[int, int]) -> Slide:
-    handle = _Handle(path)
-    scan = _open(handle)
-    properties = scan.properties
-    width, height = scan.dimensions
+    scan = Scan(path)
+    opened = scan.get()
+    properties, (width, height) = opened.properties, opened.dimensions
     base = Lattice(width, height, _base_mpp(path, properties, mpp))
-    levels = tuple(Lattice(w, h, Mpp(base.mpp.x * (width / w), base.mpp.y * (height / h))) for w, h in scan.level_dimensions)
-    vendor = str(properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
-    objective = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
-    return Slide(path, base, levels, tuple(scan.level_downsamples), vendor, objective, _shown(properties, base), handle)
-
-
-def _open(handle: _Handle) -> openslide.OpenSlide:
-    try:
-        return handle.get()
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(
-            str(handle.path),
-            "a file of no known format, or a part of one",
-            _READABLE,
-            "Copy it again if it is incomplete, else convert it to a pyramidal TIFF.",
-        ) from error
-    except openslide.OpenSlideError as error:
-        if "nsupported" in str(error):  # such as a TIFF of JPEG 2000 tiles
-            remedy = "Convert it to a pyramidal TIFF with JPEG or Deflate."
-            raise SlideError(str(handle.path), f"what OpenSlide does not read ({error})", _READABLE, remedy) from error
-        raise SlideError(
-            str(handle.path), f"a damaged file ({error})", _READABLE, "Copy it again from its source."
-        ) from error
+    levels = tuple(
+        Lattice(w, h, Mpp(base.mpp.x * (width / w), base.mpp.y * (height / h))) for w, h in opened.level_dimensions
+    )
+    vendor = str(properties.get(VENDOR, "unknown"))
+    objective = _number(properties.get(OBJECTIVE))
+    return Slide(path, base, levels, tuple(opened.level_downsamples), vendor, objective, _shown(properties, base), scan)
 
 
 def _base_mpp(path: Path, properties: Any, override: float | None) -> Mpp:
     if override is not None:
         found = Mpp.square(override)
     else:
-        x = _number(properties.get(openslide.PROPERTY_NAME_MPP_X))
-        y = _number(properties.get(openslide.PROPERTY_NAME_MPP_Y))
+        x, y = (_number(properties.get(name)) for name in MPP)
         if x is None or y is None:
             raise _scale_error(path, "no micrometres per pixel")
         found = Mpp(x, y)

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pipeline.addresses import SQLITE, chosen_address, sqlite_path, without_password
 from pipeline.errors import TrackingError
 from pipeline.files import locked
 
@@ -35,8 +36,6 @@ EARLIER = "earlier "
 
 _STAGES = ("tile", "train", "segment", "evaluate")
 
-_SQLITE = "sqlite:///"
-_LEFT_OUT = "***@"  # in place of a name and a password
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -66,7 +65,7 @@ class Store:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process has a SQLite store to itself, and have it for the block; a server knows no locks."""
-        path = _sqlite_path(self.address)
+        path = sqlite_path(self.address)
         with ExitStack() as held:
             if path is not None:
                 with suppress(PermissionError):  # another user's lock
@@ -123,7 +122,7 @@ class Store:
 
     def _shared_files(self) -> str | None:
         """Where a SQLite store that is shared by outputs keeps files: beside it. Other stores know it themselves."""
-        path = _sqlite_path(self.address)
+        path = sqlite_path(self.address)
         return None if path is None else (path.parent / "mlartifacts").as_uri()
 
 
@@ -137,32 +136,6 @@ def unless_there() -> Iterator[None]:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def own_address(output: Path) -> str:
-    """The address of an output folder's own store. Raises TrackingError for a path that an address cannot hold."""
-    path = _own_database(output)
-    if re.search("[%?#]", path):
-        raise TrackingError(str(output), "one of %, ? and # in its path", "a path without", "Choose another folder.")
-    return _SQLITE + path
-
-
-def is_own(address: str, output: Path) -> bool:
-    """Whether an address is that of an output folder's own store."""
-    return address == _SQLITE + _own_database(output)
-
-
-def _own_database(output: Path) -> str:
-    return (output / "mlflow.db").resolve().as_posix()
-
-
-def chosen_address(uri: str | None) -> str | None:
-    """The store that was asked for: `uri`, else MLFLOW_TRACKING_URI; None where neither is given."""
-    address = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not address:
-        return None
-    path = _sqlite_path(address)
-    return address.rstrip("/") if path is None else _SQLITE + path.as_posix()
 
 
 @contextmanager
@@ -204,7 +177,7 @@ def open_store(address: str, create: bool) -> Store:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    path = _sqlite_path(address)
+    path = sqlite_path(address)
     if path is not None:
         _check_sqlite(path, create)
     with _conversation(address), _impatience(), ExitStack() as alone:
@@ -228,7 +201,7 @@ def _make(path: Path) -> None:
         left.unlink()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # MLflow keeps stores by name while a process lasts
     with _unsynchronised():
-        MlflowClient(_SQLITE + partial.as_posix()).search_experiments(max_results=1)
+        MlflowClient(SQLITE + partial.as_posix()).search_experiments(max_results=1)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -248,22 +221,6 @@ def _unsynchronised() -> Iterator[None]:
         yield
     finally:
         event.remove(Engine, "connect", hurry)
-
-
-def without_password(text: str) -> str:
-    """The text with `***` for what stands before the @ in an address: a name, and often a password."""
-    return re.sub(r"(?<=://)[^/@\s]*@", _LEFT_OUT, text)
-
-
-def with_password(address: str) -> str:
-    """An address of `without_password` as MLFLOW_TRACKING_URI gives it, if that leads to the same store; else as it is."""
-    chosen = chosen_address(None) or address
-    return chosen if without_password(chosen) == address.rstrip("/") else address
-
-
-def lacks_password(address: str) -> bool:
-    """Whether an address cannot be opened, since `without_password` has been at it."""
-    return f"://{_LEFT_OUT}" in address
 
 
 @contextmanager
@@ -299,11 +256,6 @@ def _impatience() -> Iterator[None]:
     finally:
         for key in mine:
             del os.environ[key]
-
-
-def _sqlite_path(address: str) -> Path | None:
-    """The file of a SQLite store; None for other stores."""
-    return Path(address.removeprefix(_SQLITE)).resolve() if address.startswith(_SQLITE) else None
 
 
 def _check_sqlite(path: Path, create: bool) -> None:

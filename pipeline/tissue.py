@@ -16,7 +16,8 @@ from pipeline.config import TissueSettings
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import threads
-from pipeline.slide import Slide, channel_range
+from pipeline.scan import channel_range
+from pipeline.slide import Slide
 
 _GLASS_BRIGHTNESS = 215  # of 255: glass is not darker than this
 _GLASS_TINT = 20  # of 255: glass is not more coloured than this

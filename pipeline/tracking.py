@@ -9,35 +9,31 @@ Importing this module does not import MLflow; starting a run does, and takes som
 
 from __future__ import annotations
 
-import getpass
-import hashlib
 import json
 import math
-import posixpath
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.addresses import chosen_address, is_own, own_address, without_password
 from pipeline.errors import TrackingError
 from pipeline.files import write_json
-from pipeline.origin import origin
+from pipeline.mlflow_names import allowed, flat, origin_tags
 from pipeline.registry import log_model
-from pipeline.store import EARLIER, PARENT, STAGE, Store, chosen_address, is_own, open_store, own_address, without_password
+from pipeline.store import EARLIER, PARENT, STAGE, Store, open_store
 
 _ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
-_LONGEST_KEY, _LONGEST_TAG, _LONGEST_PARAM, _LONGEST_DIGEST = 250, 8000, 6000, 36  # letters that MLflow takes
+_LONGEST_TAG, _LONGEST_DIGEST = 8000, 36  # letters that MLflow takes
 _FIRST_NAMES = 10  # of a list that is too long for a tag
-_TOLD_APART = 6  # digits of a digest
-_FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
 _NO_PATH = re.compile(r"[#?%]")  # which MLflow puts into addresses as they are
 
 
@@ -73,7 +69,7 @@ class Run:
                 run_id = store.client.create_run(experiment_id, run_name=name).info.run_id
         _record(output, {"store": store.shown, "experiment_id": experiment_id, "run_id": run_id})
         run = cls(store, experiment_id, run_id, monitored=True)
-        run.set_tags(_origin())
+        run.set_tags(origin_tags())
         return run
 
     def child(self, stage: str, anew: bool = False) -> Run:
@@ -91,7 +87,7 @@ class Run:
                 self._set_aside(found.pop(0), stage)
             run = found[0] if found else client.create_run(self.experiment_id, run_name=stage, tags=tags)
         child = Run(self.store, self.experiment_id, run.info.run_id, monitored=False)
-        child.set_tags(_origin())
+        child.set_tags(origin_tags())
         return child
 
     def nest(self, output: Path) -> None:
@@ -140,7 +136,7 @@ class Run:
         from mlflow.entities import RunTag
 
         with self.store.conversation():
-            self.store.client.log_batch(self.run_id, tags=[RunTag(_key(key), value) for key, value in tags.items()])
+            self.store.client.log_batch(self.run_id, tags=[RunTag(allowed(key), value) for key, value in tags.items()])
 
     def note(self, tag: str, text: str) -> None:
         """Sets a tag, or deletes it where there is nothing to say."""
@@ -176,14 +172,14 @@ class Run:
         """
         from mlflow.entities import Param
 
-        client, values = self.store.client, dict(_flat(params))
+        client, values = self.store.client, dict(flat(params))
         with self.store.conversation():
             data = client.get_run(self.run_id).data
             new = [Param(key, value) for key, value in values.items() if key not in data.params]
             for start in range(0, len(new), _MOST_PARAMS):
                 client.log_batch(self.run_id, params=new[start : start + _MOST_PARAMS])
             for key, value in values.items():
-                changed = _key(f"changed.{key}")
+                changed = allowed(f"changed.{key}")
                 if data.params.get(key, value) != value:
                     client.set_tag(self.run_id, changed, value)
                 elif changed in data.tags:
@@ -201,7 +197,7 @@ class Run:
         """
         from mlflow.entities import Metric
 
-        now, values = time.time_ns() // 1_000_000, {_key(key): value for key, value in metrics.items()}
+        now, values = time.time_ns() // 1_000_000, {allowed(key): value for key, value in metrics.items()}
         with self.store.conversation():
             known = self.store.client.get_run(self.run_id).data.metrics if None in values.values() else {}
             found = [
@@ -225,7 +221,7 @@ class Run:
     def steps(self, metric: str) -> set[int]:
         """The steps at which a metric has been logged."""
         with self.store.conversation():
-            return {entry.step for entry in self.store.client.get_metric_history(self.run_id, _key(metric))}
+            return {entry.step for entry in self.store.client.get_metric_history(self.run_id, allowed(metric))}
 
     def log_text(self, name: str, text: str) -> None:
         """Keeps text as the file `name`, which may lie in a folder; one of the same name is replaced."""
@@ -255,7 +251,7 @@ class Run:
         files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
         size = sum(item.stat().st_size for item in files)
         content = {"uri": path.resolve().as_uri(), "bytes": size, "files": len(files)}
-        self.log_text(f"references/{_key(name)}.json", json.dumps(content, indent=2))
+        self.log_text(f"references/{allowed(name)}.json", json.dumps(content, indent=2))
 
     def log_model(self, checkpoint: Path, classes: Sequence[str], registered: str, alias: str) -> str:
         """Stores a checkpoint's folder as this run's model and registers it: see registry.log_model."""
@@ -290,46 +286,3 @@ def _recorded(output: Path, store: Store, experiment_id: str) -> str | None:
 
 def _record(output: Path, content: Mapping[str, str]) -> None:
     write_json(output / "run.json", content)
-
-
-def _origin() -> dict[str, str]:
-    """Tags that tell by whom, where and with which code a run was made."""
-    found = origin()
-    tags = {
-        "mlflow.user": _user(),
-        "mlflow.source.name": without_password(shlex.join(sys.argv)),
-        "mlflow.source.type": "LOCAL",
-        **{f"fullfield.{name}": value for name, value in found.items() if name != "commit"},
-    }
-    return tags | ({"mlflow.source.git.commit": found["commit"]} if "commit" in found else {})
-
-
-def _flat(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as (dotted name, text), as short as MLflow wants them."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield _key(f"{above}{key}"), without_password(text)[:_LONGEST_PARAM]
-
-
-def _key(name: str) -> str:
-    """The name as MLflow allows it: few kinds of letters, and no path that leads elsewhere.
-
-    One that has to change ends on a digest of what it was: `<1%` and `>1%` stay two.
-    """
-    key = _FORBIDDEN.sub("_", name)[:_LONGEST_KEY]
-    if posixpath.normpath(key) != key or key.startswith((".", "/")):
-        key = re.sub("[./]", "_", key)
-    if key == name:
-        return key
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:_TOLD_APART]
-    return f"{key[: _LONGEST_KEY - _TOLD_APART - 1]}-{digest}"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return "unknown"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import checkpoint
+from pipeline.addresses import with_password
 from pipeline.errors import TrackingError, unread
 from pipeline.registry import DIGEST, reference_parts, resolve_model
-from pipeline.store import PARENT, Store, open_store, store_for, with_password
+from pipeline.store import PARENT, Store, open_store, store_for
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from pyarrow import parquet
 
 from pipeline import snapshot
+from pipeline.addresses import chosen_address, own_address
 from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, read_manifest
 from pipeline.config import ALIAS, RESERVED_ALIAS, Config
@@ -20,7 +21,6 @@ from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read
 from pipeline.progress import console
 from pipeline.slide_job import SlideJob
 from pipeline.specs import model_spec
-from pipeline.store import chosen_address, own_address
 from pipeline.tasks import Cluster
 from pipeline.tracking import Run
 

@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon upsampling",
-    "team classes geometry files progress contours polygons density staining bootstrap sampling",
+    "team addresses weights classes geometry files progress contours polygons density staining bootstrap sampling",
     "config loss jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
-    "open_regions dask_cluster components halving slide grid cohort ngff store snapshot config_file",
+    "open_regions dask_cluster components halving scan mlflow_names grid cohort ngff store snapshot config_file",
+    "slide",
     "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised annotations pyramid specs",
     "openvino_graph footprint fields patches checkpoint metrics phantom",
@@ -31,7 +32,7 @@ FLOORS = [
 ]
 MODULES = {path.stem for path in (ROOT / "pipeline").glob("[a-z]*.py")}
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
-OWNERS = {"openslide": {"slide"}, "lightning_fabric": {"team"}, "mlflow": {"tracking", "served", "store", "registry"}}
+OWNERS = {"openslide": {"scan"}, "lightning_fabric": {"team"}, "mlflow": {"tracking", "served", "store", "registry"}}
 OWNERS |= {"openvino": {"openvino_engine", "openvino_graph", "upsampling"}, "nncf": {"openvino_graph"}}
 
 

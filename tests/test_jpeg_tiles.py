@@ -40,9 +40,9 @@ def drawn(slide: Slide, level: int, roi: Roi) -> np.ndarray:
 
 def tiles_of(slide: Slide) -> dict[int, JpegLevel]:
     slide.read(Roi(0, 0, slide.base.width, slide.base.height), slide.base)
-    assert slide._handle.proven == {0}
-    assert slide._handle.tiles is not None
-    return slide._handle.tiles
+    assert slide._scan.proven == {0}
+    assert slide._scan.tiles is not None
+    return slide._scan.tiles
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +51,7 @@ def test_tiles_are_what_openslide_draws(kind: str, image: np.ndarray, tmp_path: 
     tiles = tiles_of(slide)
     assert set(tiles) == {0, 1}
     slide.read(slide.levels[1].roi, slide.levels[1])
-    assert slide._handle.proven == {0, 1}
+    assert slide._scan.proven == {0, 1}
 
     @settings(max_examples=25, deadline=None)
     @given(
@@ -81,7 +81,7 @@ def test_real_slides_are_what_openslide_draws(shared_data: Path, name: str) -> N
 def test_other_compressions_are_left_to_openslide(shared_data: Path, name: str) -> None:
     slide = open_slide(shared_data / "slides" / name, 0.5)
     slide.read(Roi(3, 5, 200, 100), slide.base)
-    assert slide._handle.tiles == {}
+    assert slide._scan.tiles == {}
 
 
 def test_what_differs_is_not_used_again(image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +90,8 @@ def test_what_differs_is_not_used_again(image: np.ndarray, tmp_path: Path, monke
     monkeypatch.setattr(JpegLevel, "read", lambda self, roi: np.zeros((*roi.shape, 3), np.uint8))
     for _ in range(2):
         assert (slide.read(roi, slide.base) == expected).all()
-    assert slide._handle.tiles is not None
-    assert set(slide._handle.tiles) == {1}
+    assert slide._scan.tiles is not None
+    assert set(slide._scan.tiles) == {1}
 
 
 def test_a_level_that_is_no_page_costs_the_others_nothing(image: np.ndarray, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_grey_proves_nothing(tmp_path: Path) -> None:
     grey = np.full((HEIGHT, WIDTH, 3), 240, np.uint8)
     slide = write(grey, tmp_path / "slide.tiff", "rgb")
     slide.read(slide.base.roi, slide.base)
-    assert slide._handle.proven == set()
+    assert slide._scan.proven == set()
 
 
 HARM = {
@@ -127,7 +127,7 @@ def test_a_damaged_tile_is_what_openslide_makes_of_it(harm: str, image: np.ndarr
     (tmp_path / "damaged.tiff").write_bytes(content)
     slide, good = open_slide(tmp_path / "damaged.tiff"), Roi(0, 0, WIDTH, TILE)
     slide.read(good, slide.base)
-    assert slide._handle.proven == {0}
+    assert slide._scan.proven == {0}
     try:
         expected = drawn(slide, 0, slide.base.roi)
     except openslide.OpenSlideError:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline import checkpoint
+from pipeline.addresses import without_password
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.cohort import Case
@@ -11,7 +12,6 @@ from pipeline.config_file import load_config
 from pipeline.lineage import Seen, case_facts, changes, made_here, seen_by, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.phantom import write_slide
-from pipeline.store import without_password
 from workflows.reproduce import reproduce
 
 CONFIGS = Path(__file__).parents[1] / "workflows" / "configs"

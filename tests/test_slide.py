@@ -118,7 +118,7 @@ def test_a_coarser_scale_is_an_average_over_area(slide: Slide, mpp: float) -> No
         slide.vendor,
         slide.objective,
         slide.shown,
-        slide._handle,
+        slide._scan,
     )
     reference = area_average(base, lattice.mpp.x / slide.base.mpp.x, roi)
     assert np.abs(only_base.read(roi, lattice) - reference).max() <= 2

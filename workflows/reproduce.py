@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import snapshot
+from pipeline.addresses import lacks_password
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError
 from pipeline.folder import TABLES, alone, write_setup
 from pipeline.lineage import FILE, case_facts, case_of, changes, read_lineage
 from pipeline.progress import console
-from pipeline.store import lacks_password, run_file
+from pipeline.store import run_file
 from pipeline.workspace import alias_of
 
 _LETTERS = 9  # of a commit

@@ -1,0 +1,62 @@
+"""Names and values as MLflow takes them, and the tags that say who made a run."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import posixpath
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+
+from pipeline.addresses import without_password
+from pipeline.origin import origin
+
+_LONGEST_NAME, _LONGEST_PARAM = 250, 6000  # letters that MLflow takes
+_TOLD_APART = 6  # digits of a digest
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
+
+
+def flat(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as (dotted name, text), as short as MLflow wants them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            yield allowed(f"{above}{key}"), without_password(text)[:_LONGEST_PARAM]
+
+
+def allowed(name: str) -> str:
+    """The name as MLflow allows it: few kinds of letters, and no path that leads elsewhere.
+
+    One that has to change ends on a digest of what it was: `<1%` and `>1%` stay two.
+    """
+    key = _FORBIDDEN.sub("_", name)[:_LONGEST_NAME]
+    if posixpath.normpath(key) != key or key.startswith((".", "/")):
+        key = re.sub("[./]", "_", key)
+    if key == name:
+        return key
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:_TOLD_APART]
+    return f"{key[: _LONGEST_NAME - _TOLD_APART - 1]}-{digest}"
+
+
+def origin_tags() -> dict[str, str]:
+    """Tags that tell by whom, where and with which code a run was made."""
+    found = origin()
+    tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.name": without_password(shlex.join(sys.argv)),
+        "mlflow.source.type": "LOCAL",
+        **{f"fullfield.{name}": value for name, value in found.items() if name != "commit"},
+    }
+    return tags | ({"mlflow.source.git.commit": found["commit"]} if "commit" in found else {})
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return "unknown"
