@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -108,6 +108,7 @@ def test_halving_equals_a_slow_one(labels: np.ndarray, seed: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(513, 700), st.integers(1, 300), st.integers(20, 300), st.integers(0, 99))
+@example(531, 267, 75, 0)  # a pixel of level 1 has its four in two tiles
 def test_level_1_made_of_tiles_as_they_are_written_is_that_made_from_disk(
     width: int, height: int, write_size: int, seed: int
 ) -> None:
