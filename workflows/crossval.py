@@ -57,7 +57,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
         workspace.run.log_file(write_parts(workspace.output, workspace.config, outputs))
         failures.append(_publish(workspace, outputs))
         command = workspace.run.open_command()
-    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
+    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}")
     return 1 if any(failures) else 0
 
 

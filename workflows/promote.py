@@ -75,7 +75,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
         verdict = f"{verdict} (by patients for validation, {_FLATTERED})"
     evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin, **basis}
     decide(store, challenger, alias, champion, takes, {**evidence, **_figures(difference, theirs, ours)})
-    console.print(f"{challenger.reference}: {verdict}", soft_wrap=True)
+    console.print(f"{challenger.reference}: {verdict}")
     if not takes:
         console.print(f"The alias {alias} stays with {champion.reference}.")
     return 0 if takes else _REFUSED

@@ -40,15 +40,15 @@ def reproduce(reference: str, output: Path | None) -> int:
             "config.yaml: a later command has written another configuration into the folder, and this is that"
         )
     began, *later = lineage["origins"]
-    console.print(f"{reference} was made {_by(began)}", soft_wrap=True)
+    console.print(f"{reference} was made {_by(began)}")
     for went_on in later:
-        console.print(f"gone on with: {_by(went_on)}", soft_wrap=True)
+        console.print(f"gone on with: {_by(went_on)}")
     if not differences:
         console.print("Nothing has changed since: code, packages, machine, slides and annotations are the same.")
     for line in differences:
-        console.print(f"changed: {line}", soft_wrap=True)
+        console.print(f"changed: {line}")
     command = shlex.join(["fullfield", "run", str(output / "config.yaml")])
-    console.print(f"Run it again with\n  {command}", soft_wrap=True)
+    console.print(f"Run it again with\n  {command}")
     return 0
 
 
@@ -65,7 +65,7 @@ def _store(uri: str | None) -> str | None:
     if uri is None or not lacks_password(uri):
         return uri
     told = "is null in the new configuration, so that MLFLOW_TRACKING_URI decides"
-    console.print(f"tracking.uri was {uri}, of which MLflow keeps no password: it {told}", soft_wrap=True)
+    console.print(f"tracking.uri was {uri}, of which MLflow keeps no password: it {told}")
     return None
 
 

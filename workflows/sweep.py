@@ -59,7 +59,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
         workspace.run.log_file(write_parts(workspace.output, workspace.config, [part.output for part in parts]))
         _publish(workspace, ranked(entries))
         command = workspace.run.open_command()
-    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}", soft_wrap=True)
+    console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}")
     return 1 if any(failures) else 0
 
 
