@@ -17,7 +17,6 @@ from benchmarks.labels import Labels
 from benchmarks.models import patches
 from pipeline.approval import Deviation, approve
 from pipeline.classes import IGNORED
-from pipeline.config import EngineSettings, Precision, TissueSettings
 from pipeline.errors import FullfieldError
 from pipeline.geometry import Lattice, Roi
 from pipeline.grid import Grid
@@ -25,6 +24,7 @@ from pipeline.openvino_graph import quantise
 from pipeline.patches import Source
 from pipeline.precision import measure_deviation
 from pipeline.runtime import EXACT, fp32_graph, int8_folder, is_calibrated, load_engine, open_engine, settled
+from pipeline.settings import EngineSettings, Precision, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
 

@@ -23,11 +23,11 @@ import psutil
 
 from benchmarks.labels import BAND, Labels
 from pipeline import checkpoint
-from pipeline.config import EngineSettings, Precision, TissueSettings
 from pipeline.geometry import Roi
 from pipeline.grid import Grid
 from pipeline.network import ModelSpec, activation, normalise
 from pipeline.runtime import load_engine
+from pipeline.settings import EngineSettings, Precision, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.tissue import find_tissue
 

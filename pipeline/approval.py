@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.config import Config, EngineSettings
+from pipeline.config import Config
 from pipeline.errors import EngineError
 from pipeline.files import write_json
 from pipeline.openvino_graph import require_quantiser
@@ -29,6 +29,7 @@ from pipeline.runtime import (
     settled,
     where_from,
 )
+from pipeline.settings import EngineSettings
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pipeline.config import ClusterSettings
 from pipeline.dask_cluster import DaskCluster, lost, other_code
 from pipeline.errors import ClusterError
 from pipeline.forking import METHOD, start_forking, uninterrupted
 from pipeline.machine import cores, keep_memory, worker_environment
 from pipeline.origin import source_digest
 from pipeline.progress import console
+from pipeline.settings import ClusterSettings
 from pipeline.tasks import Cluster, Here
 
 _UNWATCHED = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "500ms"}

@@ -12,10 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import SPLITS
 from pipeline.errors import CohortError
 from pipeline.files import csv_text, write_text
 from pipeline.geometry import MPP_RANGE
+from pipeline.settings import SPLITS
 
 COLUMNS = ("slide", "slide_id", "annotation", "patient", "split", "mpp")
 LONGEST_ID = 240

@@ -15,7 +15,7 @@ from pipeline.network import ModelSpec, activation, normalise
 from pipeline.tracing import trace
 
 if TYPE_CHECKING:
-    from pipeline.config import Precision
+    from pipeline.settings import Precision
 
 
 class Engine(Protocol):

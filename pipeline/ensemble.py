@@ -21,11 +21,11 @@ import yaml
 
 from pipeline import __version__, checkpoint
 from pipeline.classes import Classes
-from pipeline.config import TissueSettings
 from pipeline.errors import CheckpointError
 from pipeline.files import locked, write_text
 from pipeline.grid import round_up
 from pipeline.network import ModelSpec
+from pipeline.settings import TissueSettings
 from pipeline.staining import Normalisation
 
 _FILE = "ensemble.yaml"

@@ -15,10 +15,11 @@ from pyarrow import ArrowInvalid, parquet
 
 from pipeline import __version__, checkpoint, snapshot
 from pipeline.cohort import Case, manifest_text
-from pipeline.config import SHARING, Config
+from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, SlideError
 from pipeline.files import as_unicode, file_digest
+from pipeline.settings import SHARING
 from pipeline.slide import open_slide
 
 TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import checksum
-from pipeline.config import Precision
 from pipeline.errors import EngineError
 from pipeline.files import replacing
 from pipeline.machine import threads
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import graph_digest, import_openvino, openvino_version, read_graph
 from pipeline.origin import source_digest
+from pipeline.settings import Precision
 from pipeline.upsampling import make_convolutions
 
 if TYPE_CHECKING:

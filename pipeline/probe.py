@@ -24,7 +24,6 @@ import psutil
 
 from pipeline import ensemble
 from pipeline.canvas import create_canvas
-from pipeline.config import EngineSettings
 from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import cache_folder, has_gpu, release_memory, threads
@@ -32,6 +31,7 @@ from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
 from pipeline.pyramid import CoarseShard
 from pipeline.runtime import backend_version, describe, open_engine, settled
+from pipeline.settings import EngineSettings
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
 from pipeline.stitching import Stitching

@@ -25,9 +25,9 @@ import numpy as np
 import yaml
 
 from pipeline import checkpoint
-from pipeline.config import ALIAS, RESERVED_ALIAS
 from pipeline.errors import TrackingError
 from pipeline.machine import cache_folder
+from pipeline.settings import ALIAS, RESERVED_ALIAS
 from pipeline.store import Store, store_for, unless_there
 
 if TYPE_CHECKING:

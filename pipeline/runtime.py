@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import checkpoint, ensemble, openvino_engine, openvino_graph
-from pipeline.config import Backend, EngineSettings, Precision
 from pipeline.errors import EngineError
 from pipeline.files import replacing, used
 from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import GRAPH
 from pipeline.origin import source_digest
+from pipeline.settings import Backend, EngineSettings, Precision
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__, ensemble
 from pipeline.canvas import Canvas, open_canvas
-from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import CanvasError
 from pipeline.geometry import Mpp
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
 from pipeline.pyramid import has_pyramid
 from pipeline.runtime import EXACT, describe, settled
+from pipeline.settings import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.staining import Staining
 from pipeline.stitching import Stitching, stitching

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import Config, NetworkSettings, TileSettings
+from pipeline.config import Config
 from pipeline.config_file import asked, load_config
 from pipeline.errors import ConfigError, NetworkError
 from pipeline.network import ModelSpec
+from pipeline.settings import NetworkSettings, TileSettings
 from pipeline.truth import ClassMap
 
 

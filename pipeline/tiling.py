@@ -18,7 +18,6 @@ import psutil
 
 from pipeline import ensemble
 from pipeline.blending import TILE_SIZE
-from pipeline.config import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.errors import ClusterError, SlideError
 from pipeline.geometry import Lattice, Mpp
 from pipeline.grid import round_up
@@ -26,6 +25,7 @@ from pipeline.machine import cores, threads
 from pipeline.network import ModelSpec
 from pipeline.probe import PROBE_SIZES, Probe, known_probe, probe
 from pipeline.runtime import EXACT, open_engine, settled
+from pipeline.settings import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import Slide, open_slide
 from pipeline.stitching import Exact, Stitching, stitching
 

@@ -12,11 +12,11 @@ from skimage import filters
 
 from pipeline.ahead import ahead
 from pipeline.components import find_runs
-from pipeline.config import TissueSettings
 from pipeline.files import replacing
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import threads
 from pipeline.scan import channel_range
+from pipeline.settings import TissueSettings
 from pipeline.slide import Slide
 
 _GLASS_BRIGHTNESS = 215  # of 255: glass is not darker than this

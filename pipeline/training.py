@@ -27,12 +27,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from pipeline.architectures import outer_weights
-from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.layout import quicken
 from pipeline.loss import Loss
 from pipeline.muon import Muon
 from pipeline.network import ModelSpec, normalise
+from pipeline.settings import TrainingSettings
 from pipeline.team import Alone, Team
 
 _CALIBRATION_BATCHES = 12

@@ -14,11 +14,12 @@ from pipeline import snapshot
 from pipeline.addresses import chosen_address, own_address
 from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, read_manifest
-from pipeline.config import ALIAS, RESERVED_ALIAS, Config
+from pipeline.config import Config
 from pipeline.files import replacing
 from pipeline.folder import alone, check_files, check_owner, write_setup
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read_stamp, tile_inputs
 from pipeline.progress import console
+from pipeline.settings import ALIAS, RESERVED_ALIAS
 from pipeline.slide_job import SlideJob
 from pipeline.specs import model_spec
 from pipeline.tasks import Cluster

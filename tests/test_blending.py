@@ -15,7 +15,6 @@ from pipeline.architectures import build_network
 from pipeline.blending import Windows
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.engine import TorchEngine
 from pipeline.errors import NetworkError
 from pipeline.exactness import comparisons
@@ -26,6 +25,7 @@ from pipeline.metrics import confusion
 from pipeline.network import ModelSpec
 from pipeline.patches import Source
 from pipeline.phantom import render, write_slide
+from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import Slide, open_slide
 from pipeline.stitching import stitching, usual
 from pipeline.tiling import choose, foresee

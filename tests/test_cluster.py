@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
 from pipeline.machine import cores
+from pipeline.settings import ClusterSettings
 
 
 def double(value: int) -> int:

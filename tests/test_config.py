@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, Section
+from pipeline.config import Config
 from pipeline.config_file import load_config, parse_config
 from pipeline.errors import ConfigError
+from pipeline.settings import Section
 from pipeline.yaml_text import load
 
 CONFIGS = sorted((Path(__file__).parents[1] / "workflows" / "configs").glob("*.yaml"))

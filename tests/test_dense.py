@@ -17,7 +17,6 @@ from torch.nn import functional
 from pipeline.architectures import build_learner, build_network, for_slides
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import TrainingSettings
 from pipeline.dense import Classifier, convolutional
 from pipeline.engine import TorchEngine
 from pipeline.errors import NetworkError
@@ -27,6 +26,7 @@ from pipeline.grid import Grid
 from pipeline.network import ModelSpec, normalise
 from pipeline.phantom import make_cohort, render, write_slide
 from pipeline.prediction import predict
+from pipeline.settings import TrainingSettings
 from pipeline.slide import Slide, open_slide
 from pipeline.training import Trainer
 

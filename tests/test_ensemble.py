@@ -13,7 +13,6 @@ from pipeline import checkpoint, ensemble
 from pipeline.architectures import build_network
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import ClusterSettings, EngineSettings, TissueSettings
 from pipeline.errors import CheckpointError
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Roi
@@ -22,6 +21,7 @@ from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate
 from pipeline.phantom import make_phantom
 from pipeline.runtime import load_engine
+from pipeline.settings import ClusterSettings, EngineSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.staining import Normalisation
 from pipeline.tissue import find_tissue

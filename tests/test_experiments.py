@@ -16,7 +16,6 @@ from PIL import Image
 from pipeline.assessment import SHAPE_SCORES, SlideAssessment
 from pipeline.checkpoint import digest
 from pipeline.cohort import Case, read_manifest, write_manifest
-from pipeline.config import SPLITS, ClusterSettings, EngineSettings
 from pipeline.config_file import load_config
 from pipeline.ensemble import members
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
@@ -26,6 +25,7 @@ from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.registry import fold_references, resolve_model
 from pipeline.scoreboard import Entry
+from pipeline.settings import SPLITS, ClusterSettings, EngineSettings
 from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
 from pipeline.workspace import open_workspace

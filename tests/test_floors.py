@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon upsampling",
     "team addresses weights classes geometry files progress contours polygons density staining bootstrap sampling",
-    "config loss jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
-    "open_regions dask_cluster components halving scan mlflow_names grid cohort ngff store snapshot config_file",
-    "slide",
+    "settings loss jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
+    "open_regions dask_cluster components halving scan mlflow_names config grid cohort ngff store snapshot",
+    "slide config_file",
     "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
     "architectures tracing fusion normalised annotations pyramid specs",
     "openvino_graph footprint fields patches checkpoint metrics phantom",

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings
 from pipeline.origin import source_digest
+from pipeline.settings import ClusterSettings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
 
 COMMAND = """
 import os
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings
+from pipeline.settings import ClusterSettings
 from pipeline.origin import source_digest
 
 if __name__ == "__main__":

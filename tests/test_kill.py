@@ -26,11 +26,11 @@ from pipeline.architectures import build_network
 from pipeline.canvas import open_canvas
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
-from pipeline.config import ClusterSettings
 from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.runtime import EXACT
+from pipeline.settings import ClusterSettings
 from workflows.segment import segment
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from torch import nn
 
 from pipeline.architectures import build_learner, outer_weights
 from pipeline.classes import Class, Classes
-from pipeline.config import TrainingSettings
 from pipeline.muon import Muon
 from pipeline.network import ModelSpec
+from pipeline.settings import TrainingSettings
 from pipeline.training import Trainer
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))

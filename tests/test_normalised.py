@@ -15,7 +15,7 @@ from pipeline import checkpoint
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
 from pipeline.cohort import Case, read_manifest, write_manifest
-from pipeline.config import ClusterSettings, Config, EngineSettings, TissueSettings
+from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.errors import TrainingError
 from pipeline.fitting import fit
@@ -25,6 +25,7 @@ from pipeline.histology import GLASS, draw, plan
 from pipeline.normalised import NormalisedSlide, estimate, normalised
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.runtime import load_engine
+from pipeline.settings import ClusterSettings, EngineSettings, TissueSettings
 from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.slide_tasks import plan_slide, seal_slide, segment_block

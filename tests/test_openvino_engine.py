@@ -19,7 +19,6 @@ pytest.importorskip("openvino")
 from pipeline import openvino_engine, openvino_graph
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
-from pipeline.config import Precision
 from pipeline.engine import TorchEngine
 from pipeline.errors import EngineError
 from pipeline.exactness import TOLERANCE, compare
@@ -30,6 +29,7 @@ from pipeline.network import ModelSpec, activation, normalise
 from pipeline.openvino_engine import OpenVinoEngine, beside_int8, half
 from pipeline.openvino_graph import GRAPH, export, graph_digest, quantise
 from pipeline.phantom import render, write_slide
+from pipeline.settings import Precision
 from pipeline.slide import open_slide
 from pipeline.stitching import stitching
 from pipeline.tracing import trace

@@ -17,7 +17,6 @@ pytest.importorskip("openvino")
 from pipeline import checkpoint, runtime
 from pipeline.approval import Deviation, approval, approve, check, require_approval, require_means
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import Backend, EngineSettings, Precision, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError, SlideError
 from pipeline.geometry import Lattice, Roi
@@ -27,6 +26,7 @@ from pipeline.patches import PatchIndex, Source
 from pipeline.phantom import make_cohort, make_phantom, write_slide
 from pipeline.precision import calibration_patches, measure_deviation
 from pipeline.probe import kept_probe
+from pipeline.settings import Backend, EngineSettings, Precision, SegmentationSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob
 from pipeline.slide_tasks import plan_slide

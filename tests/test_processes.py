@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings
 from pipeline.errors import ClusterError, SlideError, WorkerError
 from pipeline.processes import together
+from pipeline.settings import ClusterSettings
 
 PLACE = ("WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "RANK")
 

@@ -23,7 +23,6 @@ from pipeline import __version__
 from pipeline.canvas import open_canvas
 from pipeline.checkpoint import digest
 from pipeline.cohort import read_manifest, write_manifest
-from pipeline.config import ClusterSettings, EngineSettings
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.lineage import add_models, begin_lineage, read_lineage, write_lineage
@@ -31,6 +30,7 @@ from pipeline.metrics import SlideConfusion
 from pipeline.origin import packages
 from pipeline.phantom import make_cohort
 from pipeline.registry import resolve_model
+from pipeline.settings import ClusterSettings, EngineSettings
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS
 from pipeline.store import open_store

@@ -23,7 +23,6 @@ from pipeline.architectures import build_network
 from pipeline.canvas import open_canvas
 from pipeline.classes import Class, Classes
 from pipeline.cohort import Case
-from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import CanvasError, CheckpointError, CohortError, SlideError
 from pipeline.files import locked
@@ -33,6 +32,7 @@ from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
 from pipeline.segmentation import segment_slides
+from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, FOUND_TISSUE, OpenedJob, SlideJob, _tissue_of, is_finished, is_segmented
 from pipeline.slide_tasks import Part, finish_slide, get_ready, plan_slide, seal_slide, segment_block

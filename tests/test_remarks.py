@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from pipeline.architectures import build_network
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
-from pipeline.config import ClusterSettings
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import replacing
 from pipeline.footprint import with_footprint
@@ -21,6 +20,7 @@ from pipeline.network import ModelSpec
 from pipeline.phantom import make_cohort, render, write_slide
 from pipeline.progress import console, new_table, progress
 from pipeline.runtime import EXACT
+from pipeline.settings import ClusterSettings
 from pipeline.staining import Normalisation
 from workflows.__main__ import app
 from workflows.crossval import crossval

@@ -16,7 +16,6 @@ pytest.importorskip("openvino")
 from pipeline import checkpoint, openvino_graph, runtime
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
-from pipeline.config import EngineSettings
 from pipeline.errors import EngineError
 from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec
@@ -24,6 +23,7 @@ from pipeline.openvino_engine import OpenVinoEngine, beside_int8
 from pipeline.openvino_graph import quantise
 from pipeline.phantom import render
 from pipeline.runtime import describe, fp32_graph, int8_folder, is_calibrated, keep_engines, load_engine, settled, with_flips
+from pipeline.settings import EngineSettings
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
 WINDOWS = render(5, 160, 96, 1.0, spread=3)[0][None]

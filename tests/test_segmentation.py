@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import SegmentationSettings, TissueSettings
 from pipeline.errors import WorkerError
 from pipeline.segmentation import segment_slides
+from pipeline.settings import SegmentationSettings, TissueSettings
 from pipeline.slide_job import SlideJob
 from pipeline.tasks import Here, Outcome
 

@@ -11,11 +11,11 @@ from PIL import Image
 from pipeline.annotations import open_truth
 from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import TissueSettings
 from pipeline.errors import AnnotationError
 from pipeline.finishing import outline_band, write_regions
 from pipeline.geometry import Roi
 from pipeline.phantom import render, write_slide
+from pipeline.settings import TissueSettings
 from pipeline.slide import Slide, open_slide
 from pipeline.tissue import find_tissue, light_of
 from pipeline.truth import ClassMap

@@ -21,7 +21,6 @@ from pipeline.canvas import create_canvas
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.engine import TorchEngine
 from pipeline.errors import CanvasError, ClusterError, WorkerError
 from pipeline.footprint import with_footprint
@@ -32,6 +31,7 @@ from pipeline.network import ModelSpec
 from pipeline.phantom import render, write_slide
 from pipeline.probe import Probe, kept_probe, probe
 from pipeline.segmentation import with_tile_sizes
+from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished, job_tile_size
 from pipeline.slide_tasks import plan_slide

@@ -397,8 +397,8 @@ def test_a_model_is_served_in_as_many_views_as_its_run_had(start, trained, share
     import mlflow
     import yaml
 
-    from pipeline.config import EngineSettings
     from pipeline.runtime import load_engine
+    from pipeline.settings import EngineSettings
 
     model = shutil.copytree(trained, tmp_path / "flipped")
     content = yaml.safe_load((model / "model.yaml").read_text())

@@ -9,9 +9,9 @@ import torch
 from pipeline import training
 from pipeline.architectures import build_network
 from pipeline.classes import IGNORED, Class, Classes
-from pipeline.config import TrainingSettings
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec, normalise
+from pipeline.settings import TrainingSettings
 from pipeline.snapshot import Standing, load_tensors, save
 from pipeline.training import Trainer
 

@@ -28,7 +28,6 @@ from pipeline import openvino_graph, runtime
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
 from pipeline.cohort import read_manifest
-from pipeline.config import SegmentationSettings, TissueSettings
 from pipeline.config_file import load_config
 from pipeline.errors import TrainingError
 from pipeline.geometry import Mpp
@@ -36,6 +35,7 @@ from pipeline.grid import Grid
 from pipeline.phantom import make_cohort, make_phantom
 from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine
+from pipeline.settings import SegmentationSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.slide_job import SlideJob, is_finished
 from pipeline.slide_tasks import plan_slide

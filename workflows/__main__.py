@@ -122,7 +122,7 @@ def segment(
         raise typer.BadParameter("workers are the scheduler's own where one is named", param_hint="--workers")
     if workers != 0 and scheduler is None:
         _expect_workers(*slides, *(Path(one) for one in model if ":" not in one))
-    from pipeline.config import ClusterSettings
+    from pipeline.settings import ClusterSettings
     from workflows.segment import segment as verb
 
     where = ClusterSettings(workers=workers, scheduler=scheduler)

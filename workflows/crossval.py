@@ -17,7 +17,7 @@ from pipeline.assessed import FILE as ASSESSMENTS
 from pipeline.assessed import read_assessments
 from pipeline.assessment import SlideAssessment
 from pipeline.cohort import Case, read_manifest, write_manifest
-from pipeline.config import SPLITS, Config
+from pipeline.config import Config
 from pipeline.errors import CheckpointError
 from pipeline.files import put_aside, write_csv
 from pipeline.folds import deal_folds, fold_cases
@@ -26,6 +26,7 @@ from pipeline.inputs import check_output
 from pipeline.lineage import write_parts
 from pipeline.metrics import POOLED, Report
 from pipeline.progress import console, new_table
+from pipeline.settings import SPLITS
 from pipeline.specs import read_config
 from pipeline.tally import FILE as TALLY
 from pipeline.tally import read_tally

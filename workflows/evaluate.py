@@ -15,7 +15,7 @@ from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment
 from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
-from pipeline.config import SPLITS, Config
+from pipeline.config import Config
 from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.folder import require_output
@@ -23,6 +23,7 @@ from pipeline.geometry import Mpp
 from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress
+from pipeline.settings import SPLITS
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, is_segmented
 from pipeline.sources import case_truth

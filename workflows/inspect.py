@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from pipeline.config import TissueSettings
 from pipeline.errors import CanvasError, ScaleError
 from pipeline.pictures import outlined, thumbnail, write_png
 from pipeline.progress import console
+from pipeline.settings import TissueSettings
 from pipeline.slide import Slide, fallback_mpp, open_slide
 from pipeline.tissue import Tissue, find_tissue
 

@@ -10,7 +10,7 @@ import typer
 from pipeline.geometry import MPP_RANGE
 
 if TYPE_CHECKING:
-    from pipeline.config import EngineSettings
+    from pipeline.settings import EngineSettings
 
 
 Config = Annotated[
@@ -51,7 +51,7 @@ Backend = Annotated[Literal["auto", "torch", "openvino"], typer.Option(help="Wha
 
 def engine(precision: Precision, backend: Backend) -> EngineSettings:
     """The two options of the engine as settings."""
-    from pipeline.config import EngineSettings
+    from pipeline.settings import EngineSettings
 
     if (precision, backend) == ("fastest", "torch"):
         raise typer.BadParameter("torch computes in no int8: leave it out for `fastest`", param_hint="--backend")

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from pipeline import ensemble
 from pipeline.cluster import connect
-from pipeline.config import ClusterSettings, EngineSettings, SegmentationSettings
 from pipeline.geometry import Mpp
 from pipeline.progress import console
 from pipeline.registry import resolve_model
 from pipeline.runtime import require_ability, settled, with_flips
+from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
 from pipeline.tiling import GIB, Estimate, foresee

@@ -21,7 +21,7 @@ import numpy as np
 from pipeline import checkpoint, ensemble
 from pipeline.cluster import connect
 from pipeline.cohort import LONGEST_ID, Case
-from pipeline.config import ClusterSettings, Config, EngineSettings, SegmentationSettings
+from pipeline.config import Config
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
@@ -40,6 +40,7 @@ from pipeline.runtime import (
     with_flips,
 )
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
+from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
 from pipeline.stitching import stitching

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from rich.table import Table
 
 from pipeline.cohort import Case
-from pipeline.config import SPLITS, TILE_COLUMNS, Config
+from pipeline.config import Config
 from pipeline.errors import AnnotationError, CohortError, SlideError, WorkerError
 from pipeline.files import replacing
 from pipeline.geometry import Mpp
@@ -21,6 +21,7 @@ from pipeline.grid import Grid
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, read_stamp, tile_inputs
 from pipeline.label_truth import LabelImageTruth
 from pipeline.progress import console, new_table, progress
+from pipeline.settings import SPLITS, TILE_COLUMNS
 from pipeline.slide import open_slide
 from pipeline.slide_job import too_coarse
 from pipeline.sources import case_truth

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline import ensemble
-from pipeline.config import EngineSettings
 from pipeline.exactness import TOLERANCE, Comparison, comparisons
 from pipeline.geometry import Mpp
 from pipeline.machine import keep_memory
@@ -19,6 +18,7 @@ from pipeline.phantom import make_phantom
 from pipeline.progress import console, new_table
 from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine, settled, with_flips
+from pipeline.settings import EngineSettings
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import Stitching, stitching
 from pipeline.tissue import find_tissue
