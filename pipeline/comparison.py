@@ -84,9 +84,10 @@ def in_words(difference: Difference, first: str, second: str, score: str) -> str
     if difference.confidence < SURE:
         return f"{untold} ({low:.3f} to {high:.3f} on {count} patients; {ENOUGH} or more can tell)."
     interval = f"95 % interval {low:.3f} to {high:.3f}, {count} patients"
+    amount = f"{abs(mean):.3f}" if mean else "less than 0.001"
     if low > 0:
-        return f"{second} is better than {first} by {mean:.3f} {score} ({interval})."
+        return f"{second} is better than {first} by {amount} {score} ({interval})."
     if high < 0:
         interval = f"95 % interval {-high:.3f} to {-low:.3f}, {count} patients"
-        return f"{second} is worse than {first} by {-mean:.3f} {score} ({interval})."
+        return f"{second} is worse than {first} by {amount} {score} ({interval})."
     return f"{untold} ({interval})."

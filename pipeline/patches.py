@@ -126,9 +126,8 @@ def read_index(path: Path, class_names: Sequence[str], split: str) -> PatchIndex
     table = table.filter(np.asarray(table["split"]) == split).sort_by([(key, "ascending") for key in ("slide_id", "y", "x")])
     fractions = np.array([np.asarray(table[name]) for name in class_names], np.float64).T
     if not fractions.any():
-        raise _index_error(
-            str(path), f"no known pixel of {list(class_names)} in the split {split!r}", "something to learn from"
-        )
+        found = f"no known pixel of {list(class_names)} in the split {split!r}"
+        raise _index_error(str(path), found, "something to learn from")
     slide_ids, slides = np.unique(np.asarray(table["slide_id"]).astype(str), return_inverse=True)
     corners = np.stack([np.asarray(table["x"]), np.asarray(table["y"])], axis=1)
     return PatchIndex(tuple(slide_ids.tolist()), slides, corners, fractions)

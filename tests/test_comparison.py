@@ -209,6 +209,7 @@ def test_compare_says_whom_its_patients_flatter(tmp_path: Path, capsys: pytest.C
         ),
         (0.02, 0.01, 0.04, "B is better than A by 0.020 Dice (95 % interval 0.010 to 0.040, 6 patients)."),
         (-0.02, -0.04, -0.01, "B is worse than A by 0.020 Dice (95 % interval 0.010 to 0.040, 6 patients)."),
+        (-2e-4, -4e-4, -1e-4, "B is worse than A by less than 0.001 Dice (95 % interval 0.000 to 0.000, 6 patients)."),
     ],
 )
 def test_one_is_better_where_the_interval_leaves_out_none(mean: float, low: float, high: float, said: str) -> None:
