@@ -24,7 +24,7 @@ from pipeline.runtime import (
     has_int8,
     held,
     is_calibrated,
-    keep_engines,
+    keep_engine,
     require_ability,
     settled,
     where_from,
@@ -93,7 +93,7 @@ def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
     content = {"engine": _way(settings, model), "max_label_change": settings.max_label_change, "found": asdict(found)}
     if found.label_change <= settings.max_label_change or approval(settings, model) is None:
         write_json(engines_folder(model) / _name(settings), content)
-        keep_engines(model)
+        keep_engine(model, _name(settings))
     check(found, settings, model)
 
 
@@ -124,8 +124,9 @@ def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | N
 
 
 def require_approval(settings: EngineSettings, model: Path) -> None:
-    """Raise EngineError where a precision below exact was never approved for the model."""
+    """Raise EngineError where a precision below exact was never approved for the model, or cannot be computed here."""
     if settings.precision != "exact" and approval(settings, model) is None:
+        require_ability(settings)
         known = _known(settings, model)
         raise EngineError(
             f"{model}, engine.precision {settings.precision}, engine.backend {settings.backend}",

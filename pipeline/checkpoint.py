@@ -109,6 +109,12 @@ def put_back(folder: Path) -> None:
         shutil.rmtree(fresh)
 
 
+def let_go(folder: Path) -> None:
+    """Remove the earlier model, if it still waits beside the one that `saving` wrote."""
+    _, stale = _beside(folder)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
 def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:
     """The spec and the network, with its weights, on the CPU and ready for evaluation. Raises CheckpointError.
 

@@ -143,8 +143,8 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
 def used(folder: Path) -> Path:
     """The same folder of a cache, which from now on counts as used; it need not be there yet.
 
-    For a new one those beside it make room that nobody used for a day, but for the last sixteen. Nobody loses a folder
-    between this and reading it. Where the cache may not be written, nothing is done.
+    For a new one those beside it make room that nobody used for a day, but for the last sixteen. So whoever reads it within
+    a day loses nothing. Where the cache may not be written, nothing is done.
     """
     with suppress(OSError), locked(folder.parent):
         if folder.exists():

@@ -125,6 +125,8 @@ def _check_kept(folder: Path, done: int) -> None:
     checkpoint.recover(folder)
     if checkpoint.load_run_record(folder)["epoch"] > done:
         checkpoint.put_back(folder)
+    else:
+        checkpoint.let_go(folder)
 
 
 def _of_all(team: Team, cases: Sequence[Case], slides: Collection[str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Where a result comes from: code, packages, machine, slides and annotations by digest, splits, seed, and its models.
 
     OUTPUT/lineage.json          of a run or of many, or of slides that were segmented; runs have theirs in MLflow, too
-    promotions/NAME/lineage.json of a promotion, whose evidence has a digest of it
+    promotions/NAME/ALIAS/lineage.json   of a promotion, whose evidence has a digest of it
     MODEL/ancestry.json          the same of a model, of the slides that it learned from; it stays with the model
 
 From either one can tell what a run was made of, without the folder in which it was made.

@@ -16,7 +16,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,6 +96,20 @@ def require_quantiser() -> None:
     """Raise EngineError where nncf, with which `quantise` works, is not installed."""
     if find_spec("nncf") is None:
         raise _missing("nncf")
+
+
+def copy_graph(graph: Path, other: Path) -> None:
+    """Put a copy of a graph in the place of another one, its folder whole, unless they are the same. Raises OSError."""
+    with suppress(EngineError):  # of a graph that lacks a file
+        if graph_digest(graph) == graph_digest(other):
+            return
+    partial = other.parent.with_name(f"{other.parent.name}.{uuid.uuid4().hex}.partial")
+    try:
+        shutil.copytree(graph.parent, partial)
+        shutil.rmtree(other.parent, ignore_errors=True)
+        partial.rename(other.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def graph_digest(graph: Path) -> str:

@@ -34,7 +34,7 @@ _AHEAD = 2  # batches that are prepared or waiting to be taken
 _ATTEMPTS = 20  # at a patch that cannot be read, each at another place, until the slides are given up
 _AUGMENTING = 1  # tells a patch's second random stream from its first; numpy takes a 0 at the end of a seed for nothing
 
-Read = TypeVar("Read")
+_Read = TypeVar("_Read")
 
 Patch = tuple[np.ndarray, np.ndarray]
 """An image (S, S, 3) uint8 RGB and its mask (S, S) uint8 of class indices, IGNORED where nothing is known."""
@@ -141,7 +141,8 @@ def patch_roi(shown: Shown, source: Source, size: int, rng: np.random.Generator,
     """A patch of `size` pixels, and in it one of the cell's pixels of the class: anywhere, or `centred`.
 
     A centred one may hang over the lattice's edge, as windows do. Any other is moved back onto it; one larger than the
-    lattice is centred on it. Raises TrainingError where the cell has no such pixel, and what the truth's `read` raises.
+    lattice is centred on it. Glass that is taught beside what was outlined has no weight in drawing a cell, but its pixels
+    are drawn there as any. Raises TrainingError where the cell has no such pixel, and what the truth's `read` raises.
     """
     cell = shown.cell
     pixels = np.flatnonzero(source.truth.read(cell, source.lattice) == shown.class_index)
@@ -154,7 +155,7 @@ def patch_roi(shown: Shown, source: Source, size: int, rng: np.random.Generator,
     return roi if centred else _moved_onto(source.lattice, roi)
 
 
-def first_read(read: Callable[[int], Read]) -> Read:
+def first_read(read: Callable[[int], _Read]) -> _Read:
     """What the first attempt, of which `read` is told the number, can read. Raises SlideError where none can."""
     for attempt in range(_ATTEMPTS):
         try:
@@ -176,8 +177,9 @@ def _held(start: int, limit: int) -> int:
 class PatchStream:
     """An endless stream of augmented patches for every epoch, of `size` pixels, prepared by a number of threads.
 
-    `centred` ones have a pixel of the class that is drawn at their centre, for a network that is told that one alone.
-    `unread` gathers the slides of which a patch could not be read.
+    `centred` ones have a pixel of the class that is drawn at their centre, for a network that is told that one alone; as
+    they are augmented it moves by `elastic_px` at most, and by the pixel that a mirrored centre lies beside it. `unread`
+    gathers the slides of which a patch could not be read.
     """
 
     index: PatchIndex

@@ -4,8 +4,8 @@
     MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
     MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see approval.py
     ~/.cache/fullfield/engines/DIGEST/  a copy of these, for the same model in another folder, such as one of the registry
-    ~/.cache/fullfield/             else what can be made again at any time: fp32 graphs, what OpenVINO compiled, what tiles
-                                    take, models from an MLflow server
+    ~/.cache/fullfield/             else what can be made again: fp32 graphs and what OpenVINO compiled, of which the oldest
+                                    go, what tiles take, models from an MLflow server
 
 DIGEST is the beginning of the model's own, so that nothing made for one model is ever used with another.
 """
@@ -240,13 +240,16 @@ def engine_file(model: Path, name: str) -> Path:
     return kept if kept.is_file() and not beside.is_file() else beside
 
 
-def keep_engines(model: Path) -> None:
-    """Copy what lies in `engines_folder` to where this machine finds it for the same model in any other folder."""
-    beside = engines_folder(model)
-    with suppress(OSError):  # where the disk is full, it is found beside the model only
-        for path in (*beside.glob(f"{Path(_INT8).parent}/network.*"), *beside.glob("*.json")):
-            with replacing(_kept_engines(model) / path.relative_to(beside)) as partial:
-                shutil.copyfile(path, partial)
+def keep_engine(model: Path, name: str) -> None:
+    """Copy an approval of this `name`, and the int8 graph that it may be of, to where this machine finds them for the same
+    model in any other folder.
+    """
+    beside, kept = engines_folder(model), _kept_engines(model)
+    with suppress(OSError):  # where the disk is full, they are found beside the model only
+        if is_calibrated(model):
+            openvino_graph.copy_graph(beside / _INT8, kept / _INT8)
+        with replacing(kept / name) as partial:
+            shutil.copyfile(beside / name, partial)
 
 
 def where_from(model: Path) -> str:

@@ -121,13 +121,13 @@ def test_patients_that_either_has_seen_do_not_decide(
 
 def check_basis(home: Path, challenger: str, tags: dict[str, str]) -> None:
     """The verdict rests on slides, annotations, models and code that are told by digest, in a file that has one itself."""
-    (path,) = (home / "out").glob(f"tissue-{challenger}-*/lineage.json")
+    (path,) = (home / "out").glob(f"tissue-{challenger}-*/known/lineage.json")
     found, case = json.loads(path.read_text()), read_manifest(home / "cohort.csv")[2]
     (slide,) = found["slides"]
     assert (slide["patient"], slide["slide_digest"]) == ("P2", open_slide(case.slide).digest())
     assert slide["annotation_digest"] == file_digest(case.annotation)
     assert [model["ancestry"]["slides"][0]["patient"] for model in found["contestants"]] == ["P0", "P1"]
-    assert path.parent.name.endswith(found["contestants"][1]["digest"][:8])
+    assert path.parent.parent.name.endswith(found["contestants"][1]["digest"][:8])
     assert tags["fullfield.known.lineage"] == file_digest(path)
     assert (tags["fullfield.known.version"], tags["fullfield.known.code"]) == (__version__, origin()["code"])
 

@@ -99,6 +99,24 @@ def test_what_is_kept_is_always_of_an_epoch_that_is_recorded(tmp_path: Path, mon
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_kill_after_the_state_leaves_no_earlier_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, usual = config(tmp_path, epochs=2, learning_rate=0.03), snapshot.save
+
+    def killed(path: Path, standing: Standing, tensors: Mapping[str, torch.Tensor]) -> None:
+        usual(path, standing, tensors)
+        if len(standing.records) == 2:
+            assert standing.records[-1].best
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(snapshot, "save", killed)
+        train(tmp_path, settings, WIDTH // 2)
+    assert list(tmp_path.glob("*.partial"))
+    train(tmp_path, settings, WIDTH // 2)
+    assert checkpoint.load_run_record(tmp_path / "model")["epoch"] == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def damaged(case: Case, name: str) -> Case:
     """Another slide of the same patient, whose pixels cannot be read."""
     with tifffile.TiffFile(case.slide) as file:

@@ -17,12 +17,23 @@ from pipeline import checkpoint, openvino_graph, runtime
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.errors import EngineError
+from pipeline.files import write_json
 from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import OpenVinoEngine, beside_int8
 from pipeline.openvino_graph import quantise
 from pipeline.phantom import render
-from pipeline.runtime import describe, fp32_graph, int8_folder, is_calibrated, keep_engines, load_engine, settled, with_flips
+from pipeline.runtime import (
+    describe,
+    engines_folder,
+    fp32_graph,
+    int8_folder,
+    is_calibrated,
+    keep_engine,
+    load_engine,
+    settled,
+    with_flips,
+)
 from pipeline.settings import EngineSettings
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
@@ -76,7 +87,7 @@ def test_a_second_process_finds_the_graph_and_needs_no_torch(model: Path) -> Non
     assert (np.load(model.parent / "answer.npy") == answer).all()
 
 
-def test_int8_is_the_models_own(model: Path) -> None:
+def test_int8_is_the_models_own(model: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no int8 form of this model"):
         load_engine(model, FASTEST)
     with pytest.raises(EngineError, match="no int8 form of this model"):
@@ -85,7 +96,13 @@ def test_int8_is_the_models_own(model: Path) -> None:
     assert isinstance(load_engine(model, FASTEST), OpenVinoEngine)
     assert describe(model, FASTEST).startswith(f"fastest {beside_int8()}, openvino {version('openvino')}, ")
     stored = Path(shutil.copytree(model, model.parent / "checkpoint"))  # as in the registry
-    keep_engines(model)
+    write_json(engines_folder(model) / "approval.json", {})
+    for _ in range(2):
+        keep_engine(model, "approval.json")
+        (weights,) = (tmp_path / "cache").glob("fullfield/engines/*/int8/network.bin")
+        assert weights.read_bytes() == (int8_folder(model) / "network.bin").read_bytes()
+        weights.unlink()  # as a disk that is cleared may lose it
+    keep_engine(model, "approval.json")
     assert (load_engine(stored, FASTEST)(WINDOWS) == load_engine(model, FASTEST)(WINDOWS)).all()
     assert describe(stored, FASTEST) == describe(model, FASTEST)
     assert is_calibrated(model) and not is_calibrated(stored)

@@ -42,7 +42,8 @@ _HELD_OUT = "out-of-fold"
 def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
     """Cross-validate a configuration file; the exit code is 1 where a slide failed."""
     config = read_config(path, overrides)
-    require_means(config)
+    for number in range(1, folds + 1):
+        require_means(_part(config, config.output / f"fold-{number}"))
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
     with open_workspace(config, own="folds.csv") as workspace:

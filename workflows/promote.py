@@ -67,7 +67,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     _check_classes(champion, challenger)
     config = _own_config(store, challenger, output, reference) if cohort is None else load_config(cohort)
     _check_truth(config, challenger)
-    theirs, ours, basis = _contest(champion, challenger, config, output)
+    theirs, ours, basis = _contest(champion, challenger, config, output, alias)
     difference = paired_difference(theirs, ours)
     takes = difference.low is not None and difference.low >= -margin
     verdict = _verdict(difference, champion, margin, takes)
@@ -81,7 +81,9 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     return 0 if takes else _REFUSED
 
 
-def _contest(champion: Version, challenger: Version, config: Config, output: Path) -> tuple[Scores, Scores, dict[str, str]]:
+def _contest(
+    champion: Version, challenger: Version, config: Config, output: Path, alias: str
+) -> tuple[Scores, Scores, dict[str, str]]:
     """The mean Dice of each patient, of the champion and of the challenger, and what it rests on. Raises CohortError."""
     with connect(config.cluster) as cluster:
         slides = _unseen(config, cluster, [champion, challenger])
@@ -95,7 +97,9 @@ def _contest(champion: Version, challenger: Version, config: Config, output: Pat
         remedy = "Annotate test slides, or set `annotations.rest`."
         raise CohortError(str(config.cohort.manifest), "nothing known of the slides to examine", "some truth", remedy)
     facts = {"slides": slides, "contestants": models_facts([champion.checkpoint, challenger.checkpoint])}
-    lineage = file_digest(write_lineage(_folder(output, challenger), facts))
+    about = _folder(output, challenger) / alias  # one model may compete for several, on other slides
+    about.mkdir(exist_ok=True)
+    lineage = file_digest(write_lineage(about, facts))
     code = {name: origin()[name] for name in ("version", "code")}
     return before, now, {"split": cases[0].split, "lineage": lineage, **code}
 

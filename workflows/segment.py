@@ -77,12 +77,7 @@ def segment(
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
     stitching(spec, blend)  # refuses what is not local before anything is begun
     if where.scheduler is None:  # else workers decide, which may compute otherwise
-        require_ability(settled(engine))
-    if engine.precision != "exact" and where.scheduler is None:
-        from pipeline.approval import require_approval
-
-        for member in found:
-            require_approval(settled(engine), member)
+        _require_engine(settled(engine), found)
     folder = ensemble.gather(found, output / "ensemble")
     with locked(output / "slides.csv"):  # which may be refused: better before workers are started
         pass
@@ -165,6 +160,17 @@ def segment_cohort(workspace: Workspace) -> int:
                 run.log_file(job.folder / "measurements.csv", f"slides/{job.slide_id}")
                 run.log_reference(f"{job.slide_id}.segmentation", job.folder / "segmentation.ome.zarr")
     return report(rows, workspace.output)
+
+
+def _require_engine(engine: EngineSettings, models: Sequence[Path]) -> None:
+    """Raise EngineError where it is not installed, or a model was never approved for it; imports no library of engines."""
+    if engine.precision == "exact":
+        require_ability(engine)
+        return
+    from pipeline.approval import require_approval
+
+    for model in models:
+        require_approval(engine, model)
 
 
 def _approve_engine(workspace: Workspace, run: Run) -> None:
