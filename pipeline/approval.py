@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,12 +86,18 @@ def check(found: Deviation, settings: EngineSettings, model: Path) -> None:
         raise EngineError(subject, str(found), expected, remedy)
 
 
-def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
-    """Write beside the model what was found of a way to run it. Raises EngineError where it may not be used.
+def approve(found: Deviation, settings: EngineSettings, model: Path, passed_over: Sequence[str] = ()) -> None:
+    """Write beside the model what was found of a way to run it, and which slides were `passed_over`, that could not be read.
+    Raises EngineError where it may not be used.
 
     Who allows less than an earlier approval did is refused, and leaves that as it is.
     """
-    content = {"engine": _way(settings, model), "max_label_change": settings.max_label_change, "found": asdict(found)}
+    content = {
+        "engine": _way(settings, model),
+        "max_label_change": settings.max_label_change,
+        "found": asdict(found),
+        "passed_over": list(passed_over),
+    }
     if found.label_change <= settings.max_label_change or approval(settings, model) is None:
         write_json(engines_folder(model) / _name(settings), content)
         keep_engine(model, _name(settings))
@@ -99,12 +106,19 @@ def approve(found: Deviation, settings: EngineSettings, model: Path) -> None:
 
 def approval(settings: EngineSettings, model: Path) -> Deviation | None:
     """What was found of a way to run the model; None where it was not held against exact, or not approved."""
-    found, allowed = _known(settings, model) or (None, 0.0)
+    found, allowed, _ = _known(settings, model) or (None, 0.0, False)
     return found if found and found.pixels and found.numbers and found.label_change <= allowed else None
 
 
-def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | None:
-    """What was found of a way to run the model, and the share of labels that was allowed to change then; None: nothing.
+def is_of_all(settings: EngineSettings, model: Path) -> bool:
+    """Whether what is known of a way to run the model was found on all slides that validate, none of them passed over."""
+    known = _known(settings, model)
+    return known is not None and known[2]
+
+
+def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float, bool] | None:
+    """What was found of a way to run the model, the share of labels that was allowed to change then, and whether that is of
+    all slides; None: nothing.
 
     Raises EngineError where the backend is not installed.
     """
@@ -115,7 +129,8 @@ def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | N
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         same = content["engine"] == _way(settings, model)
-        return (Deviation(**content["found"]), float(content["max_label_change"])) if same else None
+        found, allowed = Deviation(**content["found"]), float(content["max_label_change"])
+        return (found, allowed, not content.get("passed_over")) if same else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -124,9 +139,8 @@ def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float] | N
 
 
 def require_approval(settings: EngineSettings, model: Path) -> None:
-    """Raise EngineError where a precision below exact was never approved for the model, or cannot be computed here."""
+    """Raise EngineError where a precision below exact was never approved for the model."""
     if settings.precision != "exact" and approval(settings, model) is None:
-        require_ability(settings)
         known = _known(settings, model)
         raise EngineError(
             f"{model}, engine.precision {settings.precision}, engine.backend {settings.backend}",

@@ -167,9 +167,11 @@ def _require_engine(engine: EngineSettings, models: Sequence[Path]) -> None:
     if engine.precision == "exact":
         require_ability(engine)
         return
-    from pipeline.approval import require_approval
+    from pipeline.approval import approval, require_approval
 
     for model in models:
+        if approval(engine, model) is None:
+            require_ability(engine)  # whoever cannot compute so need not be told how to have it approved
         require_approval(engine, model)
 
 
@@ -188,9 +190,10 @@ def approve_engine(
     """Yield the backend that this worker runs, how far it is from exact on validation tissue, and which slides cannot be
     read; then approve it, or raise EngineError.
 
-    Calibrates int8 where the run has not done so yet. An engine that was approved before is not run again.
+    Calibrates int8 where the run has not done so yet. An engine that was approved before, on all of these slides, is not run
+    again.
     """
-    from pipeline.approval import approval, approve
+    from pipeline.approval import approval, approve, is_of_all
     from pipeline.openvino_graph import quantise
     from pipeline.precision import measure_deviation
     from pipeline.sources import open_source
@@ -200,7 +203,7 @@ def approve_engine(
     if (engine.precision, engine.backend) == ("fastest", "openvino") and not is_calibrated(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
     found, unread = approval(engine, model), list[str]()
-    if found is None:
+    if found is None or not is_of_all(engine, model):
         normalisation = checkpoint.load_spec(model).normalisation
 
         def opened(case: Case) -> tuple[Source, Tissue]:
@@ -211,7 +214,7 @@ def approve_engine(
         exact = open_engine(model, settled(EngineSettings(flips=engine.flips)))
         found, unread = measure_deviation(exact, load_engine(model, engine), slides)
     yield engine.backend, found, unread
-    approve(found, engine, model)
+    approve(found, engine, model, unread)
 
 
 def _calibration(config: Config, cases: Sequence[Case], tiles: Path, spec: ModelSpec) -> list[np.ndarray]:
