@@ -262,14 +262,16 @@ def test_damaged_slides_fail_and_the_healthy_one_does_not(project: Path, shared_
 def test_a_slide_without_scale_is_refused_and_works_with_one(project: Path, shared_data: Path, tmp_path: Path) -> None:
     """A small one works: to decode all JPEG 2000 tiles of the real one takes half a minute."""
     small = tmp_path / "small.tiff"
-    tifffile.imwrite(small, render(5, 700, 500, 1.0, spread=3), tile=(256, 256), photometric="rgb")
+    tifffile.imwrite(small, render(5, 700, 500, 1.0, spread=3)[0], tile=(256, 256), photometric="rgb")
     options = ("--model", project / "out" / "model", "--output", tmp_path / "o", "--workers", 0)
-    for slide in (shared_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs", small):
+    slides = [small, shared_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs"]
+    for slide in slides:
         assert "--mpp" in fullfield("segment", slide, *options, code=1)
         assert not (tmp_path / "o" / "slides").exists()
     fullfield("segment", small, *options, "--mpp", 1, "--tile-size", 256)
     with (tmp_path / "o" / "slides.csv").open() as file:
-        assert [row["status"] for row in csv.DictReader(file)] == ["done"]
+        ended = {row["slide"]: row["status"] for row in csv.DictReader(file)}
+    assert ended == {str(small): "done", str(slides[1]): "failed"}
 
 
 def test_other_results_are_not_mixed_in(project: Path, tmp_path: Path) -> None:
