@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,37 +50,22 @@ def save(
     network: torch.nn.Module,
     run_record: Mapping[str, object] | None = None,
     ancestry: Mapping[str, object] | None = None,
+    keep_earlier: bool = False,
 ) -> None:
-    """Write a model, whole or not at all, over an earlier one in the same folder.
+    """Write a model, whole or not at all, over an earlier one in the same folder; or else, with `keep_earlier`, leave that
+    beside it until `put_back` or `let_go`.
 
     `run_record` is what the run that trained the model hands on, as plain values: the digest of its inputs, seed, epoch,
     Dice, and how it looks at slides (tissue, min_region_um2, flips). It is the key `lineage` of model.yaml, and part of the
     digest. `ancestry` is who made the model, when, and of what, and no part of it. Raises CheckpointError where the folder
     holds other things.
     """
-    with saving(folder, spec, network, run_record, ancestry):
-        pass
-
-
-@contextmanager
-def saving(
-    folder: Path,
-    spec: ModelSpec,
-    network: torch.nn.Module,
-    run_record: Mapping[str, object] | None = None,
-    ancestry: Mapping[str, object] | None = None,
-) -> Iterator[None]:
-    """As `save`, for a block that writes of it elsewhere: until it has ended, the earlier model waits beside the new one.
-
-    Where the block fails, or its process is killed, `put_back` still has the earlier one.
-    """
     if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {*_FILES, _ANCESTRY}):
         expected = "a new folder, or one that holds a model and nothing else"
         raise CheckpointError(str(folder), "other files", expected, "Save to another folder.")
     fresh, stale = _beside(folder)
     recover(folder)
-    for left_over in (fresh, stale):
-        shutil.rmtree(left_over, ignore_errors=True)
+    let_go(folder)
     fresh.mkdir(parents=True)
     _write(fresh, spec, network, {} if run_record is None else {_RUN_RECORD: dict(run_record)})
     if ancestry is not None:
@@ -89,8 +73,8 @@ def saving(
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)
-    yield
-    shutil.rmtree(stale, ignore_errors=True)
+    if not keep_earlier:
+        let_go(folder)
 
 
 def recover(folder: Path) -> None:
@@ -101,7 +85,7 @@ def recover(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Put the earlier model in the place of the one that `saving` wrote, if it still waits; whole or not at all."""
+    """Put the earlier model, if it still waits, in the place of the one that was saved over it; whole or not at all."""
     fresh, stale = _beside(folder)
     if stale.exists():
         folder.rename(fresh)
@@ -110,9 +94,9 @@ def put_back(folder: Path) -> None:
 
 
 def let_go(folder: Path) -> None:
-    """Remove the earlier model, if it still waits beside the one that `saving` wrote."""
-    _, stale = _beside(folder)
-    shutil.rmtree(stale, ignore_errors=True)
+    """Remove what waits beside a model: an earlier one, or what a killed process left of another."""
+    for left_over in _beside(folder):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:

@@ -155,7 +155,7 @@ def used(folder: Path) -> Path:
 
 
 def _forget_oldest(cache: Path) -> None:
-    """Remove what was used last before all others; whole, since half of a folder would be taken for a damaged one."""
+    """Remove what has gone unused for the longest; whole, since half of a folder would be taken for a damaged one."""
     last_used = {folder: folder.stat().st_mtime for folder in cache.iterdir() if folder.is_dir()}
     for folder in sorted(last_used, key=last_used.__getitem__)[:-_KEPT]:
         if time.time() - last_used[folder] > _KEPT_SECONDS:

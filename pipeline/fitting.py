@@ -9,7 +9,6 @@ It yields; who called tells of it and logs it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,14 +90,14 @@ def _fit(
         metrics, passed_over = _metrics(epoch, dice), _of_all(trainer.team, cases, stream.unread | unread)
         best = not dice or metrics["dice"] > standing.best
         record = Record(epoch.number, metrics, best, trainer.planned, passed_over)
-        with ExitStack() as earlier:  # what was kept before waits until the state tells of this epoch
-            if record.best and rank == 0:
-                took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
-                origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
-                earlier.enter_context(checkpoint.saving(folder, spec, averaged, *origins))
-            standing, tensors = standing.after(record, trainer.seconds), trainer.state()
-            if rank == 0:
-                snapshot.save(state, standing, tensors)
+        if record.best and rank == 0:
+            took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
+            origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
+            checkpoint.save(folder, spec, averaged, *origins, keep_earlier=True)
+        standing, tensors = standing.after(record, trainer.seconds), trainer.state()
+        if rank == 0:
+            snapshot.save(state, standing, tensors)
+            checkpoint.let_go(folder)  # now the state tells of this epoch
         yield record
 
 

@@ -235,7 +235,7 @@ def engines_folder(model: Path) -> Path:
 
 
 def engine_file(model: Path, name: str) -> Path:
-    """Where what was written into `engines_folder` is read: there, or, where it is only there, from `keep_engines`' copy."""
+    """Where what was written into `engines_folder` is read: there, or, where it is only there, from `keep_engine`'s copy."""
     beside, kept = engines_folder(model) / name, _kept_engines(model) / name
     return kept if kept.is_file() and not beside.is_file() else beside
 

@@ -150,14 +150,16 @@ def test_a_save_that_was_cut_between_its_renames_loses_nothing(saved: Path) -> N
     assert checkpoint.digest(saved) == before
 
 
-def test_the_earlier_model_waits_until_the_block_has_ended(saved: Path) -> None:
+def test_an_earlier_model_that_is_kept_is_put_back_or_let_go(saved: Path) -> None:
     before = checkpoint.digest(saved)
-    with pytest.raises(KeyboardInterrupt), checkpoint.saving(saved, spec(), network(spec())):
-        assert checkpoint.digest(saved) != before
-        raise KeyboardInterrupt
-    checkpoint.put_back(saved)
-    checkpoint.put_back(saved)  # for which nothing waits any more
-    assert checkpoint.digest(saved) == before and [item.name for item in saved.parent.iterdir()] == [saved.name]
+    for end in (checkpoint.put_back, checkpoint.let_go):
+        checkpoint.save(saved, spec(), network(spec()), keep_earlier=True)
+        after = checkpoint.digest(saved)
+        assert after != before
+        for _ in range(2):  # for which nothing waits any more
+            end(saved)
+        assert checkpoint.digest(saved) == (before if end is checkpoint.put_back else after)
+        assert [item.name for item in saved.parent.iterdir()] == [saved.name]
 
 
 def test_a_folder_with_other_things_is_not_overwritten(saved: Path) -> None:
