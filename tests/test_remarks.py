@@ -27,6 +27,7 @@ from workflows.crossval import crossval
 from workflows.evaluate import evaluate
 from workflows.run import run
 from workflows.segment import segment
+from workflows.study_commands import study_app
 from workflows.sweep import sweep
 
 DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
@@ -124,7 +125,7 @@ def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str]
 
 
 def test_help_is_broken_where_the_terminal_ends() -> None:
-    for command in app.registered_commands:
+    for command in (*app.registered_commands, *study_app.registered_commands):
         *paragraphs, last = str(command.help).split("\n\n")
         assert last.startswith("Example: `fullfield ") and not any("\n" in paragraph for paragraph in (*paragraphs, last))
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "90"}).output

@@ -15,6 +15,7 @@ from pipeline import __version__
 from pipeline.errors import FullfieldError, refusal
 from workflows import options
 from workflows.config_commands import config_app
+from workflows.study_commands import study_app
 
 _OBJECTS = 100_000  # about as many come with what a command imports, and none of them is garbage to be looked for
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(study_app)
 app.add_typer(config_app, name="config")
 
 
@@ -171,107 +173,6 @@ def evaluate(config: options.Config, overrides: options.Overrides = None) -> Non
 
 
 @app.command()
-def crossval(
-    config: options.Config,
-    overrides: options.Overrides = None,
-    folds: Annotated[int, typer.Option(help="Number of folds.", min=2)] = 5,
-) -> None:
-    """Cross-validate over patients: a run a fold, each patient examined by a network that never saw it.
-
-    Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
-    train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is
-    trained, then OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last
-    lineage.json and the figures of all patients that were held out, as `fullfield evaluate` writes them of a run.
-
-    Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
-    """
-    from workflows.crossval import crossval as verb
-
-    raise typer.Exit(verb(config, overrides or [], folds))
-
-
-@app.command()
-def sweep(
-    config: options.Config,
-    values: Annotated[list[str], typer.Argument(metavar="key=value,value...", help="Values of dotted keys, by commas.")],
-) -> None:
-    """Train every combination of values, and score each on the validation slides.
-
-    They train side by side with cluster.workers=N, or on a scheduler's workers; one after the other with one worker, the
-    default. A list is one value in brackets; a key with a single value is set for all. Writes OUTPUT/NAME for each
-    combination, which `fullfield run OUTPUT/NAME/config.yaml` continues alone, then OUTPUT/sweep.csv, sweep.md,
-    sweep.png and lineage.json.
-
-    Example: `fullfield sweep my.yaml output=runs/sweep training.learning_rate=1e-3,3e-4 network.width=16,32`
-    """
-    from workflows.sweep import sweep as verb
-
-    raise typer.Exit(verb(config, values))
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Output folders, or MLflow runs (`runs:/ID`).")],
-) -> None:
-    """Say whether runs differ: the paired difference of Dice over the patients of both, with its 95 % interval.
-
-    Reads each run's confusions.json; each is held against the first. Slides that a run learned from are left out, and so are
-    those that chose its epoch, where all runs have test slides in common. Patients without a class in their annotations do
-    not count for its Dice: what runs invent of it there is told as an area. Runs on other classes, slides or annotations
-    are refused.
-
-    Example: `fullfield compare runs/plain runs/glas`
-    """
-    from workflows.compare import compare as verb
-
-    raise typer.Exit(verb(runs))
-
-
-@app.command()
-def promote(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Output of a run, runs:/ID, models:/NAME/VERSION or models:/NAME@ALIAS.")
-    ],
-    alias: Annotated[str, typer.Option(help="What the model in use is called.")] = "champion",
-    margin: Annotated[float, typer.Option(help="Largest loss of mean Dice that may remain possible.", min=0, max=1)] = 0.01,
-    config: Annotated[Path | None, typer.Option(help="Whose slides decide; else those of the model's own run.")] = None,
-    output: Annotated[Path, typer.Option(help="Where both are examined.")] = Path("promotions"),
-) -> None:
-    """Give a registered model the alias, unless it may lose against the model that has it.
-
-    Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
-    flatters MODEL; the alias moves where the 95 % interval of the paired difference over patients leaves out a loss
-    larger than the margin. Fewer than six patients cannot be as sure: then none of them may lose more. The evidence
-    becomes tags of the version; the lineage.json of what was examined, below the output, is one of them by its SHA-256. The
-    exit code is 3 where the alias stays, and 1 for an error.
-
-    Example: `fullfield promote runs/mine --margin 0.01`
-    """
-    from workflows.promote import promote as verb
-
-    raise typer.Exit(verb(model, alias, margin, config, output))
-
-
-@app.command()
-def reproduce(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a run, or its MLflow run (`runs:/ID`).")],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the new run; else the old one's name with `-again`.")
-    ] = None,
-) -> None:
-    """Write the configuration and cohort of an earlier run anew, and say what has changed since.
-
-    Compares code, packages, machine, slides and annotations with the run's lineage.json. Writes config.yaml and
-    cohort.csv, and prints the command that runs them.
-
-    Example: `fullfield reproduce runs/glas`
-    """
-    from workflows.reproduce import reproduce as verb
-
-    raise typer.Exit(verb(run, output))
-
-
-@app.command()
 def inspect(
     slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -316,7 +217,7 @@ def _flowing(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-for _command in app.registered_commands:
+for _command in (*app.registered_commands, *study_app.registered_commands):
     _command.help = _flowing(getattr(_command.callback, "__doc__", None) or "")
 
 
