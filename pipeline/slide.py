@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import ScaleError, SlideError
 from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
-from pipeline.sampling import resample_rows, sampling
+from pipeline.sampling import resample_columns, resample_rows, sampling
 from pipeline.scan import MPP, OBJECTIVE, QUICKHASH, READABLE, VENDOR, Scan
 
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
@@ -81,7 +81,7 @@ class Slide:
         x = sampling(roi.x, roi.width, scale_x, lattice.width)
         y = sampling(roi.y, roi.height, scale_y, lattice.height)
         pixels = self._read_level(level, Roi(x.start, y.start, x.length, y.length))
-        return resample_rows(resample_rows(pixels, y).swapaxes(0, 1), x).swapaxes(0, 1)
+        return resample_columns(resample_rows(pixels, y), x)
 
     def best_level(self, mpp: Mpp) -> int:
         """The index of the level that gives pixels of `mpp` at the least cost, none that is coarser.

@@ -14,7 +14,7 @@ from pipeline.errors import ScaleError, SlideError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import release_memory
 from pipeline.phantom import render, write_slide
-from pipeline.sampling import resample_rows, sampling
+from pipeline.sampling import resample_columns, resample_rows, sampling
 from pipeline.slide import Slide, fallback_mpp, open_slide
 
 WIDTH, HEIGHT, MPP = 1403, 1021, 0.5
@@ -259,6 +259,14 @@ def test_a_large_reduction_is_an_average_too(reduction: float) -> None:
     assert np.abs(whole - np.tensordot(truth, rows, 1)).max() <= spread
     constant = np.full((found.length, 2, 3), 245, np.uint8)
     assert (resample_rows(constant, found) == 245).all()
+
+
+@pytest.mark.parametrize("scale", [0.37, 0.7, 1, 1.0107, 1.98, 2, 5.3])
+def test_columns_are_made_as_rows_are(scale: float) -> None:
+    found = sampling(3, 200, scale, 5000)
+    pixels = np.random.default_rng(0).integers(0, 256, (150, found.length, 3), np.uint8)
+    expected = resample_rows(np.ascontiguousarray(pixels.swapaxes(0, 1)), found).swapaxes(0, 1)
+    assert np.array_equal(resample_columns(pixels, found), expected)
 
 
 def test_rounding_noise_reads_no_pixel_more() -> None:
