@@ -75,24 +75,32 @@ def detect(truth: Mask, prediction: Mask, probability: npt.NDArray[np.uint8], mp
     return Detections(tuple(level / 255 for level in false.tolist()), tuple(level / 255 for level in levels), 1)
 
 
-def sensitivities(found: Detections) -> Floats:
-    """Sensitivity at each of RATES, (6,); NaN where there are no lesions. The FROC score is their mean."""
-    from monai.metrics.froc import compute_froc_curve_data
+def sensitivities(patients: Sequence[Detections], draws: Counts) -> Floats:
+    """Sensitivity of each round at each of RATES, (S, 6); NaN where no lesion was drawn.
 
-    if not found.lesions:
-        return np.full(len(RATES), np.nan)
-    false = np.array([0.0, *found.false])  # MONAI passes over the lowest probability: let it be none of a detection's
-    rates, sensitivity = compute_froc_curve_data(false, np.array(found.lesions), len(found.lesions), found.slides)
-    return np.asarray(np.interp(RATES, rates[::-1], sensitivity[::-1]))
+    `draws` is (S, P), how often each of P patients counts. How many detections reach a threshold adds up over patients, so
+    that all rounds are pooled in one product of matrices.
+    """
+    values = {value for patient in patients for value in (*patient.false, *patient.lesions)}
+    thresholds = np.array([np.inf, *sorted(values - {0.0}, reverse=True)])  # at most 256; what was missed reaches none
+    false = draws @ np.stack([_reaching(patient.false, thresholds) for patient in patients])
+    found = draws @ np.stack([_reaching(patient.lesions, thresholds) for patient in patients])
+    lesions = draws @ np.array([len(patient.lesions) for patient in patients])
+    slides = draws @ np.array([patient.slides for patient in patients])
+    rounds = np.full((len(draws), len(RATES)), np.nan)
+    for number in np.flatnonzero(lesions):
+        rounds[number] = np.interp(RATES, false[number] / slides[number], found[number] / lesions[number])
+    return rounds
 
 
 def resampled_froc(patients: Sequence[Detections], draws: Counts) -> Floats:
-    """FROC score of each round, (S,): `draws` is (S, P), how often each of P patients counts. NaN without lesions."""
-    rounds = (
-        Detections.gathered([patient for patient, times in zip(patients, drawn, strict=True) for _ in range(times)])
-        for drawn in draws.tolist()
-    )
-    return np.array([sensitivities(found).mean() for found in rounds])
+    """FROC score of each round, (S,), the mean of its `sensitivities`: NaN where no lesion was drawn."""
+    return np.asarray(sensitivities(patients, draws).mean(axis=1))
+
+
+def _reaching(values: Sequence[float], thresholds: Floats) -> Counts:
+    """How many values are no lower than each threshold, (T,)."""
+    return np.asarray(len(values) - np.searchsorted(np.sort(values), thresholds))
 
 
 def _lesions(truth: Mask, mpp: Mpp) -> tuple[npt.NDArray[np.int32], list[int]]:

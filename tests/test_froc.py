@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from monai.metrics.froc import compute_froc_curve_data
 from scipy import ndimage
 from skimage.measure import label, regionprops
 
@@ -26,6 +27,11 @@ def levels(*discs):
     return probability
 
 
+def curve(*patients):
+    """Sensitivities of some patients together."""
+    return sensitivities(patients, np.ones((1, len(patients)), int))[0]
+
+
 def found(truth, probability, min_area_um2=0.0):
     return detect(truth, probability > 127, probability, MPP, min_area_um2)
 
@@ -36,24 +42,24 @@ def test_lesions_found_and_missed_and_false_alarms():
     assert sorted(one.lesions) == pytest.approx([0, 200 / 255, 250 / 255])
     assert one.false == pytest.approx((180 / 255,))
     # 2 of 3 are found before the first false alarm: at no rate are there more
-    np.testing.assert_allclose(sensitivities(one), 2 / 3)
+    np.testing.assert_allclose(curve(one), 2 / 3)
 
 
 def test_sensitivity_grows_with_the_false_alarms_that_are_allowed():
-    curve = Detections(false=(0.9, 0.7), lesions=(0.95, 0.8, 0.6, 0.0), slides=1)
+    few = Detections(false=(0.9, 0.7), lesions=(0.95, 0.8, 0.6, 0.0), slides=1)
     # thresholds 0.95, 0.9, 0.8, 0.7, 0.6: rates 0, 1, 1, 2, 2 and sensitivities 1/4, 1/4, 1/2, 1/2, 3/4
-    np.testing.assert_allclose(sensitivities(curve)[2:], [0.5, 0.75, 0.75, 0.75])
-    np.testing.assert_allclose(sensitivities(curve)[:2], [0.25, 0.25])
-    spread = Detections(curve.false, curve.lesions, slides=8)
-    np.testing.assert_allclose(sensitivities(spread), 0.75)  # at most a quarter of a false alarm a slide
+    np.testing.assert_allclose(curve(few)[2:], [0.5, 0.75, 0.75, 0.75])
+    np.testing.assert_allclose(curve(few)[:2], [0.25, 0.25])
+    spread = Detections(few.false, few.lesions, slides=8)
+    np.testing.assert_allclose(curve(spread), 0.75)  # at most a quarter of a false alarm a slide
 
 
 def test_a_perfect_and_certain_prediction_scores_one():
     truth = disc(60, 60, 25) | disc(220, 120, 25)
     certain = np.where(truth, 255, 0).astype(np.uint8)
-    assert sensitivities(found(truth, certain)).mean() == 1
-    assert sensitivities(found(truth, np.zeros(SHAPE, np.uint8))).mean() == 0
-    assert np.isnan(sensitivities(found(np.zeros(SHAPE, bool), certain))).all()
+    assert curve(found(truth, certain)).mean() == 1
+    assert curve(found(truth, np.zeros(SHAPE, np.uint8))).mean() == 0
+    assert np.isnan(curve(found(np.zeros(SHAPE, bool), certain))).all()
 
 
 def test_close_lesions_are_one_and_isolated_cells_are_none():
@@ -107,8 +113,30 @@ def test_detections_are_those_of_the_challenge(seed):
 
 def test_rounds_pool_the_slides_of_the_patients_that_are_drawn():
     good, bad = Detections((), (0.9, 0.8), 1), Detections((0.95, 0.9), (0.0,), 2)
-    draws = np.array([[2, 0], [1, 1], [0, 2]])
-    scores = resampled_froc([good, bad], draws)
-    assert (scores[0], scores[2]) == (1, 0)
-    assert scores[1] == pytest.approx(sensitivities(Detections.gathered([good, bad])).mean())
+    scores = resampled_froc([good, bad], np.array([[2, 0], [1, 1], [0, 2]]))
+    assert scores.tolist() == [1, curve(Detections.gathered([good, bad])).mean(), 0]
     assert len(RATES) == 6
+
+
+def monai_sensitivities(some):
+    """Of what was found on some slides, from MONAI's curve."""
+    if not some.lesions:
+        return np.full(len(RATES), np.nan)
+    false = np.array([0.0, *some.false])  # MONAI passes over the lowest probability: let it be none of a detection's
+    rates, sensitivity = compute_froc_curve_data(false, np.array(some.lesions), len(some.lesions), some.slides)
+    return np.interp(RATES, rates[::-1], sensitivity[::-1])
+
+
+@pytest.mark.parametrize(("patients", "most", "lesions"), [(1, 0, 0), (4, 2, 0.2), (7, 3, 1), (6, 9, 2), (12, 40, 3)])
+def test_every_round_is_the_curve_of_monai(patients, most, lesions):
+    """To the bit, patients without lesions, slides or detections among them, and many detections as sure as one another."""
+    rng, some = np.random.default_rng(patients), [Detections((), (), 0)]
+    for _ in range(patients):
+        false = rng.integers(120, 256, rng.integers(most + 1)) / 255
+        hits = rng.integers(120, 256, rng.poisson(lesions)) * (rng.random() < 0.8) / 255
+        some.append(Detections(tuple(false), tuple(hits), int(rng.integers(1, 4))))
+    draws = rng.multinomial(len(some), np.full(len(some), 1 / len(some)), size=60)
+    rounds = [[one for one, times in zip(some, row, strict=True) for _ in range(times)] for row in draws]
+    expected = np.array([monai_sensitivities(Detections.gathered(drawn)) for drawn in rounds])
+    np.testing.assert_array_equal(sensitivities(some, draws), expected)
+    np.testing.assert_array_equal(resampled_froc(some, draws), [row.mean() for row in expected])
