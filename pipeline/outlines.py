@@ -250,10 +250,14 @@ def _region(region: Element, book: _Sketchbook) -> list[NDArray[np.float64]]:
 
 def _cut(positive: list[Area], negative: list[Area]) -> None:
     """Cuts holes, in place; an island drawn inside a hole stays, but not what another hole leaves of a region there."""
-    drawn = np.asarray(positive, dtype=object)
-    for index, hole in shapely.STRtree(negative).query(drawn, predicate="intersects").T:
-        if not negative[hole].covers(drawn[index]):
-            positive[index] = positive[index].difference(negative[hole])
+    tree, cutters = shapely.STRtree(positive), np.asarray(negative, dtype=object)
+    met, covered = (set(zip(*tree.query(cutters, predicate=how).tolist(), strict=True)) for how in ("intersects", "covers"))
+    holes: dict[int, list[Area]] = {}
+    for hole, index in sorted(met - covered):
+        holes.setdefault(index, []).append(negative[hole])
+    for index, some in holes.items():  # all at once: one by one, each would draw the whole region anew
+        cut: Any = shapely.difference(positive[index], shapely.union_all(some))
+        positive[index] = cut
 
 
 def _places(points: Sequence[Element], book: _Sketchbook) -> NDArray[np.float64]:
