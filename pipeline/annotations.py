@@ -203,7 +203,8 @@ def _hidden(painted: dict[int, list[Area]]) -> tuple[str, ...]:
     count = 0
     for value, areas in painted.items():
         later = [area for other, over in painted.items() if value < other < IGNORED for area in over]
-        under, _ = shapely.STRtree(later).query(areas, predicate="covered_by")
+        # The large ones ask: GEOS prepares who asks.
+        _, under = shapely.STRtree(areas).query(np.asarray(later, dtype=object), predicate="covers")
         count += len(np.unique(under))
     return (f"outlines wholly under one of a later class, of no effect: {count}",) if count else ()
 
