@@ -184,8 +184,10 @@ def report(
 
 def _by_patient(rows: Sequence[SlideConfusion]) -> Counts:
     """(P, C, C + 1): the slides' confusions, summed for each patient."""
-    patients = dict.fromkeys(row.patient for row in rows)
-    return np.stack([np.sum([row.confusion for row in rows if row.patient == patient], axis=0) for patient in patients])
+    sums: dict[str, Counts] = {}
+    for row in rows:
+        sums[row.patient] = sums.get(row.patient, np.int64(0)) + row.confusion
+    return np.stack(list(sums.values()))
 
 
 def _named(
