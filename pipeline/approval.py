@@ -23,9 +23,9 @@ from pipeline.runtime import (
     engine_file,
     engines_folder,
     has_int8,
-    held,
     is_calibrated,
     keep_engine,
+    number_format,
     require_ability,
     settled,
     where_from,
@@ -160,4 +160,4 @@ def _way(settings: EngineSettings, model: Path) -> str:
 def _name(settings: EngineSettings) -> str:
     """Of the file with what was found of a way to run a model."""
     flips = "-flips" if settings.flips else ""
-    return f"{held(settings).replace(' ', '-')}-{settings.backend}{flips}.json"
+    return f"{number_format(settings).replace(' ', '-')}-{settings.backend}{flips}.json"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.errors import SlideError
 from pipeline.geometry import Lattice, Roi
 from pipeline.patches import Source
+from pipeline.slide import Pixels
 from pipeline.truth import Truth
 
 _MOST_BYTES = 1 << 30
@@ -42,18 +42,11 @@ def _remembered(source: Source) -> Source:
     )
 
 
-class Readable(Protocol):
-    """Whatever gives an array for a rectangle: a slide, or its truth."""
-
-    def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
-        """The values at the pixels of `roi`, rows and columns first; a rectangle read in pieces gives the same bytes."""
-
-
 @dataclass(frozen=True)
 class Remembered:
-    """What `origin` gives on one lattice, in blocks that are kept as they are first read."""
+    """What `origin`, a slide or its truth, gives on one lattice, in blocks that are kept as they are first read."""
 
-    origin: Readable
+    origin: Pixels
     lattice: Lattice
     _blocks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 

@@ -154,11 +154,11 @@ def with_flips(settings: EngineSettings, model: Path, flips: bool | None) -> Eng
 
 
 def describe(model: Path, settings: EngineSettings) -> str:
-    """What labels depend on besides the model: how numbers are held, backend, and the int8 graph's digest.
+    """What labels depend on besides the model: the number format, backend, and the int8 graph's digest.
 
     Below exact, where another way to compute the same shows, the backend's version too. Raises EngineError.
     """
-    parts: list[str] = [held(settings), settings.backend]
+    parts: list[str] = [number_format(settings), settings.backend]
     if settings.precision != "exact":
         parts[1] += f" {backend_version(settings.backend)}"
     if settings.precision == "fastest":
@@ -168,7 +168,7 @@ def describe(model: Path, settings: EngineSettings) -> str:
     return ", ".join(parts)
 
 
-def held(settings: EngineSettings) -> str:
+def number_format(settings: EngineSettings) -> str:
     """The precision, and which half it computes in; fastest: in what, where not in int8. Raises EngineError."""
     if settings.precision == "exact":
         return "exact"

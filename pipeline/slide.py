@@ -67,7 +67,7 @@ class Slide:
         parts = [self._read_band(level, band, lattice) for band in bands]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def held(self, roi: Roi, lattice: Lattice) -> int:
+    def pixels_at_once(self, roi: Roi, lattice: Lattice) -> int:
         """Level pixels that reading `roi` holds in memory at once."""
         row = roi.width * self._seen(lattice)
         return int(min(roi.height * row, max(_MOST_PIXELS, row)))

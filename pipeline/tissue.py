@@ -104,7 +104,7 @@ def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:
 
 def _bands_at_once(slide: Slide, band: Roi, lattice: Lattice) -> int:
     """How many threads look at bands: one each, but no more than fit into memory, however many processors there are."""
-    return min(threads(), max(_MOST_HELD // (slide.held(band, lattice) + _AS_MANY * band.area), 1))
+    return min(threads(), max(_MOST_HELD // (slide.pixels_at_once(band, lattice) + _AS_MANY * band.area), 1))
 
 
 @dataclass(frozen=True)
