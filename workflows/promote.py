@@ -1,4 +1,4 @@
-"""`fullfield promote MODEL`: gives a model an alias such as `champion`, if it does not lose against the one that has it."""
+"""`fullfield promote MODEL`: gives a model an alias such as `champion`, if it is shown to be no worse than its holder."""
 
 from __future__ import annotations
 

@@ -79,13 +79,13 @@ def promote(
     config: Annotated[Path | None, typer.Option(help="Whose slides decide; else those of the model's own run.")] = None,
     output: Annotated[Path, typer.Option(help="Where both are examined.")] = Path("promotions"),
 ) -> None:
-    """Give a registered model the alias, unless it may lose against the model that has it.
+    """Give a registered model the alias, if it is shown to be no worse, within `--margin`, than the model that has it.
 
     Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
-    flatters MODEL; the alias moves where the 95 % interval of the paired difference over patients leaves out a loss
+    flatters MODEL. The alias moves where the 95 % interval of the paired difference over patients leaves out a loss
     larger than the margin. Fewer than six patients cannot be as sure: then none of them may lose more. The evidence
-    becomes tags of the version; the lineage.json of what was examined, below the output, is one of them by its SHA-256. The
-    exit code is 3 where the alias stays, and 1 for an error.
+    becomes tags of the version, among them the SHA-256 of the lineage.json of what was examined, which lies below the
+    output. The exit code is 3 where the alias stays, and 1 for an error.
 
     Example: `fullfield promote runs/mine --margin 0.01`
     """
