@@ -96,7 +96,7 @@ def test_bands_give_the_same_tissue_as_the_whole_view(
     write_slide(image, tmp_path / "slide.tiff", MPP)
     slide, settings = open_slide(tmp_path / "slide.tiff"), TissueSettings(mpp=mpp, min_area_um2=500, max_hole_um2=500)
     masks = []
-    for pixels in (1 << 24, 5000):
+    for pixels in (1 << 24, int(40_000 / mpp)):
         monkeypatch.setattr("pipeline.tissue._BAND_PIXELS", pixels)
         masks.append(find_tissue(slide, settings).mask)
     assert 0.1 < masks[0].mean() < 0.9
