@@ -1,4 +1,4 @@
-"""The truth in a file, whichever kind it is, and that which is drawn as outlines."""
+"""Opens the truth in a file of any kind, and holds that which is drawn as outlines; label_truth.py has that of pictures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class OutlineTruth:
         return [stencil for _, stencil in self._layers.painted] + ([] if known is None else [known])
 
     def check(self) -> None:
-        """Raise AnnotationError where most outlines lie off the slide: they will be those of another."""
+        """Raise AnnotationError where most outlines lie off the slide: they are probably another slide's."""
         on_slide = self._on_slide()
         if on_slide.size and on_slide.mean() < _LEAST_ON_SLIDE:
             bounds = np.array([stencil.bounds for stencil in self._stencils])

@@ -90,7 +90,7 @@ def approve(found: Deviation, settings: EngineSettings, model: Path, passed_over
     """Write beside the model what was found of a way to run it, and which slides were `passed_over`, that could not be read.
     Raises EngineError where it may not be used.
 
-    Who allows less than an earlier approval did is refused, and leaves that as it is.
+    An approval by an earlier call, which allowed more labels to change, outlasts a refusal.
     """
     content = {
         "engine": _way(settings, model),
@@ -153,7 +153,7 @@ def require_approval(settings: EngineSettings, model: Path) -> None:
 
 
 def _way(settings: EngineSettings, model: Path) -> str:
-    """What was held against exact: another version of Fullfield may compute otherwise. Raises EngineError."""
+    """The way to run a model, in words, with the version of Fullfield: another may compute otherwise. Raises EngineError."""
     return f"{describe(model, settings)}, fullfield {__version__}"
 
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from pipeline.engine import Engine
 
 TILE_SIZE = 2048
-"""Pixels of a tile where nobody says: its lower and upper windows are computed twice, and its sums held in memory."""
+"""Side of a tile, in pixels, where nobody chooses one: of smaller tiles more windows, those across their upper and lower
+edges, are computed twice; of larger ones more sums are held in memory.
+"""
 
 _OVERLAP = 0.25
 _SIGMA = 0.125  # of the window's size

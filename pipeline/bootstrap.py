@@ -3,8 +3,8 @@
 Counts are summed for each patient first, because pixels, objects and slides of one patient resemble each other and only
 patients are independent draws. Whatever adds up over slides can then be pooled for all rounds in one product of matrices.
 
-Rounds drawn from n patients are spread too little, by a factor of sqrt((n - 1) / n), and do not know that n of them tell the
-spread badly. So the interval reaches farther out than the 2.5th and 97.5th percentiles: as far as makes it Student's where
+Rounds drawn from n patients are spread too little, by a factor of sqrt((n - 1) / n), and ignore how badly n of them tell the
+spread. So the interval reaches farther out than the 2.5th and 97.5th percentiles: as far as makes it Student's where
 the rounds are spread normally. How often the interval of 1000 rounds then holds what is true of all patients, in 20 000
 draws of n of them: of a mean of normal scores, and of a pooled ratio as Dice is one, where areas are log-normal (sigma 1)
 and the share of each that is right is beta(8, 2). In brackets: what plain percentiles hold. tests/test_metrics.py measures

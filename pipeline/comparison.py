@@ -4,8 +4,8 @@ Patients differ far more from each other than two networks do on one patient. So
 patient. Its interval is spanned by means over subsets of the patients: of all 2^n - 1 subsets of n differences, sorted by
 their means, the true difference lies between two neighbours as often as between any two others, if the differences are
 spread evenly to both sides of it, however wildly. So the interval leaves out as many means on either side as 95 % allow,
-and turns round what a test by flipped signs would say. Rounds drawn as in bootstrap.py are too narrow for few patients, and
-Student's interval too wide where a single one of them differs by much.
+and holds the differences that a test by flipped signs would not reject. Rounds drawn as in bootstrap.py are too narrow for
+few patients, and Student's interval too wide where a single one of them differs by much.
 
 Fewer than six patients never are 95 % sure: then the interval is from the least of their differences to the largest.
 

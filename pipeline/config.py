@@ -1,4 +1,4 @@
-"""What a run depends on: all sections of its configuration, held against each other.
+"""What a run depends on: all sections of its configuration, and whether they go together.
 
 Paths are relative to the current folder.
 """

@@ -72,7 +72,7 @@ def parse_values(override: str) -> tuple[str, list[Any]]:
 
 
 def _causes(errors: Sequence[Any]) -> list[Any]:
-    """All but what follows from others: of a list whose items are wrong, that it is too short."""
+    """The errors that do not follow from others, as that a list is too short follows where its items are wrong."""
     places = [error["loc"] for error in errors]
 
     def follows(error: Any) -> bool:

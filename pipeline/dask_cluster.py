@@ -1,6 +1,6 @@
-"""Tasks on the workers of a Dask scheduler, wherever they are: what becomes of them when workers die, or are none.
+"""Tasks on the workers of a Dask scheduler, wherever they are: what becomes of them when workers die, or there are none.
 
-A worker that runs other code of Fullfield than the command ends it: labels would be of both.
+A command ends where a worker runs other code of Fullfield than it does: its labels would come from both.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _tell(topic: str, code: str, function: Callable[..., Iterator[Any]], argumen
 
 
 def _make_ready(code: str) -> None:
-    """Settle this worker's allocator, which Dask has give back every activation: whoever started it need not know.
+    """Have this worker's allocator keep memory, however the worker was started: Dask has it give back every activation.
 
     Raises CodeError where it has other code: it may have joined late, or have been replaced after an update.
     """

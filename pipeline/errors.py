@@ -23,8 +23,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def refusal(error: OSError, place: object) -> str | None:
-    """What a disk or a folder refuses, where it does not say itself at `place`; None where neither is to blame, as for a
-    connection that is lost.
+    """What a disk or a folder refused, in words; None where neither is to blame, as where a connection is lost.
+
+    `place` is named where the error itself names no file.
     """
     if error.filename is None and error.errno not in _FULL:
         return None

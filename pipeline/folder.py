@@ -14,7 +14,7 @@ from pipeline.inputs import check_at_work
 from pipeline.progress import console
 
 TABLES = {"folds.csv": "crossval", "sweep.csv": "sweep"}
-"""What works of many runs leave in their outputs, and the verbs that do."""
+"""The table that each kind of work of many runs leaves in its output, and the command of that work."""
 
 _WRITTEN = "# Written by Fullfield, which replaces it: what you want to keep belongs into a file of another name.\n"
 _RESULTS = ("slides.csv", "metrics.csv", "calibration.csv", *TABLES)
@@ -62,7 +62,7 @@ def check_files(config: Config, cases: Sequence[Case]) -> None:
 def check_owner(output: Path, own: str | None) -> None:
     """Raise CheckpointError where an output is that of another kind of work, whose results would be replaced.
 
-    `own` is the table that one of many runs leaves; None for a single run.
+    `own` is the one of TABLES that the caller's work leaves; None for a single run.
     """
     others = {name: verb for name, verb in TABLES.items() if name != own} | ({"model": "run"} if own else {})
     for name, verb in others.items():

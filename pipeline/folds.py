@@ -79,7 +79,7 @@ def fold_cases(
 
 
 def _oddness(part: frozenset[str], content: Mapping[str, npt.NDArray[np.float64]], parts: int) -> float:
-    """By how much the share that some patients have of a class, or of all patients, is off an even one, at most."""
+    """How far a part is from an even share, 1 / parts, of a class or of all patients: the largest difference."""
     extents = {patient: np.array([*content[patient], 1]) for patient in content}
     totals = np.sum(list(extents.values()), axis=0)
     own = np.sum([extents[patient] for patient in part], axis=0)

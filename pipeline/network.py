@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What can be chosen about an architecture; the first of several ways is its own."""
+    """What can be chosen about an architecture; of several ways the first is the default."""
 
     depths: tuple[int, ...]
     downsample: tuple[str, ...]

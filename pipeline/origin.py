@@ -18,8 +18,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 @cache
 def origin() -> dict[str, str]:
-    """By name: version, code (a SHA-256 over its sources), python, machine, lock (a SHA-256 over `packages`), and of a git
-    checkout commit and changed_since_commit, `yes` or `no`.
+    """By name: version, code (a SHA-256 over its sources), python, machine and lock (a SHA-256 over `packages`).
+
+    In a git checkout also commit, and changed_since_commit, `yes` or `no`.
     """
     listed = "\n".join(f"{name}=={number}" for name, number in packages().items())
     found = {

@@ -1,4 +1,4 @@
-"""Less than fp32 is held against fp32 on validation tissue first; approval.py has what follows from it."""
+"""How far a precision below fp32 is from fp32, measured on validation tissue; approval.py says what follows from it."""
 
 from __future__ import annotations
 

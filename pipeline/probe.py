@@ -48,10 +48,12 @@ _FRAGMENTED = 1.2  # a heap after dozens of tiles, relative to two: activations 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few tiles took: bytes held, `base_bytes` and more for each pixel that the network computes for a tile; such
-    pixels a second; and bytes on disk for each pixel of a tile, probabilities and labels together.
+    """What a few tiles took.
 
-    The same bytes of a GPU, and how many this process could have of it; all 0 where there is none.
+    The process held `base_bytes`, and `bytes_per_pixel` for each pixel that the network computes for a tile; it computed
+    `pixels_per_second` of these. `output_bytes` is on disk for each pixel of a tile, probabilities and labels together.
+    `gpu_base_bytes` and `gpu_bytes_per_pixel` are the same of a GPU, `gpu_free_bytes` how many this process could have of
+    it; all 0 where there is none.
     """
 
     base_bytes: float
@@ -128,8 +130,10 @@ def kept_probe(slide: Slide, spec: ModelSpec, model: Path, settings: EngineSetti
 
 @dataclass(frozen=True)
 class _Run:
-    """A few tiles of one size: pixels computed for one; bytes held at the peak of the tile that took least, and of the one
-    that took most, and by a GPU; seconds a tile; bytes on disk a pixel.
+    """A few tiles of one size, with so many `pixels` computed for each.
+
+    `least` and `peak` are the bytes held at the peaks of the tile that took least and of the one that took most, `gpu_peak`
+    those of a GPU; `seconds` is a tile's time, and `output_bytes` what a pixel takes on disk.
     """
 
     pixels: int

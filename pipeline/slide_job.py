@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
 MADE = ("segmentation.ome.tif", "regions.geojson", "measurements.csv", "overlay.png", "tissue.png")
-"""The files that a finished slide has beside these."""
+"""The files that a finished slide has besides its canvas and its provenance."""
 
 ENTROPY = "entropy.ome.tif"
 MADE_OF_SOME = (ENTROPY, "truth.png")

@@ -32,9 +32,9 @@ def case_truth(case: Case, config: Config) -> Truth:
 
 
 def open_source(case: Case, config: Config, normalisation: Normalisation | None = None) -> Source:
-    """The slide and the truth of an annotated case, on the lattice of the model, as one of that normalisation sees it.
+    """The slide and the truth of an annotated case, on the lattice of the model, as a model with the normalisation sees it.
 
-    What is damaged where its stain is estimated is seen as scanned, as in training.
+    A slide that is damaged where its stain is estimated is left as scanned, as in training.
     """
     slide = open_slide(case.slide, case.mpp)
     source = Source(slide, case_truth(case, config), slide.base.at(Mpp.square(config.network.mpp)))
@@ -47,8 +47,8 @@ def open_source(case: Case, config: Config, normalisation: Normalisation | None 
 def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Source], Normalisation | None]:
     """Annotated cases as a model that is to be trained on them will see them, and that model's normalisation.
 
-    It leads to the mean of the training slides; each slide is estimated once. Training slides also teach what glass is, see
-    `with_glass`. Raises TrainingError where the stain of no training slide can be told.
+    It normalises to the mean stain of the training slides; each slide's is estimated once. Training slides also teach what
+    glass is, see `with_glass`. Raises TrainingError where the stain of no training slide can be told.
     """
     method, opened = config.normalisation.method, ahead(partial(_taught, config=config), cases, 2 * threads(), threads())
     sources, stainings = dict[str, Source](), dict[str, Staining]()
@@ -80,7 +80,7 @@ def left_as_scanned(sources: Mapping[str, Source]) -> list[str]:
 def _taught(case: Case, config: Config) -> tuple[Source, Staining | None]:
     """A case as training sees it, and how its slide is stained where that counts.
 
-    On what a network is validated, only what was outlined counts, and no glass.
+    Only training slides teach glass: on those for validation nothing counts but what was outlined.
     """
     source, method = open_source(case, config), config.normalisation.method
     teaches_glass = case.split == "train" and bool(config.annotations.known)

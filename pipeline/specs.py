@@ -15,7 +15,7 @@ from pipeline.truth import ClassMap
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """What `load_config` reads, of a network that can be built. Raises ConfigError that names the key at fault."""
+    """What `load_config` reads, if its network can be built. Raises ConfigError that names the key at fault."""
     config = load_config(path, overrides)
     try:
         model_spec(config)

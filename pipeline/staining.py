@@ -1,4 +1,4 @@
-"""How one slide is stained, and how all that a model sees are made to be. Importing this module does not import numpy."""
+"""How one slide is stained, and the stain that slides are given for a model. Importing this module does not import numpy."""
 
 from __future__ import annotations
 

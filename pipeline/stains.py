@@ -114,6 +114,6 @@ def _basis(dyes: Sequence[Rgb]) -> np.ndarray:
 
 
 def _rgb(values: np.ndarray) -> Rgb:
-    """Rounded, so that a file tells all of it."""
+    """Red, green and blue, rounded to as many digits as a file keeps."""
     red, green, blue = (round(float(value), _DIGITS) for value in values)
     return red, green, blue

@@ -136,7 +136,7 @@ def _patients(tally: Tally) -> str:
 
 
 def _strangers(first: Tally, second: Tally) -> list[str]:
-    """The slides, which both have, of which another truth is known in the other."""
+    """The slides whose known truth in one tally is not that in the other; both have all of them."""
     one, two = ({row.slide_id: row.confusion.sum(axis=1) for row in tally.rows} for tally in (first, second))
     ours, theirs = first.mpp**2, second.mpp**2
     differing = []

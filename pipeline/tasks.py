@@ -46,7 +46,8 @@ class Cluster(Protocol):
     def streams(self, tasks: Mapping[Any, tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]]) -> Iterator[Outcome]:
         """The same of several, by key, side by side as far as there are workers: an Outcome for each thing yielded.
 
-        One with an error is the last of its key; the others go on. What a task told that a dead worker had may come again.
+        One with an error is the last of its key; the others go on. Where a worker dies, its tasks begin again, and what they
+        yielded before may come twice.
         """
 
 

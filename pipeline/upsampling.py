@@ -7,8 +7,8 @@ depend on the phase alone. So each phase is a convolution, and their answers are
             +-- convolution of phase 1 --+-- side by side --> output
 
     to few channels        one convolution for all phases fills vectors that would stay part empty
-    in half precision      OpenVINO sums a transposed convolution up in an order that follows the window's size and the
-                           number of threads, and 8 bits tell; of plain ones none was found to (`fullfield verify` tells)
+    in half precision      OpenVINO adds up a transposed convolution in an order that depends on the window's size and the
+                           number of threads, which shows at 8 bits; plain ones never were seen to (`fullfield verify` tells)
     in int8                it computes a transposed one of values with a zero point in larger numbers
 """
 

@@ -71,7 +71,7 @@ def decide(
 ) -> None:
     """Keep the evidence as tags of a version, in place of any before, and then, if it `takes` the alias, point it there.
 
-    Raises TrackingError, and changes nothing, where not the `holder`, against which the evidence is, has the alias any more.
+    The evidence is against the `holder` of the alias: where that has it no more, raises TrackingError and changes nothing.
     """
     mark, client = f"fullfield.{alias}.", store.client
     tags = {f"{mark}{key}": value if isinstance(value, str) else json.dumps(value) for key, value in evidence.items()}

@@ -71,9 +71,9 @@ def open_workspace(config: Config, own: str | None = None) -> Iterator[Workspace
     """Read the cohort, deal out the splits and write them, then connect to MLflow and to the cluster.
 
     Nobody else works in the output meanwhile, see `alone`. Raises CohortError, ConfigError, NetworkError or TrackingError
-    before anything expensive begins, and CheckpointError, before anything is written, where the folder holds a model of
-    another configuration, a table of a work of many runs, unless it is the caller's `own`, or, for one who has such a table,
-    a model.
+    before anything expensive begins. Raises CheckpointError or TrainingError, before anything is written, where the folder
+    holds a model, or an interrupted training, of another configuration, or another kind of work: see `check_owner`, of
+    whose `own` this is.
     """
     settings = config.tracking
     with (
@@ -105,7 +105,7 @@ def open_within(whole: Workspace, config: Config) -> Iterator[Workspace]:
 
 @contextmanager
 def _prepared(config: Config, own: str | None) -> Iterator[tuple[Config, tuple[Case, ...]]]:
-    """Check, deal out the splits and write both into the output folder; the configuration then has it absolute."""
+    """Check, deal out the splits and write both into the output folder, whose path is absolute from then on."""
     config = config.model_copy(update={"output": config.output.absolute()})
     model_spec(config)
     cases = dealt_cases(config)

@@ -222,7 +222,7 @@ for _command in (*app.registered_commands, *study_app.registered_commands):
 
 
 def _expect_workers(*needed: Path) -> None:
-    """Let what workers need be imported beside what this process does, unless all it will do is to miss one of the files."""
+    """Begin to import what workers need, meanwhile; not where a file is missing, since the command will only say so."""
     from pipeline.forking import start_forking
     from pipeline.machine import worker_environment
 

@@ -34,7 +34,7 @@ def compare(references: Sequence[str]) -> int:
 
 
 def _fairest(tallies: Mapping[str, Tally]) -> Mapping[str, Tally]:
-    """What all runs held out, where each has some of a patient of the first; else the slides that chose an epoch as well."""
+    """The slides that runs held out, if each shares a patient of those with the first; else what chose an epoch, too."""
     held_out = {reference: tally.held_out for reference, tally in tallies.items()}
     first, *others = held_out.values()
     if not all(first.patients & other.patients for other in others):

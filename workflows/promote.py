@@ -51,7 +51,7 @@ _FLATTERED = "which flatters the challenger: its epoch was chosen by them"
 def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
     """Examine both on the same patients, keep the evidence, and move the alias; 3 where it stays, else 0.
 
-    The alias moves where the interval of the paired difference leaves out a loss larger than `margin` (mean Dice); of fewer
+    The alias moves where the interval of the paired difference holds no loss larger than `margin` (mean Dice); of fewer
     than six patients that is less than 95 % sure, and the verdict says so.
     """
     check_alias(alias)
@@ -118,7 +118,7 @@ def _check_classes(champion: Version, challenger: Version) -> None:
 
 
 def _check_truth(config: Config, challenger: Version) -> None:
-    """The truth's classes are those of the configuration, and are counted by their indices."""
+    """Raise CheckpointError where a configuration has other classes than the model: truth is counted by their indices."""
     spec = load_spec(challenger.checkpoint)
     names, rest = [", ".join(classes.names) for classes in (config.class_list, spec.classes)], rest_index(config)
     if names[0] != names[1] or rest != spec.rest:
@@ -142,7 +142,7 @@ def _own_config(store: Store, version: Version, output: Path, reference: str) ->
 
 
 def _folder(output: Path, version: Version) -> Path:
-    """Its own, since another store has versions of the same name and number."""
+    """A version's own folder: another store may have a version of the same name and number."""
     return output.absolute() / f"{version.name}-{version.number}-{digest(version.checkpoint)[:_DIGITS]}"
 
 

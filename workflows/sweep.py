@@ -64,7 +64,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _first(combinations: Sequence[Combination]) -> list[str]:
-    """What the first combination sets, but for a seed: the file need not have what they all have, yet deals out patients."""
+    """What the first combination sets, since the file may lack it; but no seed, as the file's deals out the patients."""
     return [override for override in combinations[0].overrides if not override.startswith("seed=")]
 
 
