@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
@@ -37,8 +38,13 @@ class Segmenter(PythonModel):  # type: ignore[misc]
         how its slide is stained: for a model with a stain normalisation the parameter `staining` does, the JSON text of
         `staining` in the slide's provenance.json; without it patches are taken as they are, with a warning. A network that
         is not local, whose windows `fullfield segment` blends, takes the patch for one window.
+
+        Raises MlflowException, which a server answers with 400, where all is black, since MLflow cuts what a request holds
+        between 0 and 1 down to 0; and where `staining` is no such text.
         """
         spec = self.engine.spec
+        if model_input.max(initial=0) <= 1:
+            raise MlflowException.invalid_parameter_value("black patches: RGB from 0 to 255 is expected, not from 0 to 1")
         _, height, width, _ = model_input.shape
         below, right = -height % spec.stride, -width % spec.stride
         patches = np.pad(model_input, ((0, 0), (0, below), (0, right), (0, 0)), constant_values=GLASS)
@@ -56,7 +62,11 @@ class Segmenter(PythonModel):  # type: ignore[misc]
         if not staining:
             warnings.warn("no parameter `staining`: patches are not normalised, as slides are", UserWarning, stacklevel=2)
             return patches
-        found = Staining.from_dict(json.loads(staining))
+        try:
+            found = Staining.from_dict(json.loads(staining))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            expected = "the JSON text of `staining` in the slide's provenance.json"
+            raise MlflowException.invalid_parameter_value(f"the parameter `staining`: expected {expected}") from error
         return np.stack([restained(patch, found, normalisation) for patch in patches])
 
 

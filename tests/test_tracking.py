@@ -448,7 +448,7 @@ class Hiding:
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 import mlflow, numpy
 assert "openvino" in absent
-print(mlflow.pyfunc.load_model(sys.argv[1]).predict(numpy.zeros((1, 32, 32, 3), numpy.uint8)).shape)
+print(mlflow.pyfunc.load_model(sys.argv[1]).predict(numpy.full((1, 32, 32, 3), 255, numpy.uint8)).shape)
 """
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["(1, 2, 32, 32)"], done.stderr
@@ -472,6 +472,9 @@ def test_a_served_model_with_a_normalisation_is_told_how_the_slide_is_stained(st
     expected = load_engine(trained)(np.stack([restained(patch, found, wanted) for patch in patches]))
     answer = served.predict(patches, params={"staining": json.dumps(found.to_dict())})
     np.testing.assert_allclose(answer, expected, atol=1e-6)
+    for text in ("nonsense", "{}", "3"):
+        with pytest.raises(mlflow.exceptions.MlflowException, match="the parameter `staining`: expected the JSON text"):
+            served.predict(patches, params={"staining": text})
     with pytest.warns(UserWarning, match="not normalised"):
         np.testing.assert_allclose(served.predict(patches), load_engine(trained)(patches), atol=1e-6)
 
