@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.assessment import Assessment, SlideAssessment
-from pipeline.bootstrap import Counts
 from pipeline.boundaries import Boundaries, Spread
 from pipeline.errors import CohortError, unread
 from pipeline.files import write_text
@@ -28,7 +27,7 @@ def write_assessments(path: Path, rows: Sequence[SlideAssessment]) -> None:
     """Write all but the pixels of some slides as JSON, exactly; the file appears when it is complete."""
     slides = {row.slide_id: asdict(row.found) for row in rows}
     for facts in slides.values():
-        del facts["confusion"]
+        del facts["confusion"], facts["truth"]
     write_text(path, json.dumps({"slides": slides}, default=np.ndarray.tolist) + "\n")
 
 
@@ -40,17 +39,17 @@ def read_assessments(path: Path, counted: Sequence[SlideConfusion]) -> list[Slid
     try:
         slides = json.loads(path.read_text(encoding="utf-8"))["slides"]
         return [
-            SlideAssessment(row.slide_id, row.patient, row.split, _assessment(row.confusion, slides[row.slide_id]))
-            for row in counted
+            SlideAssessment(row.slide_id, row.patient, row.split, _assessment(row, slides[row.slide_id])) for row in counted
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = "Call `fullfield evaluate` with the run's configuration, which writes it."
         raise CohortError(str(path), unread(error), "what was counted on these slides", remedy) from error
 
 
-def _assessment(confusion: Counts, facts: Mapping[str, Any]) -> Assessment:
+def _assessment(counted: SlideConfusion, facts: Mapping[str, Any]) -> Assessment:
     return Assessment(
-        confusion,
+        counted.confusion,
+        counted.truth,
         np.array(facts["reliability"], np.int64),
         np.array(facts["objects"], np.float64),
         tuple(_boundaries(part) for part in facts["boundaries"]),

@@ -7,6 +7,7 @@ a whole split, with intervals over its patients, as metrics.py has them for pixe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,13 +50,14 @@ class Rules:
 class Assessment:
     """What was counted on one slide, of C classes.
 
-    `confusion` is (C, C + 1) as in metrics.py, `reliability` (C, 15, 3) as in calibration.py, `objects` (C, 9) as in
-    objects.py. `boundaries` and `detections` have one item a class; the latter is None where lesions are not asked for or
-    cannot be told. `coarsest_um` is the largest um/px at which a field was read, `tolerance_um` the farthest that a boundary
-    could be off and still be right.
+    `confusion` is (C, C + 1) as in metrics.py, `truth` a digest of what it was held against, pixel by pixel, `reliability`
+    (C, 15, 3) as in calibration.py, `objects` (C, 9) as in objects.py. `boundaries` and `detections` have one item a class;
+    the latter is None where lesions are not asked for or cannot be told. `coarsest_um` is the largest um/px at which a field
+    was read, `tolerance_um` the farthest that a boundary could be off and still be right.
     """
 
     confusion: Counts
+    truth: str
     reliability: Counts
     objects: Floats
     boundaries: tuple[Boundaries, ...]
@@ -76,15 +78,17 @@ class SlideAssessment:
     @property
     def pixels(self) -> SlideConfusion:
         """Its pixels, as metrics.report takes them."""
-        return SlideConfusion(self.slide_id, self.patient, self.split, self.found.confusion)
+        return SlideConfusion(self.slide_id, self.patient, self.split, self.found.confusion, self.found.truth)
 
 
 def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
     """Hold a segmented slide against its truth, wherever that is known."""
     classes = len(canvas.classes)
     pixels, reliability = np.zeros((classes, classes + 1), np.int64), np.zeros((classes, BINS, 3), np.int64)
-    known = KnownMap(canvas)
+    known, digest = KnownMap(canvas), hashlib.sha256()
     for roi, true, labels in _known_blocks(canvas, truth):
+        digest.update(f"{roi.x}, {roi.y}: ".encode())
+        digest.update(true.tobytes())
         pixels += confusion(true, labels, classes)
         reliability += count_reliability(true, labels, canvas.read_probabilities(roi))
         known.add(roi, true != IGNORED)
@@ -99,7 +103,7 @@ def assess(canvas: Canvas, truth: Truth, rules: Rules) -> Assessment:
             boundaries[index].append(lines)
     gathered = tuple(Boundaries.gathered(parts) for parts in boundaries)
     detections = _detections(canvas, truth, rules)
-    return Assessment(pixels, reliability, objects, gathered, detections, coarsest, largest)
+    return Assessment(pixels, digest.hexdigest(), reliability, objects, gathered, detections, coarsest, largest)
 
 
 def count_pixels(canvas: Canvas, truth: Truth) -> Counts:
@@ -210,6 +214,7 @@ def _sum(parts: Sequence[Assessment]) -> Assessment:
     ]
     return Assessment(
         np.sum([part.confusion for part in parts], axis=0),
+        "",
         np.sum([part.reliability for part in parts], axis=0),
         np.sum([part.objects for part in parts], axis=0),
         tuple(Boundaries.gathered(ones) for ones in zip(*(part.boundaries for part in parts), strict=True)),

@@ -65,12 +65,16 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class SlideConfusion:
-    """What was counted on one slide: `confusion` is (C, C + 1) int64, see the top of this module."""
+    """What was counted on one slide: `confusion` is (C, C + 1) int64, see the top of this module.
+
+    `truth` tells the truth that it was held against from others, at the same scale; empty where nobody has noted it.
+    """
 
     slide_id: str
     patient: str
     split: str
     confusion: Counts
+    truth: str = ""
 
 
 def confusion(truth: Labels, prediction: Labels, classes: int) -> Counts:

@@ -103,8 +103,9 @@ def shared_patients(
     """The patients whose slides were held against the same truth in both, which are called by `names`.
 
     Raises CohortError where there is none, where the classes differ, where one lacks a slide of a shared patient, or where
-    what is known of a slide differs: exactly at the same scale; at two scales where the area of a class differs by more than
-    5 %, and by more than thirty pixels of the coarser one.
+    what is known of a slide differs: at the same scale in any pixel, or in the areas of classes where one was counted by
+    earlier code, which noted no more; at two scales where the area of a class differs by more than 5 %, and by more than
+    thirty pixels of the coarser one.
     """
     remedy = "Compare runs on the same slides, annotations and classes."
     if (first.classes, first.rest) != (second.classes, second.rest):
@@ -137,14 +138,16 @@ def _patients(tally: Tally) -> str:
 
 def _strangers(first: Tally, second: Tally) -> list[str]:
     """The slides whose known truth in one tally is not that in the other; both have all of them."""
-    one, two = ({row.slide_id: row.confusion.sum(axis=1) for row in tally.rows} for tally in (first, second))
+    one, two = ({row.slide_id: row for row in tally.rows} for tally in (first, second))
     ours, theirs = first.mpp**2, second.mpp**2
     differing = []
     for slide in one:
+        areas = [row.confusion.sum(axis=1) for row in (one[slide], two[slide])]
         if ours == theirs:
-            same = bool((one[slide] == two[slide]).all())
+            noted = one[slide].truth and two[slide].truth
+            same = one[slide].truth == two[slide].truth if noted else bool((areas[0] == areas[1]).all())
         else:
-            known, other = one[slide] * ours, two[slide] * theirs
+            known, other = areas[0] * ours, areas[1] * theirs
             margin = _AREA_TOLERANCE * np.maximum(known, other) + _FEW_PIXELS * max(ours, theirs)
             same = bool((np.abs(known - other) <= margin).all())
         if not same:
@@ -155,7 +158,13 @@ def _strangers(first: Tally, second: Tally) -> list[str]:
 def write_tally(path: Path, tally: Tally) -> None:
     """Write a tally as JSON; the file appears when it is complete."""
     slides = {
-        row.slide_id: {"patient": row.patient, "split": row.split, "confusion": row.confusion.tolist()} for row in tally.rows
+        row.slide_id: {
+            "patient": row.patient,
+            "split": row.split,
+            "truth": row.truth,
+            "confusion": row.confusion.tolist(),
+        }
+        for row in tally.rows
     }
     content = {"classes": tally.classes, "rest": tally.rest, "mpp": tally.mpp, "slides": slides}
     write_text(path, json.dumps(content) + "\n")
@@ -183,4 +192,4 @@ def find_tally(reference: str) -> Tally:
 
 def _row(slide_id: str, slide: Mapping[str, object]) -> SlideConfusion:
     confusion = np.array(slide["confusion"], np.int64)
-    return SlideConfusion(slide_id, str(slide["patient"]), str(slide["split"]), confusion)
+    return SlideConfusion(slide_id, str(slide["patient"]), str(slide["split"]), confusion, str(slide.get("truth", "")))

@@ -89,6 +89,9 @@ def test_blocks_give_what_the_whole_gives(tmp_path, small_blocks):
     assert found.reliability[..., 0].sum() == (known & (labels != IGNORED)).sum()
     assert found.coarsest_um == 1.0
     assert not found.objects[0].any()
+    moved = np.roll(truth, 1, axis=1)  # as much of each class
+    digests = {assess(canvas, ArrayTruth(pixels), Rules(0, least)).truth for pixels in (truth, moved)}
+    assert found.truth in digests and len(digests) == 2
 
 
 def test_fields_are_the_known_parts_and_do_not_see_each_other(tmp_path):

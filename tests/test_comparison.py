@@ -116,17 +116,17 @@ def test_one_patient_has_no_interval_and_none_is_an_error() -> None:
 def test_a_tally_comes_back_and_sums_the_slides_of_a_patient(tmp_path: Path) -> None:
     one, two = np.array([[6, 2, 0], [1, 3, 1]]), np.array([[9, 0, 1], [0, 0, 0]])
     rows = (
-        SlideConfusion("s1", "p", "val", one),
+        SlideConfusion("s1", "p", "val", one, "a digest"),
         SlideConfusion("s2", "p", "val", two),
         SlideConfusion("s3", "q", "val", two),
     )
     write_tally(tmp_path / "confusions.json", Tally(("Rest", "Gland"), 0, 0.5, rows))
     found = read_tally(tmp_path / "confusions.json")
     assert (found.classes, found.rest, found.mpp) == (("Rest", "Gland"), 0, 0.5)
-    assert [(row.slide_id, row.patient, row.split) for row in found.rows] == [
-        ("s1", "p", "val"),
-        ("s2", "p", "val"),
-        ("s3", "q", "val"),
+    assert [(row.slide_id, row.patient, row.split, row.truth) for row in found.rows] == [
+        ("s1", "p", "val", "a digest"),
+        ("s2", "p", "val", ""),
+        ("s3", "q", "val", ""),
     ]
     assert found.dice("Gland") == {"p": 2 * 3 / (2 * 3 + 2 + 2)}  # q has no gland at all
     assert found.dice("Rest")["q"] == 1.0  # what was not examined counts as background
@@ -243,6 +243,10 @@ def test_unlike_runs_are_refused_and_what_they_share_is_named() -> None:
     )
     with pytest.raises(CohortError, match="shared patients a, b, c, d, e, f, but another truth for slide of a"):
         shared_patients(ours, other)
+    noted, moved = (replace(ours, rows=(replace(ours.rows[0], truth=truth), *ours.rows[1:])) for truth in ("one", "two"))
+    with pytest.raises(CohortError, match="another truth for slide of a"):  # of the same areas
+        shared_patients(noted, moved)
+    assert shared_patients(noted, ours) == shared_patients(noted, noted) == set(BASE)
     failed = replace(ours, rows=(*ours.rows, replace(ours.rows[0], slide_id="a second slide")))
     for pair, name in (((ours, failed), "runs/x"), ((failed, ours), "runs/y")):
         with pytest.raises(CohortError, match=f"but {name} lacks a second slide.*call `fullfield run` with"):
