@@ -24,6 +24,7 @@ from pipeline.errors import CohortError, FullfieldError, unread
 from pipeline.files import file_digest, locked, put_aside, write_json
 from pipeline.origin import origin, packages
 from pipeline.slide import open_slide
+from pipeline.tasks import Cluster
 
 FILE = "lineage.json"
 _ELSEWHERE = {"output", "cluster", "tracking"}  # sections of a configuration on which no result depends
@@ -77,6 +78,14 @@ def models_facts(models: Sequence[Path]) -> list[dict[str, Any]]:
     ]
 
 
+def cases_facts(cases: Sequence[Case], cluster: Cluster) -> list[dict[str, Any]]:
+    """`case_facts` of some cases, in their order, as workers read them; none of a case whose worker died."""
+    for case in cases:
+        cluster.submit(case, case_facts, case)
+    described = {outcome.key: outcome.value for outcome in cluster if outcome.error is None}
+    return [described[case] for case in cases if case in described]
+
+
 def begin_lineage(folder: Path, anew: bool) -> None:
     """Write who trains in a folder, before anything is learned there: whoever goes on with it may have other code.
 
@@ -99,6 +108,30 @@ def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
     path = folder / FILE
     with locked(path):
         _add(path, _written(path), facts)
+    return path
+
+
+def as_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Facts of slides, with the digests that FOLDER/lineage.json has of them: of the files that were used.
+
+    What has taken the place of a file since is told by `changes`; `note_used` notes what is used anew.
+    """
+    known = {slide["slide_id"]: slide for slide in _written(folder / FILE).get("slides", [])}
+    return [_as_used(slide, known.get(slide["slide_id"], {})) for slide in slides]
+
+
+def _as_used(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {f"{kind}_digest": before.get(f"{kind}_digest") for kind in ("slide", "annotation") if now[kind] is not None}
+    return {**now, **{name: digest for name, digest in kept.items() if digest is not None}}
+
+
+def note_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> Path:
+    """Write facts of slides that were used just now into FOLDER/lineage.json, for those that it has; returns its path."""
+    path = folder / FILE
+    with locked(path):
+        before = _written(path)
+        known = {slide["slide_id"]: slide for slide in (*before.get("slides", []), *slides)}
+        _add(path, before, {"slides": list(known.values())})
     return path
 
 

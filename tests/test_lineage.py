@@ -1,3 +1,5 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,10 @@ from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.cohort import Case
 from pipeline.config_file import load_config
-from pipeline.lineage import Seen, case_facts, changes, made_here, seen_by, write_lineage
+from pipeline.lineage import Seen, as_used, case_facts, cases_facts, changes, made_here, note_used, seen_by, write_lineage
 from pipeline.network import ModelSpec
 from pipeline.phantom import write_slide
+from pipeline.tasks import Here
 from workflows.reproduce import reproduce
 
 CONFIGS = Path(__file__).parents[1] / "workflows" / "configs"
@@ -67,6 +70,21 @@ def test_other_slides_and_truths_are_told_and_the_same_are_not(cases: list[Case]
     told = list(changes(then, [case_facts(case) for case in cases]))
     assert [line.partition(",")[0] for line in told] == ["annotation of train", "slide of val", "slide of test"]
     assert ["cannot be read" in line for line in told] == [False, False, True]
+
+
+def test_facts_are_those_of_the_files_that_were_used(cases: list[Case], tmp_path: Path) -> None:
+    """What takes a file's place changes nothing until it is used itself."""
+    first = cases_facts(cases, Here())
+    write_lineage(
+        tmp_path, {"slides": as_used(tmp_path, [*first[:2], {**first[2], "annotation": None, "annotation_digest": None}])}
+    )
+    cases[0].annotation.write_text("other")
+    write_slide(np.full((90, 130, 3), 7, np.uint8), cases[1].slide, 1.0)
+    moved = [*cases[:2], replace(cases[2], patient="P9")]
+    now = cases_facts(moved, Here())
+    assert as_used(tmp_path, now) == [*first[:2], now[2]]
+    found = json.loads(note_used(tmp_path, now[:1]).read_text())["slides"]
+    assert found[:2] == [now[0], first[1]] and now[0] != first[0] and now[1] != first[1]
 
 
 def test_a_store_is_not_written_as_mlflow_keeps_it_without_its_password(

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -25,6 +27,7 @@ from pipeline.checkpoint import digest
 from pipeline.cohort import read_manifest, write_manifest
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, TrackingError
+from pipeline.files import file_digest
 from pipeline.lineage import add_models, begin_lineage, read_lineage, write_lineage
 from pipeline.metrics import SlideConfusion
 from pipeline.origin import packages
@@ -37,6 +40,7 @@ from pipeline.store import open_store
 from pipeline.tally import Tally, paired_means, read_tally
 from pipeline.tracking import Run
 from pipeline.versions import find_version
+from workflows.evaluate import evaluate
 from workflows.promote import promote
 from workflows.reproduce import reproduce
 from workflows.run import run
@@ -254,6 +258,7 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
     assert len(said) == 2 and f"slide of {changed[0].slide_id}" in said[0] and said[0].endswith("cannot be read")
     assert f"annotation of {changed[1].slide_id}" in said[1]
+    check_evaluation_is_told(good, annotation)
     with pytest.raises(CheckpointError, match="another folder"):
         reproduce(str(good), good)
     for name in ("folds.csv", "sweep.csv", "training.safetensors"):
@@ -261,6 +266,20 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
         with pytest.raises(CheckpointError, match=name):
             reproduce(str(good), tmp_path)
         (tmp_path / name).unlink()
+
+
+def check_evaluation_is_told(good: Path, annotation: Path) -> None:
+    """Whoever corrects a truth and evaluates once more finds the digest of that which the figures rest on."""
+    text = annotation.read_text()
+    try:
+        annotation.write_text(text + " ")
+        told = file_digest(annotation)
+        assert evaluate(good / "config.yaml", []) == 0
+    finally:
+        annotation.write_text(text)
+    (slide,) = (one for one in read_lineage(good / "lineage.json")["slides"] if one["annotation"] == str(annotation))
+    assert slide["annotation_digest"] == told != file_digest(annotation)
+    assert evaluate(good / "config.yaml", []) == 0
 
 
 def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path) -> None:
@@ -276,12 +295,20 @@ def test_a_server_answers_as_segment_does(home: Path, good: Path, tmp_path: Path
     store, version = find_version(str(good))
     stored = resolve_model(version.reference, store.address).parents[1]
     with _mlflow(["models", "serve", "--model-uri", str(stored), "--env-manager", "local"], "ping", tmp_path) as address:
-        body = json.dumps({"inputs": pixels[None].tolist()}).encode()
-        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with _asked(address, pixels) as answer:
             served = np.array(json.load(answer)["predictions"])[0]
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            _asked(address, pixels / 256)
+        assert "RGB from 0 to 255 is expected" in refused.value.read().decode()
     assert examined.any()
     assert np.abs(served - expected / 255)[:, examined].max() <= 0.5 / 255 + 1e-5
+
+
+def _asked(address: str, pixels: np.ndarray) -> Any:
+    """What a server answers to one patch."""
+    body = json.dumps({"inputs": pixels[None].tolist()}).encode()
+    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
 
 
 def test_a_model_of_a_tracking_server_is_kept_where_workers_find_it(

@@ -20,6 +20,7 @@ from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerErro
 from pipeline.files import put_aside, write_csv, write_json
 from pipeline.folder import require_output
 from pipeline.geometry import Mpp
+from pipeline.lineage import cases_facts, note_used
 from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress
@@ -157,6 +158,9 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
             run.log_file(output / name)
         for row in rows:
             run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
+    assessed = {row.slide_id for row in rows}
+    used = [case for case in workspace.cases if case.slide_id in assessed]
+    workspace.run.log_file(note_used(output, cases_facts(used, workspace.cluster)))
     console.print(_score_table(figures.scores))
     show_shapes(figures, config, "evaluate")
 

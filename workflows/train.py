@@ -16,7 +16,7 @@ from pipeline.errors import TrainingError
 from pipeline.fitting import fit
 from pipeline.folder import require_output
 from pipeline.inputs import read_stamp, tile_inputs, training_facts, training_inputs
-from pipeline.lineage import begin_lineage, case_facts, models_facts, other_ways, write_lineage
+from pipeline.lineage import as_used, begin_lineage, cases_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
 from pipeline.specs import read_config
@@ -80,16 +80,13 @@ def _cost(unfinished: Path) -> dict[str, Any]:
 
 
 def _describe(workspace: Workspace, cost: Mapping[str, Any]) -> Path:
-    """Write what this run is made of, and at what `cost`, into its folder; slides are read by workers."""
-    for case in workspace.cases:
-        workspace.cluster.submit(case, case_facts, case)
-    described = {outcome.key: outcome.value for outcome in workspace.cluster if outcome.error is None}
+    """Write what this run is made of, and at what `cost`, into its folder."""
     config = workspace.config
     facts = {
         "run": {"store": workspace.run.store.shown, "run_id": workspace.run.run_id},
         "config_digest": config.digest(),
         "seed": config.seed,
-        "slides": [described[case] for case in workspace.cases if case in described],
+        "slides": as_used(workspace.output, cases_facts(workspace.cases, workspace.cluster)),
         "models": models_facts([workspace.model]),
     }
     return write_lineage(workspace.output, {**facts, **cost})
