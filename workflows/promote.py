@@ -42,6 +42,7 @@ Facts = dict[str, Any]
 """What `case_facts` tells of a case."""
 
 _DIGITS = 8  # of a model's digest
+_ROUNDING = 1e-9  # of means, so that a loss of the margin itself is none larger
 _REFUSED = 3
 """The exit code where the alias stays: errors have 1."""
 
@@ -69,7 +70,7 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     _check_truth(config, challenger)
     theirs, ours, basis = _contest(champion, challenger, config, output, alias)
     difference = paired_difference(theirs, ours)
-    takes = difference.low is not None and difference.low >= -margin
+    takes = difference.low is not None and difference.low >= -margin - _ROUNDING
     verdict = _verdict(difference, champion, margin, takes)
     if basis["split"] == "val":
         verdict = f"{verdict} (by patients for validation, {_FLATTERED})"
