@@ -36,6 +36,16 @@ _DEATHS = 2  # of local workers, before a task is tried alone, and again before 
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[Cluster]:
     """The cluster that the settings ask for; workers that were started for it end with it."""
+    with _cluster(settings) as cluster:
+        try:
+            yield cluster
+        except KeyboardInterrupt:
+            console.print("Stopping; the same command goes on from what is done")
+            raise
+
+
+@contextmanager
+def _cluster(settings: ClusterSettings) -> Iterator[Cluster]:
     if settings.scheduler is None and settings.workers == 0:
         keep_memory()
         yield Here()
@@ -112,7 +122,6 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
         try:
             yield local
         except KeyboardInterrupt:
-            console.print("Stopping; the same command goes on from what is done")
             _kill_workers(local)  # which would else come to the end of a training step, or of a tile, first
             raise
         finally:

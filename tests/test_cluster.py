@@ -327,8 +327,13 @@ def test_streams_side_by_side_tell_all_in_order_and_one_that_fails_stops_no_othe
     assert [(each.key, type(each.error)) for each in told if each.error is not None] == [("bad", SlideError)]
 
 
-def test_an_interrupted_command_does_not_wait_for_what_its_workers_do(tmp_path: Path) -> None:
+def test_an_interrupted_command_says_so_and_does_not_wait_for_what_its_workers_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     began, ended = tmp_path / "began", tmp_path / "ended"
+    with pytest.raises(KeyboardInterrupt), connect(ClusterSettings(workers=0)):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == "Stopping; the same command goes on from what is done\n"
     with pytest.raises(KeyboardInterrupt), connect(ClusterSettings(workers=1)) as cluster:
         cluster.submit("long", take_a_while, began, ended)
         while not began.exists():

@@ -389,11 +389,14 @@ def test_figures_of_a_model_that_is_gone_are_put_aside(
     assert "fullfield.left_out" not in store.client.get_run(run_id).data.tags
 
 
-def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path) -> None:
+def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.workspace import adopt_tiles, open_within
 
-    whole_config = load_config(config, [f"output={tmp_path / 'whole'}"])
+    manifest = load_config(config, []).cohort.manifest.absolute()
+    monkeypatch.chdir(manifest.parent)
+    whole_config = load_config(config, [f"output={tmp_path / 'whole'}", f"cohort.manifest={manifest.name}"])
     with open_workspace(whole_config) as whole:
+        assert load_config(whole.output / "config.yaml").cohort.manifest == manifest  # from wherever it is called
         tile_cohort(whole)
         other = load_config(config, [f"output={tmp_path / 'part'}", "tiles.patch_size=96"])
         with open_within(whole, other) as part:

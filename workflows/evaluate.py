@@ -114,8 +114,11 @@ def _put_aside(workspace: Workspace) -> None:
     workspace.run.renew_metrics({}, SPLITS)
     with workspace.run.child("evaluate", anew=True):
         pass
-    for name in FIGURES:
+    earlier = [name for name in FIGURES if (workspace.output / name).exists()]
+    for name in earlier:
         put_aside(workspace.output / name)
+    if earlier:
+        console.print(f"evaluate: earlier figures are kept as {', '.join(f'{name}.old' for name in earlier)}")
 
 
 def assess_case(case: Case, config: Config) -> Assessment:
