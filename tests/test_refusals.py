@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from pipeline.inputs import tile_inputs, training_facts, training_inputs
 from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
-from pipeline.segmentation import segment_slides
+from pipeline.segmentation import Step, segment_slides
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, FOUND_TISSUE, OpenedJob, SlideJob, _tissue_of, is_finished, is_segmented
@@ -376,6 +377,22 @@ def test_a_list_of_slides_that_is_none_is_put_aside(models: list[Path], scan: Pa
         assert run(scan, models[:1], tmp_path) == 0
         assert [row["slide_id"] for row in rows(tmp_path)] == ["scan"]
         assert (tmp_path / "slides.csv.old").read_bytes() == wrong
+
+
+def test_a_row_that_another_command_has_written_since_is_kept(
+    models: list[Path], scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, scans = tmp_path / "out" / "slides.csv", [scan, Path(shutil.copy(scan, tmp_path / "scan-2.tiff"))]
+
+    def steps(*arguments: Any) -> Iterator[Step]:
+        for step in segment_slides(*arguments):
+            yield step
+            if step.row is not None and step.row.slide_id == "scan":
+                path.write_text(path.read_text().replace(f"scan,{scan},done,", f"scan,{scan},failed,"))
+
+    monkeypatch.setattr("workflows.segment.segment_slides", steps)
+    assert segment(scans, [str(models[0])], tmp_path / "out", None, 128, HERE, TORCH) == 0
+    assert {row["slide_id"]: row["status"] for row in rows(tmp_path / "out")} == {"scan": "failed", "scan-2": "done"}
 
 
 def test_models_that_were_moved_go_on(models: list[Path], scan: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import csv
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -237,7 +237,7 @@ def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gi
     jobs = with_tile_sizes(jobs, cluster, memory_gib)
     sizes = sorted({job_tile_size(job) for job in jobs})
     console.print(f"Tiles of {', '.join(map(str, sizes))} px")
-    rows, skipped, started, megapixels = dict[str, Row](), set[str](), time.monotonic(), 0.0
+    rows, started, megapixels = dict[str, Row](), time.monotonic(), 0.0
     with progress("segment: blocks", 0) as bar:
         for step in segment_slides(jobs, cluster):
             megapixels += step.megapixels
@@ -246,9 +246,7 @@ def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gi
                 console.print(f"{step.job.slide_id}: another command is at it, so it comes last and waits for that")
             if step.row is not None:
                 rows[step.row.slide_id] = step.row
-                if step.skipped:
-                    skipped.add(step.row.slide_id)
-                _write_rows(output / "slides.csv", rows, skipped)
+                _write_row(output / "slides.csv", step.row, step.skipped)
             speed = megapixels / (time.monotonic() - started)
             bar.advance(step.blocks_done, f"{len(rows)} of {len(jobs)} slides, {speed:.1f} Mpx/s")
     return [rows[name] for name in sorted(rows)]
@@ -269,23 +267,20 @@ def report(rows: Sequence[Row], output: Path) -> int:
     return 1 if failed else 0
 
 
-def _write_rows(path: Path, rows: Mapping[str, Row], skipped: Collection[str]) -> None:
-    """Write the rows, and keep those of other slides that were there, perhaps from another command at this moment.
+def _write_row(path: Path, row: Row, skipped: bool) -> None:
+    """Write the row of a slide that ended into the list; all others that are there stay, perhaps from another command.
 
     A row says what lies in the slide's folder: that of a finished slide stays where nothing was done now, be it that the
     slide was `skipped`, or that what was asked for is refused.
     """
-    names = [field.name for field in fields(Row)]
+    names, written = [field.name for field in fields(Row)], as_unicode(row.slide_id)
     with locked(path):
-        kept, fresh = _read_rows(path, names), dict[str, Mapping[str, object]]()
-        for name, row in rows.items():
-            written = as_unicode(name)
-            done = kept.get(written, {}).get("status") == "done"
-            sealed = done and (path.parent / "slides" / name / PROVENANCE).exists()
-            if not (name in skipped and done or row.status == "failed" and sealed):
-                fresh[written] = asdict(row)
-        every: dict[str, Mapping[str, object]] = {**kept, **fresh}
-        write_csv(path, names, [every[name] for name in sorted(every)])
+        rows: dict[str, Mapping[str, object]] = {**_read_rows(path, names)}
+        done = rows.get(written, {}).get("status") == "done"
+        if done and (skipped or row.status == "failed" and (path.parent / "slides" / row.slide_id / PROVENANCE).exists()):
+            return
+        rows[written] = asdict(row)
+        write_csv(path, names, [rows[name] for name in sorted(rows)])
 
 
 def _read_rows(path: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
