@@ -170,7 +170,12 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
 
 
 def fallback_mpp(path: Path, mpp: float | None) -> float | None:
-    """`mpp` for a scan that states no usable scale; None for every other, one that cannot be opened included."""
+    """`mpp` for a scan that states no usable scale; None for every other, one that cannot be opened included.
+
+    Nothing is opened where `mpp` is None.
+    """
+    if mpp is None:
+        return None
     try:
         open_slide(path)
     except ScaleError:

@@ -15,7 +15,7 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import release_memory
 from pipeline.phantom import render, write_slide
 from pipeline.sampling import resample_columns, resample_rows, sampling
-from pipeline.slide import Slide, fallback_mpp, open_slide
+from pipeline.slide import Slide, _shared_slide, fallback_mpp, open_slide
 
 WIDTH, HEIGHT, MPP = 1403, 1021, 0.5
 
@@ -203,6 +203,9 @@ def test_a_fallback_is_for_slides_that_do_not_say(shared_data: Path, tmp_path: P
     assert fallback_mpp(folder / "boxes.tiff", 0.25) == 0.25
     assert fallback_mpp(folder / "CMU-1-Small-Region.svs", 0.25) is None
     assert fallback_mpp(tmp_path / "none.svs", 0.25) is None
+    opened = _shared_slide.cache_info().misses
+    assert fallback_mpp(folder / "boxes.tiff", None) is None
+    assert _shared_slide.cache_info().misses == opened  # there is nothing to fall back on, so nothing is opened
 
 
 def test_an_absurd_scale_is_refused(shared_data: Path) -> None:
