@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -103,13 +103,15 @@ def _process(task: _Task, meeting: Meeting, node: int, device: int) -> Iterator[
     sender.close()
     assert process.stdin is not None
     try:
-        process.stdin.write(pickle.dumps(task))
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # of one that has ended already, as `_how_it_ended` tells
+            process.stdin.write(pickle.dumps(task))
+            process.stdin.flush()
         yield receiver, process
     finally:
         process.kill()
         process.wait()
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # what it has not read
+            process.stdin.close()
         receiver.close()
 
 

@@ -84,6 +84,13 @@ def test_the_death_of_one_ends_all(tmp_path: Path) -> None:
     assert_gone(tmp_path)
 
 
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_one_that_ends_before_it_has_its_task_is_told_as_any(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(WorkerError, match="an end with code 1"):
+        list(together(print, (bytes(size),), 2, 1))
+
+
 def test_who_no_longer_listens_ends_all(tmp_path: Path) -> None:
     told = together(waiting, (tmp_path,), 2, 1)
     assert next(told) == 1
