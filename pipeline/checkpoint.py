@@ -15,7 +15,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import yaml
 from pipeline import __version__
 from pipeline.architectures import build_network
 from pipeline.errors import CheckpointError, NetworkError
+from pipeline.files import file_digest
 from pipeline.network import ModelSpec
 from pipeline.weights import TOGETHER, check_fit, load_weights
 
@@ -157,21 +157,8 @@ def digest(folder: Path) -> str:
     _check_files(folder)
     total = hashlib.sha256()
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
-        total.update(_file_digest(path))
+        total.update(bytes.fromhex(file_digest(path)))
     return total.hexdigest()
-
-
-def _file_digest(path: Path) -> bytes:
-    """The SHA-256 of a file, which a process reads but once for it."""
-    status = path.stat()
-    return _stamped_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=256)
-def _stamped_digest(path: Path, *stamp: int) -> bytes:
-    """The SHA-256 of a file that its `stamp` tells from another in its place."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
@@ -224,7 +211,7 @@ def _check_weights(folder: Path, described: Mapping[str, str], needed: Mapping[s
     """Raise CheckpointError where the weights are not such as the network needs, or not those that `model.yaml` names."""
     path, expected = folder / _WEIGHTS, _read(folder).get(_WEIGHTS_DIGEST)
     check_fit(path, described, needed)
-    found = _file_digest(path).hex()
+    found = file_digest(path)
     if expected is not None and found != expected:
         raise CheckpointError(str(path), f"SHA-256 {found}", f"the file of SHA-256 {expected}, by {_SPEC}", TOGETHER)
 

@@ -18,7 +18,7 @@ from pipeline.cohort import Case, manifest_text
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, SlideError
-from pipeline.files import as_unicode, file_digest
+from pipeline.files import as_unicode, file_digest, file_stamp
 from pipeline.settings import SHARING
 from pipeline.slide import open_slide
 
@@ -140,16 +140,12 @@ def _stamps(cases: Sequence[Case]) -> list[list[object]]:
 def _case_stamp(case: Case) -> list[object]:
     """What tells a case from another: ids, scale, and digests of the slide and of the annotation."""
     annotation = "" if case.annotation is None else file_digest(case.annotation)
-    return [case.slide_id, case.patient, case.split, case.mpp, _slide_stamp(case.slide), annotation]
-
-
-def _slide_stamp(path: Path) -> str:
-    status = path.stat()
-    return _digest_of(path, status.st_size, status.st_mtime_ns)
+    slide = _slide_digest(case.slide, *file_stamp(case.slide))
+    return [case.slide_id, case.patient, case.split, case.mpp, slide, annotation]
 
 
 @lru_cache(maxsize=4096)
-def _digest_of(path: Path, size: int, changed: int) -> str:
+def _slide_digest(path: Path, size: int, *_stamp: int) -> str:
     """A slide's digest; of a file that cannot be opened, which is told where it is read, its size."""
     try:
         return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one

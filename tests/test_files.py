@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.files import locked, replacing, used, write_text
+from pipeline.files import file_digest, locked, replacing, used, write_text
 from pipeline.shards import ShardedArray
 
 HOLD = """
@@ -101,6 +102,27 @@ def test_without_locks_each_writer_has_a_file_of_its_own(tmp_path: Path, monkeyp
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_the_digest_of_a_file_is_that_of_its_content_and_costs_one_reading(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    contents = [letter * 1000 for letter in (b"a", b"b", b"c")]
+    wanted = [hashlib.sha256(content).hexdigest() for content in contents]
+    path.write_bytes(contents[0])
+    os.utime(path, ns=(0, 1))
+    assert file_digest(path) == wanted[0]
+    path.write_bytes(contents[1])
+    os.utime(path, ns=(0, 1))
+    assert file_digest(path) == wanted[0]  # nothing that is told without reading has changed
+    os.utime(path, ns=(0, 2))
+    assert file_digest(path) == wanted[1]
+    other.write_bytes(contents[2])
+    os.utime(other, ns=(0, 2))
+    other.replace(path)
+    assert file_digest(path) == wanted[2]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file_digest(path)
 
 
 def test_a_cache_keeps_what_was_used_last_or_today(tmp_path: Path) -> None:
