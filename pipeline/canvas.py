@@ -11,7 +11,6 @@ no lock. A tile is done when both its shards are on disk, whole: nothing else is
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ import numpy as np
 
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CanvasError
-from pipeline.files import write_json
+from pipeline.files import new_folder, write_json
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
 from pipeline.shards import Place, ShardedArray
@@ -211,18 +210,16 @@ def create_canvas(
     """
     if path.exists():
         raise CanvasError(str(path), "an output that exists", "none", "Open it to go on, or delete it to start again.")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    canvas = Canvas(partial, lattice, classes, write_size, dict(identity), dict(measured))
     own = {"fullfield": dict(identity), "fullfield-measured": dict(measured)}
     shown = slide_mpp or lattice.mpp
-    _create_group(partial, {"ome": image_metadata(canvas.levels, classes, shown), **own})
-    _create_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["classes"]}})
-    _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes, shown)})
-    for level in range(len(canvas.levels)):
-        canvas.probability_shards(level).create("cyx")
-        canvas.label_shards(level).create("yx")
-    partial.rename(path)
+    with new_folder(path) as partial:
+        canvas = Canvas(partial, lattice, classes, write_size, dict(identity), dict(measured))
+        _create_group(partial, {"ome": image_metadata(canvas.levels, classes, shown), **own})
+        _create_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["classes"]}})
+        _create_group(partial / _LABELS, {"ome": label_metadata(canvas.levels, classes, shown)})
+        for level in range(len(canvas.levels)):
+            canvas.probability_shards(level).create("cyx")
+            canvas.label_shards(level).create("yx")
     return replace(canvas, path=path)
 
 

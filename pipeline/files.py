@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, folders in which one process works at a time, and what a cache forgets."""
+"""Files and folders that are written whole or not at all, where one process works at a time, and what a cache forgets."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     knows no locks, each has a name of its own instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.with_name(f".{path.name}.partial.lock")) as alone:
-        own = "" if alone else f".{uuid.uuid4().hex}"
-        partial = path.with_name(f"{path.name}{own}.partial")
+    with _beside(path) as partial:
         try:
             yield partial
             partial.replace(path)
@@ -40,6 +38,31 @@ def replacing(path: Path) -> Iterator[Path]:
             if isinstance(error, OSError):
                 name_file(error, path)
             raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A name beside `path` to make a folder under, so that no reader ever sees a part of it.
+
+    The folder takes its own name as the block ends; raises OSError if one that holds anything has it by then. Where the
+    block ends in an error, the folder is dropped. Of several writers, and of what a killed one left, see `replacing`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as partial:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            yield partial
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """The name under which one writer at a time makes what is to be at `path`."""
+    with _alone(path.with_name(f".{path.name}.partial.lock")) as alone:
+        own = "" if alone else f".{uuid.uuid4().hex}"
+        yield path.with_name(f"{path.name}{own}.partial")
 
 
 def name_file(error: OSError, path: Path) -> None:
@@ -155,11 +178,11 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
         yield free
 
 
-def used(folder: Path) -> Path:
+def keep_in_cache(folder: Path) -> Path:
     """The same folder of a cache, which from now on counts as used; it need not be there yet.
 
-    For a new one those beside it make room that nobody used for a day, but for the last sixteen. So whoever reads it within
-    a day loses nothing. Where the cache may not be written, nothing is done.
+    If it is new, neighbours unused for a day are deleted, except the sixteen used last. So whoever reads it within a day
+    loses nothing. Where the cache may not be written, nothing is done.
     """
     with suppress(OSError), locked(folder.parent):
         if folder.exists():

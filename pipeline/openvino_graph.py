@@ -13,7 +13,6 @@ import io
 import logging
 import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import EngineError
-from pipeline.files import file_digest, locked
+from pipeline.files import file_digest, new_folder
 from pipeline.network import ModelSpec, activation
 from pipeline.upsampling import make_convolutions
 
@@ -103,13 +102,9 @@ def copy_graph(graph: Path, other: Path) -> None:
     with suppress(EngineError):  # of a graph that lacks a file
         if graph_digest(graph) == graph_digest(other):
             return
-    partial = other.parent.with_name(f"{other.parent.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with new_folder(other.parent) as partial:
         shutil.copytree(graph.parent, partial)
         shutil.rmtree(other.parent, ignore_errors=True)
-        partial.rename(other.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def graph_digest(graph: Path) -> str:
@@ -200,32 +195,23 @@ def _sha256(path: Path) -> str:
 
 
 def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
-    """Write a graph under another name first; where another process was faster, its folder stays, if it is whole.
+    """Write a graph's folder, whole; where another process was faster, its folder stays, if it is whole.
 
     Raises EngineError where it cannot be written.
     """
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.mkdir(parents=True)
-        openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
-        _name(partial, folder)
+        with new_folder(folder) as partial:
+            partial.mkdir()
+            openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
+            _remove_damaged(folder)
     except (OSError, RuntimeError) as error:
         if (folder / GRAPH).is_file():
             return
         found, remedy = f"it cannot be written ({error})", "Make room there, or set XDG_CACHE_HOME to a folder with more."
         raise EngineError(str(folder), found, "room for the network", remedy) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _name(partial: Path, folder: Path) -> None:
-    """Give a folder its name; a damaged one that has it, without a graph, goes. Raises OSError where a whole one has it."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if (folder / GRAPH).is_file():
-            raise
-        with locked(folder):  # who comes second finds a whole one
-            if not (folder / GRAPH).is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+def _remove_damaged(folder: Path) -> None:
+    """Remove a folder that holds no graph."""
+    if folder.exists() and not (folder / GRAPH).is_file():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,7 @@ import yaml
 
 from pipeline import checkpoint
 from pipeline.errors import TrackingError
+from pipeline.files import new_folder
 from pipeline.machine import cache_folder
 from pipeline.settings import ALIAS, RESERVED_ALIAS
 from pipeline.store import Store, store_for, unless_there
@@ -129,15 +129,15 @@ def _run_parts(reference: str) -> tuple[str, str]:
 
 
 def _kept(folder: Path) -> Path:
-    """A copy of a checkpoint that stays."""
+    """A copy of a checkpoint that stays: ensembles name it by its path."""
     kept = cache_folder() / "models" / checkpoint.digest(folder)
-    if not kept.exists():
-        partial = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.partial")
-        shutil.copytree(folder, partial)
-        try:
-            partial.rename(kept)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
+    try:
+        if not kept.exists():
+            with new_folder(kept) as partial:
+                shutil.copytree(folder, partial)
+    except OSError:
+        if not kept.exists():  # else another process was faster
+            raise
     return kept
 
 

@@ -4,8 +4,9 @@
     MODEL.engines/DIGEST/int8/      its int8 graph, calibrated once and then part of what labels depend on
     MODEL.engines/DIGEST/*.json     how far other precisions were found to be from exact, see approval.py
     ~/.cache/fullfield/engines/DIGEST/  a copy of these, for the same model in another folder, such as one of the registry
-    ~/.cache/fullfield/             else what can be made again: fp32 graphs and what OpenVINO compiled, of which the oldest
-                                    go, what tiles take, models from an MLflow server
+    ~/.cache/fullfield/graphs/, compiled/  fp32 graphs and what OpenVINO compiled; the oldest go, see files.keep_in_cache
+    ~/.cache/fullfield/models/, probes/    models from an MLflow server, which ensembles name by their paths, and what tiles
+                                           take, a few hundred bytes each: both stay until somebody deletes them
 
 DIGEST is the beginning of the model's own, so that nothing made for one model is ever used with another.
 """
@@ -24,7 +25,7 @@ import numpy as np
 
 from pipeline import checkpoint, ensemble, openvino_engine, openvino_graph
 from pipeline.errors import EngineError
-from pipeline.files import replacing, used
+from pipeline.files import keep_in_cache, replacing
 from pipeline.machine import cache_folder, has_gpu
 from pipeline.network import ModelSpec
 from pipeline.openvino_graph import GRAPH
@@ -109,7 +110,7 @@ def _open_one(model: Path, settings: EngineSettings) -> Engine:
         return TorchEngine(*checkpoint.load(model), settings.precision)
     graph = int8_graph(model) if settings.precision == "fastest" else fp32_graph(model)
     key = openvino_graph.graph_digest(graph)[:_DIGITS]
-    cache = used(cache_folder() / "compiled" / key)
+    cache = keep_in_cache(cache_folder() / "compiled" / key)
     return openvino_engine.OpenVinoEngine(checkpoint.load_spec(model), graph, settings.precision, cache)
 
 
@@ -196,7 +197,7 @@ def fp32_graph(model: Path) -> Path:
     """A model as an OpenVINO graph, from the cache, else made from the checkpoint and left there for the next process."""
     # Other code may make another graph: one made before a mistake was mended is not used again.
     made_by = f"fullfield-{source_digest()[:_DIGITS]}-openvino-{openvino_graph.openvino_version()}"
-    folder = used(cache_folder() / "graphs" / f"{_key(model)}-{made_by}")
+    folder = keep_in_cache(cache_folder() / "graphs" / f"{_key(model)}-{made_by}")
     if not (folder / GRAPH).is_file():
         openvino_graph.export(*checkpoint.load(model), folder)
     return folder / GRAPH

@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.files import file_digest, locked, replacing, used, write_text
+from pipeline.files import file_digest, keep_in_cache, locked, new_folder, replacing, write_text
 from pipeline.shards import ShardedArray
 
 HOLD = """
@@ -64,6 +65,31 @@ def test_a_file_that_many_write_at_once_is_that_of_one_of_them(tmp_path: Path) -
         writer.join()
     assert not failed
     assert [found.name for found in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_that_many_make_at_once_is_that_of_one_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "folder.partial" / "left by one that was killed").touch()
+
+    def make(number: int) -> bool:
+        with suppress(OSError), new_folder(folder) as partial:
+            partial.mkdir()
+            for name in "abc":
+                (partial / name).write_text(str(number))
+                assert not folder.exists() or len(list(folder.iterdir())) == 3
+            return True
+        return False
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(make, range(4)))
+    assert sum(made) == 1
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys("abc", str(made.index(True)))
+    assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "other") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_shared_locks_wait_only_for_those_that_are_not(tmp_path: Path) -> None:
@@ -135,14 +161,14 @@ def test_a_cache_keeps_what_was_used_last_or_today(tmp_path: Path) -> None:
 
     old = [made(f"old {day}", day) for day in range(2, 22)]
     recent = [made(f"recent {number}", number / 30) for number in range(20)]
-    assert used(old[-1]) == old[-1] and old[0].exists()  # nothing is new
-    new = used(tmp_path / "cache" / "new")
+    assert keep_in_cache(old[-1]) == old[-1] and old[0].exists()  # nothing is new
+    new = keep_in_cache(tmp_path / "cache" / "new")
     assert not new.exists()
     assert set((tmp_path / "cache").iterdir()) == {*recent, old[-1]}
     for folder in recent:
         os.utime(folder, (0, 0))
-    used(recent[7])
-    used(new)
+    keep_in_cache(recent[7])
+    keep_in_cache(new)
     left = set((tmp_path / "cache").iterdir())
     assert len(left) == 16 and {recent[7], old[-1]} < left
 
@@ -154,8 +180,8 @@ def test_who_makes_room_takes_nothing_from_who_has_just_looked(tmp_path: Path) -
         os.utime(folder, (0, 0))
 
     def look(folder: Path) -> bool:
-        used(folder.with_name(f"{folder.name} anew"))
-        return used(folder).exists()
+        keep_in_cache(folder.with_name(f"{folder.name} anew"))
+        return keep_in_cache(folder).exists()
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(look, folders))

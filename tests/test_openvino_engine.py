@@ -22,6 +22,7 @@ from pipeline.classes import Class, Classes
 from pipeline.engine import TorchEngine
 from pipeline.errors import EngineError
 from pipeline.exactness import TOLERANCE, compare
+from pipeline.files import new_folder
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Mpp, Roi
 from pipeline.graph import GraphNetwork
@@ -331,16 +332,17 @@ def test_what_is_left_of_a_damaged_graph_gives_way(graphs: dict[str, Path], tmp_
     (damaged / GRAPH).unlink()
     assert export(*NETWORKS["fcn"], damaged).is_file()
     (damaged / GRAPH).unlink()
-    partial = [Path(shutil.copytree(graphs["fcn"].parent, tmp_path / f"{number}.partial")) for number in range(4)]
 
-    def named(folder: Path) -> bool:
-        with suppress(OSError):
-            openvino_graph._name(folder, damaged)
+    def named(_: int) -> bool:
+        with suppress(OSError), new_folder(damaged) as partial:
+            shutil.copytree(graphs["fcn"].parent, partial)
+            openvino_graph._remove_damaged(damaged)
             return True
         return False
 
     with ThreadPoolExecutor(4) as pool:  # workers that find it so at once
-        assert sum(pool.map(named, partial)) == 1
+        assert sum(pool.map(named, range(4))) == 1
+    assert list(tmp_path.iterdir()) == [damaged]
     assert graph_digest(damaged / GRAPH) == graph_digest(graphs["fcn"])
 
 
