@@ -119,18 +119,19 @@ def read_index(path: Path, class_names: Sequence[str], split: str) -> PatchIndex
 
     Raises TrainingError where the table lacks a class, or the split holds no pixel of any.
     """
-    table = parquet.read_table(path)
-    missing = [name for name in class_names if name not in table.column_names]
-    if missing:
+    known = parquet.read_schema(path).names
+    if missing := [name for name in class_names if name not in known]:
         raise _index_error(str(path), f"no column for the classes {missing}", "one for every class")
-    table = table.filter(np.asarray(table["split"]) == split).sort_by([(key, "ascending") for key in ("slide_id", "y", "x")])
+    columns = ["slide_id", "x", "y", *class_names]
+    table = parquet.read_table(path, columns=columns, filters=[("split", "=", split)])
+    table = table.sort_by([(key, "ascending") for key in ("slide_id", "y", "x")])
     fractions = np.array([np.asarray(table[name]) for name in class_names], np.float64).T
     if not fractions.any():
         found = f"no known pixel of {list(class_names)} in the split {split!r}"
         raise _index_error(str(path), found, "something to learn from")
-    slide_ids, slides = np.unique(np.asarray(table["slide_id"]).astype(str), return_inverse=True)
+    slides = table["slide_id"].combine_chunks().dictionary_encode()
     corners = np.stack([np.asarray(table["x"]), np.asarray(table["y"])], axis=1)
-    return PatchIndex(tuple(slide_ids.tolist()), slides, corners, fractions)
+    return PatchIndex(tuple(slides.dictionary.to_pylist()), slides.indices.to_numpy(), corners, fractions)
 
 
 def _index_error(subject: str, found: str, expected: str) -> TrainingError:

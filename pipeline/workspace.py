@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyarrow import parquet
+import pyarrow as pa
+from pyarrow import compute, parquet
 
 from pipeline import snapshot
 from pipeline.addresses import chosen_address, own_address
@@ -62,7 +63,7 @@ class Workspace:
 
     def tiled(self, splits: Sequence[str]) -> list[Case]:
         """Those of them that have cells in the table of tiles: slides that cannot be read have none."""
-        found = set(parquet.read_table(self.tiles, columns=["slide_id"])["slide_id"].to_pylist())
+        found = set(parquet.read_table(self.tiles, columns=["slide_id"])["slide_id"].unique().to_pylist())
         return [case for case in self.annotated(splits) if case.slide_id in found]
 
 
@@ -156,9 +157,9 @@ def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
     if workspace.tiles.exists() or not same or found is None or not found[1]:
         return
     table, splits = parquet.read_table(tiles), {case.slide_id: case.split for case in workspace.cases}
-    table = table.filter([name in splits for name in table["slide_id"].to_pylist()])
-    column = [splits[name] for name in table["slide_id"].to_pylist()]
-    table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), [column])
+    table = table.filter(compute.is_in(table["slide_id"], pa.array(splits)))
+    column = pa.array(splits.values()).take(compute.index_in(table["slide_id"], pa.array(splits)))
+    table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), column)
     metadata = {TILE_STAMP: tile_inputs(config, workspace.cases), TILE_COMPLETE: "True"}
     with replacing(workspace.tiles) as partial:
         parquet.write_table(table.replace_schema_metadata(metadata), partial)

@@ -3,33 +3,41 @@
 import csv
 import json
 import shutil
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from PIL import Image
+from pyarrow import parquet
 
 from pipeline.assessment import SHAPE_SCORES, SlideAssessment
 from pipeline.checkpoint import digest
 from pipeline.cohort import Case, read_manifest, write_manifest
+from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.ensemble import members
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
 from pipeline.files import file_digest
-from pipeline.geometry import Mpp
+from pipeline.geometry import Mpp, Roi
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.registry import fold_references, resolve_model
 from pipeline.scoreboard import Entry
 from pipeline.settings import SPLITS, ClusterSettings, EngineSettings
+from pipeline.slide import open_slide
+from pipeline.sources import case_truth
 from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
+from pipeline.tissue import find_tissue
 from pipeline.workspace import open_workspace
-from workflows.crossval import crossval
+from workflows.crossval import _content, crossval
 from workflows.evaluate import FIGURES, assess_case, evaluate, evaluate_cohort, write_figures
 from workflows.reproduce import reproduce
 from workflows.run import run
@@ -78,7 +86,7 @@ STAGES = ["evaluate", "segment", "tile", "train"]
 def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_out(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "cv"
+    output, begun = tmp_path / "cv", time.monotonic()
     assert crossval(config, [f"output={output}"], 3) == 0
     given = {case.slide_id: case for case in read_manifest(config.parent / "cohort" / "cohort.csv")}
     held_back = {case.patient for case in given.values() if case.split == "test"}
@@ -105,7 +113,7 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     folds = ["fold-1", "fold-2", "fold-3"]
     assert [load_config(output / fold / "config.yaml").tracking.alias for fold in folds] == [f"cv-{fold}" for fold in folds]
     assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
-    check_lineage(output, folds)
+    check_lineage(output, folds, begun)
     check_resumption(config, output, capsys)
     check_refusals(config, output)
     check_ensemble(output, tmp_path / "segmented", monkeypatch)
@@ -135,11 +143,12 @@ def check_all_figures(output: Path, other: Path) -> None:
             assert logged.get(f"out-of-fold {score} {name}") == fields[score]
 
 
-def check_lineage(output: Path, parts: Collection[str]) -> None:
+def check_lineage(output: Path, parts: Collection[str], begun: float) -> None:
     """Slides, splits, code and models of every part are told beside the whole, in its folder and in its MLflow run."""
     lineage, record = (json.loads((output / name).read_text()) for name in ("lineage.json", "run.json"))
     store = open_store(f"sqlite:///{output / 'mlflow.db'}", create=False)
     assert json.loads(Path(store.client.download_artifacts(record["run_id"], "lineage.json")).read_text()) == lineage
+    elapsed = (time.monotonic() - begun) / 60 + 0.005  # since minutes are rounded
     assert lineage["parts"].keys() == set(parts) and lineage["origins"][0]["packages"]
     for name, part in lineage["parts"].items():
         cases = {case.slide_id: case for case in read_manifest(output / name / "cohort.csv")}
@@ -149,7 +158,7 @@ def check_lineage(output: Path, parts: Collection[str]) -> None:
         for slide in part["slides"]:
             assert slide["annotation_digest"] == file_digest(cases[slide["slide_id"]].annotation)
         assert part["models"] == [{"path": str(output / name / "model"), "digest": digest(output / name / "model")}]
-        assert part["origins"][0]["lock"] and part["training"]["minutes"] >= 0
+        assert part["origins"][0]["lock"] and 0 <= part["training"]["minutes"] <= elapsed
 
 
 def check_refusals(config: Path, output: Path) -> None:
@@ -248,7 +257,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, values = tmp_path / "sweep", ["training.learning_rate=1e-2,1e-4", "network.width=4,6", "training.epochs=1"]
+    output, begun = tmp_path / "sweep", time.monotonic()
+    values = ["training.learning_rate=1e-2,1e-4", "network.width=4,6", "training.epochs=1"]
     assert sweep(config, [f"output={output}", "cluster.workers=2", *values]) == 0
     assert "2 local Dask worker(s)" in capsys.readouterr().out
     rows = {row["name"]: row for row in rows_of(output / "sweep.csv")}
@@ -270,7 +280,7 @@ def test_a_sweep_of_four_on_two_workers_ends_with_the_right_table(
     order = [float(row["dice"]) for row in rows_of(output / "sweep.csv")]
     assert order == sorted(order, reverse=True) and len(set(order)) == 4
     assert (output / "sweep.png").stat().st_size > 0 and all(name in (output / "sweep.md").read_text() for name in names)
-    check_lineage(output, names)
+    check_lineage(output, names, begun)
     stages = dict.fromkeys(names, STAGES)
     assert nested(output) == {"": ["sweep"], "sweep": sorted([*names, "tile"]), **stages}
     kept = [(output / name).read_bytes() for name in ("config.yaml", "cohort.csv", "sweep.csv")]
@@ -398,6 +408,7 @@ def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path,
     with open_workspace(whole_config) as whole:
         assert load_config(whole.output / "config.yaml").cohort.manifest == manifest  # from wherever it is called
         tile_cohort(whole)
+        check_tiles(whole.tiles, whole_config, sorted(whole.cases, key=lambda case: case.slide_id))
         other = load_config(config, [f"output={tmp_path / 'part'}", "tiles.patch_size=96"])
         with open_within(whole, other) as part:
             adopt_tiles(part, whole.tiles, whole.config)
@@ -413,6 +424,30 @@ def test_one_scan_is_not_learned_from_and_examined_on(config: Path, tmp_path: Pa
     overrides = [f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}"]
     with open_workspace(load_config(config, overrides)) as workspace, pytest.raises(CohortError, match="twin"):
         tile_cohort(workspace)
+
+
+def check_tiles(tiles: Path, own: Config, cases: Sequence[Case]) -> None:
+    """A row for each cell, counted pixel by pixel, and the sums of every patient; a worker hands them over as numbers."""
+    rows, names = list[list[object]](), own.class_list.names
+    for case in cases:
+        slide, truth = open_slide(case.slide), case_truth(case, own)
+        lattice, tissue = slide.base.at(Mpp.square(4)), find_tissue(slide, own.tissue)
+        for y, x in product(range(0, lattice.height, 64), range(0, lattice.width, 64)):
+            roi = Roi(x, y, 64, 64).intersect(lattice.roi)
+            shares = [float((truth.read(roi, lattice) == index).sum() / 64**2) for index in range(len(names))]
+            if (share := tissue.fraction(roi, lattice)) >= own.tiles.min_tissue:
+                rows.append([case.slide_id, case.patient, case.split, x, y, share, sum(shares), *shares])
+    columns = [pa.field(name, pa.string()) for name in ("slide_id", "patient", "split")]
+    columns += [pa.field(name, pa.int64()) for name in "xy"]
+    columns += [pa.field(name, pa.float64()) for name in ("tissue", "known", *names)]
+    table = parquet.read_table(tiles)
+    assert table.schema.equals(pa.schema(columns))
+    assert [list(row.values()) for row in table.to_pylist()] == rows
+    cells = tile_case(cases[0], own).cells
+    assert cells.nbytes < 200 * cells.num_rows
+    wanted = {case.patient: np.sum([row[7:] for row in rows if row[1] == case.patient], axis=0) for case in cases[1:]}
+    found = _content(tiles, cases[1:], own)
+    assert found.keys() == wanted.keys() and all((found[patient] == wanted[patient]).all() for patient in wanted)
 
 
 @pytest.mark.parametrize("start", [0, 800, 1400])

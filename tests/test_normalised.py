@@ -139,8 +139,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     content["training"] = {"epochs": 1, "patches_per_epoch": 32, "batch_size": 8, "learning_rate": 0.01}
     content["segmentation"] = {"tile_size": 96}
     config, cases = parse_config(content, "test"), tuple(read_manifest(manifest))
-    rows = [row for case in cases for row in tile_case(case, config).rows]
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "tiles.parquet")
+    cells = pa.concat_tables([tile_case(case, config).cells for case in cases])
+    parquet.write_table(cells, folder / "tiles.parquet")
     assert len(list(fit(config, cases[:2], folder / "tiles.parquet", folder / "model", "inputs"))) == 1
     assert segment([cases[2].slide], [str(folder / "model")], folder / "out", None, 96, HERE, EXACT) == 0
     return Project(config, cases, folder / "model", folder / "out" / "slides" / "phantom-03")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -215,6 +216,24 @@ def test_index_is_one_split_whatever_the_order_of_the_rows(tmp_path: Path) -> No
     for name in ("slides", "corners", "fractions"):
         np.testing.assert_array_equal(getattr(index, name), getattr(other, name))
     assert drawn(index, 0, 20) == drawn(other, 0, 20)
+
+
+def test_index_of_many_cells_takes_little_beside_them(tmp_path: Path) -> None:
+    """Names as those of TCGA, whose letters as an array of numpy's are 4 bytes each in every row."""
+    rows, names = 20_000, [f"TCGA-CR-{number:04d}-01A-01-TS1.3f6a9b0c-1234-4a5b-9c8d-0123456789ab" for number in range(9)]
+    rng = np.random.default_rng(1)
+    ids, (x, y), share = rng.integers(9, size=rows), rng.integers(50_000, size=(2, rows)), rng.random(rows)
+    columns = {"slide_id": [names[number] for number in ids], "split": ["train"] * rows, "x": x, "y": y, "gland": share}
+    parquet.write_table(pa.table(columns), tmp_path / "tiles.parquet")
+    read_index(tmp_path / "tiles.parquet", ("gland",), "train")  # what is imported for it
+    tracemalloc.start()
+    index = read_index(tmp_path / "tiles.parquet", ("gland",), "train")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    order = np.lexsort((x, y, ids))
+    assert [index.slide_ids[number] for number in index.slides] == [names[number] for number in ids[order]]
+    assert (index.corners == np.stack([x, y], axis=1)[order]).all() and (index.fractions[:, 0] == share[order]).all()
+    assert peak < 64 * rows
 
 
 def test_index_without_anything_to_learn_is_refused(tmp_path: Path) -> None:

@@ -217,7 +217,9 @@ def test_mean_probability_is_that_of_the_pixels_of_the_region(tmp_path: Path) ->
     labels[10:30, 12:60] = 1
     likelihood = np.random.default_rng(0).uniform(0.5, 1, labels.shape)
     canvas = make(tmp_path, labels, 16, likelihood)
-    for region in find_regions(canvas, base_of(canvas)):
+    regions = list(find_regions(canvas, base_of(canvas)))
+    assert sorted(region.class_index for region in regions) == [0, 1]
+    for region in regions:
         expected = np.rint(255 * likelihood[labels == region.class_index]).mean() / 255
         assert region.mean_probability == pytest.approx(expected, abs=1e-6)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pyarrow import parquet
+import pyarrow as pa
+from pyarrow import compute, parquet
 from rich.table import Table
 
 from pipeline.approval import require_means
@@ -127,7 +128,7 @@ def _partakers(workspace: Workspace) -> list[Case]:
     cases = _candidates(workspace)
     if held_back := _held_back(workspace):
         console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
-    tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].to_pylist())
+    tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].unique().to_pylist())
     if missing := sorted(case.slide_id for case in cases if case.slide_id not in tiled):
         console.print(f"left out, as they have no tiles: {', '.join(missing)}")
     return [case for case in cases if case.slide_id in tiled]
@@ -147,10 +148,11 @@ def _held_back(workspace: Workspace) -> list[str]:
 
 def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
     """The extents of the classes in each patient, (C,), in cells; 0 for a patient without any."""
-    cells, names = parquet.read_table(tiles), config.class_list.names
-    extents = np.stack([np.asarray(cells[name], np.float64) for name in names], axis=-1)
-    patients = np.asarray(cells["patient"].to_pylist(), dtype=object)
-    return {case.patient: extents[patients == case.patient].sum(axis=0) for case in cases}
+    names, patients = config.class_list.names, sorted({case.patient for case in cases})
+    cells = parquet.read_table(tiles, columns=["patient", *names])
+    places = np.asarray(compute.index_in(cells["patient"], pa.array(patients, pa.string())).fill_null(len(patients)))
+    extents = [np.bincount(places, np.asarray(cells[name]), len(patients) + 1)[:-1] for name in names]  # without all others
+    return dict(zip(patients, np.stack(extents, axis=-1), strict=True))
 
 
 def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:

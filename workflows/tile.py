@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import compute, parquet
 from rich.table import Table
 
 from pipeline.cohort import Case
@@ -30,15 +29,13 @@ from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 from pipeline.workspace import Workspace, log_inputs, open_workspace
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Found:
-    """What a slide holds: its rows, and what there is to say of its scale and its annotations (repaired, left out)."""
+    """What a slide holds: its rows of the table of tiles, and what there is to say of its scale and its annotations."""
 
     digest: str
-    rows: list[Row]
+    cells: pa.Table
     remarks: tuple[str, ...]
 
 
@@ -59,8 +56,10 @@ def tile_cohort(workspace: Workspace) -> int:
     unreadable, done = list[str](), read_stamp(workspace.tiles) == (stamp, True)
     with workspace.run.child("tile") as run:
         if not done:
-            rows, unreadable = _count(workspace, run)
-            _write(workspace.tiles, rows, config, stamp, complete=not unreadable)
+            cells, unreadable = _count(workspace, run)
+            with replacing(workspace.tiles) as partial:
+                metadata = {TILE_STAMP: stamp, TILE_COMPLETE: str(not unreadable)}
+                parquet.write_table(cells.replace_schema_metadata(metadata), partial)
         areas = _areas(workspace.tiles, config)
         run.log_metrics({f"mm2 {split} {name}": area for (split, name), area in areas.items()})
         run.log_file(workspace.tiles)
@@ -70,16 +69,19 @@ def tile_cohort(workspace: Workspace) -> int:
     return 1 if unreadable else 0
 
 
-def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
-    """The rows of all slides, which are logged as the run's data, and what is wrong with slides that have none."""
-    rows, unreadable, unusable, scans = list[Row](), list[str](), list[str](), dict[str, Case]()
+def _count(workspace: Workspace, run: Run) -> tuple[pa.Table, list[str]]:
+    """The rows of all slides, which are logged as the run's data, and what is wrong with slides that have none.
+
+    Rows are sorted by slide_id, y and x.
+    """
+    cells, unreadable, unusable, scans = dict[str, pa.Table](), list[str](), list[str](), dict[str, Case]()
     for case in workspace.cases:
         workspace.cluster.submit(case, tile_case, case, workspace.config)
     with progress("tile: slides", len(workspace.cases)) as bar:
         for outcome in workspace.cluster:
             if outcome.error is None:
                 case, found = outcome.key, outcome.value
-                rows += found.rows
+                cells[case.slide_id] = found.cells
                 _check_twin(case, scans.setdefault(found.digest, case), workspace.config)
                 run.log_dataset(case.slide_id, found.digest, case.slide, case.split)
                 for remark in found.remarks:
@@ -94,7 +96,8 @@ def _count(workspace: Workspace, run: Run) -> tuple[list[Row], list[str]]:
     if unusable:
         found = "\n  - ".join(["these problems:", *sorted(unusable)])
         raise AnnotationError(str(workspace.config.cohort.manifest), found, "annotations that can be read", "Correct them.")
-    return sorted(rows, key=lambda row: (row["slide_id"], row["y"], row["x"])), unreadable
+    empty = _schema(workspace.config).empty_table()
+    return pa.concat_tables([empty, *(cells[name] for name in sorted(cells))]), unreadable
 
 
 def _check_twin(case: Case, other: Case, config: Config) -> None:
@@ -106,12 +109,15 @@ def _check_twin(case: Case, other: Case, config: Config) -> None:
 
 
 def tile_case(case: Case, config: Config) -> Found:
-    """Count one slide: a row for each cell with enough tissue, with the share of it that is known and of every class."""
+    """Count one slide: a row for each cell with enough tissue, with the share of it that is known and of every class.
+
+    Rows are sorted by y and x.
+    """
     slide = open_slide(case.slide, case.mpp)
     lattice, size = slide.base.at(Mpp.square(config.network.mpp)), config.tiles.patch_size
     tissue = find_tissue(slide, config.tissue)
     truth = case_truth(case, config) if case.annotation is not None else None
-    rows = []
+    corners, shares, fractions = list[tuple[int, int]](), list[float](), list[np.ndarray]()
     for cell in Grid(lattice, size, halo=0, stride=1):
         roi = cell.write_roi
         share = tissue.fraction(roi, lattice)
@@ -122,33 +128,40 @@ def tile_case(case: Case, config: Config) -> Found:
         counts = np.bincount(truth.read(roi, lattice).ravel(), minlength=256) if truth else np.zeros(256)
         if not enough:
             continue
-        fractions = counts / (size * size)
-        classes = {name: float(fractions[index]) for index, name in enumerate(config.class_list.names)}
-        place = {"slide_id": case.slide_id, "patient": case.patient, "split": case.split, "x": roi.x, "y": roi.y}
-        rows.append({**place, "tissue": share, "known": sum(classes.values()), **classes})
+        corners.append((roi.x, roi.y))
+        shares.append(share)
+        fractions.append(counts[: len(config.class_list.names)] / (size * size))
     coarse = too_coarse(slide.base.mpp, config.network.mpp)
-    return Found(slide.digest(), rows, tuple(filter(None, (coarse, *(truth.remarks if truth else ())))))
+    cells = _table(case, config, corners, shares, fractions)
+    return Found(slide.digest(), cells, tuple(filter(None, (coarse, *(truth.remarks if truth else ())))))
 
 
-def _write(path: Path, rows: Sequence[Row], config: Config, stamp: str, complete: bool) -> None:
+def _table(
+    case: Case, config: Config, corners: Sequence[tuple[int, int]], tissue: Sequence[float], fractions: Sequence[np.ndarray]
+) -> pa.Table:
+    """The rows of a slide: of each cell the top-left pixel, the share of tissue and that of each class, (classes,)."""
+    ids = [[value] * len(corners) for value in (case.slide_id, case.patient, case.split)]
+    x, y = ([corner[axis] for corner in corners] for axis in (0, 1))
+    classes = [[float(shares[index]) for shares in fractions] for index in range(len(config.class_list.names))]
+    known = [sum(shares.tolist()) for shares in fractions]
+    return pa.table([*ids, x, y, tissue, known, *classes], schema=_schema(config))
+
+
+def _schema(config: Config) -> pa.Schema:
+    """The columns of the table of tiles."""
     kinds = {"slide_id": pa.string(), "patient": pa.string(), "split": pa.string(), "x": pa.int64(), "y": pa.int64()}
     names = (*TILE_COLUMNS, *config.class_list.names)
-    columns = [pa.field(name, kinds.get(name, pa.float64())) for name in names]
-    table = pa.Table.from_pylist(
-        list(rows), schema=pa.schema(columns, metadata={TILE_STAMP: stamp, TILE_COMPLETE: str(complete)})
-    )
-    with replacing(path) as partial:
-        parquet.write_table(table, partial)
+    return pa.schema([pa.field(name, kinds.get(name, pa.float64())) for name in names])
 
 
 def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:
     """Area in mm2 for every split and class."""
-    table, areas = parquet.read_table(path), {}
+    table, areas = parquet.read_table(path, columns=["split", *config.class_list.names]), {}
     cell_mm2 = (config.tiles.patch_size * config.network.mpp) ** 2 / 1e6
-    splits = np.asarray(table["split"].to_pylist(), dtype=object)
     for split in SPLITS:
+        own = np.asarray(compute.equal(table["split"], split))
         for name in config.class_list.names:
-            areas[split, name] = float(np.asarray(table[name])[splits == split].sum() * cell_mm2)
+            areas[split, name] = float(np.asarray(table[name])[own].sum() * cell_mm2)
     return areas
 
 

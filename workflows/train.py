@@ -130,8 +130,9 @@ def _cases(workspace: Workspace) -> list[Case]:
 
 def _never_seen(workspace: Workspace) -> list[str]:
     """The classes of which the training slides show nothing."""
-    rows = parquet.read_table(workspace.tiles, filters=[("split", "=", "train")])
-    return [name for name in workspace.config.class_list.names if not np.any(rows[name].to_numpy())]
+    names = list(workspace.config.class_list.names)
+    rows = parquet.read_table(workspace.tiles, columns=names, filters=[("split", "=", "train")])
+    return [name for name in names if not np.any(rows[name].to_numpy())]
 
 
 def _taken_up(unfinished: Path, facts: Mapping[str, str]) -> int:
