@@ -90,12 +90,25 @@ def _check_model(config: Config, cases: Sequence[Case]) -> None:
     """Raise CheckpointError where the output has a model of another cohort or configuration."""
     model = config.output / "model"
     if model.exists() and checkpoint.load_run_record(model).get("inputs") != training_inputs(config, cases):
-        raise CheckpointError(
-            str(model),
-            "a model that was trained with another cohort or configuration",
-            "none, or one of this configuration",
-            "Choose another `output`, or delete the folders `model` and `slides` there to begin anew.",
+        there, here = _differing(training_facts(_written(config), ()), training_facts(config, ())) or (
+            "another cohort",
+            "this",
         )
+        remedy = "Choose another `output`, or delete the folders `model` and `slides` there to begin anew."
+        raise CheckpointError(str(model), f"a model that was trained with {there}", f"none, or one with {here}", remedy)
+
+
+def _written(config: Config) -> Config:
+    """The configuration that a command of before has left in the output; the present one where there is none."""
+    left = config.output / "config.yaml"
+    return load_config(left) if left.exists() else config
+
+
+def _differing(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str] | None:
+    """What differs between two settings, as the one and as the other has it; None where nothing does."""
+    names = [name for name in ours if theirs.get(name) != ours[name]]
+    there, here = (", ".join(f"{name} {shorten(one.get(name, 'not set'), 60)}" for name in names) for one in (theirs, ours))
+    return (there, here) if names else None
 
 
 def check_at_work(config: Config, cases: Sequence[Case]) -> None:
@@ -108,8 +121,8 @@ def check_at_work(config: Config, cases: Sequence[Case]) -> None:
         return
     theirs = _settings(load_config(written), dealt.read_bytes())
     ours = _settings(config, as_unicode(manifest_text(cases)).encode())
-    if differing := [name for name in ours if theirs[name] != ours[name]]:
-        there, here = (", ".join(f"{name} {shorten(one[name], 60)}" for name in differing) for one in (theirs, ours))
+    if differing := _differing(theirs, ours):
+        there, here = differing
         remedy = "Wait until that has ended, or choose another `output`."
         raise CheckpointError(str(config.output), f"another command at work with {there}", f"one with {here}", remedy)
 

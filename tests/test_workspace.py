@@ -193,6 +193,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     own = config(tmp_path_factory.mktemp("trained"))
     spec = model_spec(own)
     checkpoint.save(own.output / "model", spec, build_network(spec), {"inputs": training_inputs(own, ())})
+    write_setup(own, ())
     return own
 
 
@@ -211,8 +212,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     ],
 )
 def test_a_model_of_another_training_is_not_taken_for_this_one(trained: Config, override: str) -> None:
-    with pytest.raises(CheckpointError, match="a model that was trained with another cohort or configuration"):
+    name = ".".join(override.partition("=")[0].split(".")[:2]).replace("classes.0", "classes")
+    with pytest.raises(
+        CheckpointError, match=f"a model that was trained with {name} .*; expected none, or one with {name} "
+    ):
         check_output(config(trained.output, override), ())
+
+
+def test_a_model_of_another_cohort_is_not_taken_for_one_of_this(trained: Config, tmp_path: Path) -> None:
+    (tmp_path / "truth.geojson").write_text("[]")
+    (tmp_path / "slide.tiff").touch()
+    case = Case("a", "P", tmp_path / "slide.tiff", tmp_path / "truth.geojson", "train")
+    with pytest.raises(CheckpointError, match="trained with another cohort; expected none, or one with this"):
+        check_output(config(trained.output), (case,))
 
 
 @pytest.mark.parametrize(
