@@ -120,6 +120,7 @@ def _column_problems(columns: Sequence[str]) -> list[str]:
 
 
 def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: list[Case], problems: list[str]) -> None:
+    """Add the case of a row, unless the row is empty, and what is wrong with it."""
     if None in row or row.get(""):
         problems.append(f"line {line}: more values than columns")
         return
@@ -132,34 +133,43 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
     if not values["slide"]:
         problems.append(f"line {line}: no slide")
         return
-    slide, annotation = folder / values["slide"], values.get("annotation", "")
+    case = _case(values, folder)
+    problems += [f"line {line}: {problem}" for problem in _case_problems(case, values.get("mpp", ""))]
+    cases.append(case)
+
+
+def _case(values: Mapping[str, str], folder: Path) -> Case:
+    """The case of a row of a manifest that lies in `folder`; without its scale, where that is none."""
+    slide, annotation, mpp = folder / values["slide"], values.get("annotation", ""), values.get("mpp", "")
     slide_id = values.get("slide_id") or slide.stem
-    mpp = values.get("mpp", "")
-    if not _is_file(slide):
-        problems.append(f"line {line}: no such slide: {slide}")
-    if annotation and not _is_file(folder / annotation):
-        problems.append(f"line {line}: no such annotation: {folder / annotation}")
-    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
-        problems.append(f"line {line}: slide_id {slide_id!r} cannot name a folder")
-    if slide_id == "pooled":
-        problems.append(f"line {line}: slide_id {slide_id!r} is what metrics call all slides together")
-    if len(os.fsencode(slide_id)) > LONGEST_ID:
-        problems.append(f"line {line}: slide_id of more than {LONGEST_ID} bytes: {slide_id}")
-    if values.get("split", "") not in ("", *SPLITS):
-        problems.append(f"line {line}: split {values['split']!r} is none of {', '.join(SPLITS)}")
-    if mpp and not _is_scale(mpp):
-        problems.append(f"line {line}: mpp {mpp!r} is no number from {MPP_RANGE[0]} to {MPP_RANGE[1]}")
-        mpp = ""
-    cases.append(
-        Case(
-            slide_id=slide_id,
-            patient=values.get("patient") or slide_id,
-            slide=slide,
-            annotation=folder / annotation if annotation else None,
-            split=values.get("split", ""),
-            mpp=float(mpp) if mpp else None,
-        )
+    return Case(
+        slide_id=slide_id,
+        patient=values.get("patient") or slide_id,
+        slide=slide,
+        annotation=folder / annotation if annotation else None,
+        split=values.get("split", ""),
+        mpp=float(mpp) if _is_scale(mpp) else None,
     )
+
+
+def _case_problems(case: Case, mpp: str) -> list[str]:
+    """What is wrong with a case by itself, whose scale was given as `mpp`."""
+    problems = []
+    if not _is_file(case.slide):
+        problems.append(f"no such slide: {case.slide}")
+    if case.annotation is not None and not _is_file(case.annotation):
+        problems.append(f"no such annotation: {case.annotation}")
+    if case.slide_id in (".", "..") or "/" in case.slide_id or "\\" in case.slide_id:
+        problems.append(f"slide_id {case.slide_id!r} cannot name a folder")
+    if case.slide_id == "pooled":
+        problems.append(f"slide_id {case.slide_id!r} is what metrics call all slides together")
+    if len(os.fsencode(case.slide_id)) > LONGEST_ID:
+        problems.append(f"slide_id of more than {LONGEST_ID} bytes: {case.slide_id}")
+    if case.split not in ("", *SPLITS):
+        problems.append(f"split {case.split!r} is none of {', '.join(SPLITS)}")
+    if mpp and not _is_scale(mpp):
+        problems.append(f"mpp {mpp!r} is no number from {MPP_RANGE[0]} to {MPP_RANGE[1]}")
+    return problems
 
 
 def _is_file(path: Path) -> bool:

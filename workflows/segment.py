@@ -10,38 +10,24 @@ import csv
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pipeline import checkpoint, ensemble
+from pipeline import ensemble
 from pipeline.cluster import connect
-from pipeline.cohort import LONGEST_ID, Case
-from pipeline.config import Config
+from pipeline.cohort import LONGEST_ID
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
 from pipeline.lineage import add_models
-from pipeline.network import ModelSpec
 from pipeline.progress import console, progress
 from pipeline.registry import fold_references, resolve_model
-from pipeline.runtime import (
-    fp32_graph,
-    int8_folder,
-    is_calibrated,
-    load_engine,
-    open_engine,
-    require_ability,
-    settled,
-    with_flips,
-)
+from pipeline.runtime import require_ability, settled, with_flips
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
-from pipeline.slide import fallback_mpp, open_slide
+from pipeline.slide import fallback_mpp
 from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
 from pipeline.stitching import stitching
 from pipeline.tasks import Cluster
@@ -49,9 +35,6 @@ from pipeline.tracking import Run
 from pipeline.workers import local_workers
 
 if TYPE_CHECKING:
-    from pipeline.approval import Deviation
-    from pipeline.patches import Source
-    from pipeline.tissue import Tissue
     from pipeline.workspace import Workspace
 
 
@@ -177,56 +160,13 @@ def _require_engine(engine: EngineSettings, models: Sequence[Path]) -> None:
 
 def _approve_engine(workspace: Workspace, run: Run) -> None:
     """Compare the run's engine with the exact one in a worker, print and log. Raises EngineError where it strays too far."""
+    from pipeline.trial import approve_engine
+
     config, cases = workspace.config, workspace.tiled(("train", "val"))
     for backend, found, unread in workspace.cluster.stream(approve_engine, config, cases, workspace.tiles, workspace.model):
         passed_over = f"; passed over, since they cannot be read: {', '.join(unread)}" if unread else ""
         console.print(f"{config.engine.precision} with {backend} against exact: {found}{passed_over}")
         run.log_metrics(asdict(found))
-
-
-def approve_engine(
-    config: Config, cases: Sequence[Case], tiles: Path, model: Path
-) -> Iterator[tuple[str, Deviation, list[str]]]:
-    """Yield the backend that this worker runs, how far it is from exact on validation tissue, and which slides cannot be
-    read; then approve it, or raise EngineError.
-
-    Calibrates int8 where the run has not done so yet. An engine that was approved before, on all of these slides, is not run
-    again.
-    """
-    from pipeline.approval import approval, approve, is_of_all
-    from pipeline.openvino_graph import quantise
-    from pipeline.precision import measure_deviation
-    from pipeline.sources import open_source
-    from pipeline.tissue import find_tissue
-
-    engine = settled(config.engine)
-    if (engine.precision, engine.backend) == ("fastest", "openvino") and not is_calibrated(model):
-        quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
-    found, unread = approval(engine, model), list[str]()
-    if found is None or not is_of_all(engine, model):
-        normalisation = checkpoint.load_spec(model).normalisation
-
-        def opened(case: Case) -> tuple[Source, Tissue]:
-            tissue = find_tissue(open_slide(case.slide, case.mpp), config.tissue)
-            return open_source(case, config, normalisation), tissue
-
-        slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
-        exact = open_engine(model, settled(EngineSettings(flips=engine.flips)))
-        found, unread = measure_deviation(exact, load_engine(model, engine), slides)
-    yield engine.backend, found, unread
-    approve(found, engine, model, unread)
-
-
-def _calibration(config: Config, cases: Sequence[Case], tiles: Path, spec: ModelSpec) -> list[np.ndarray]:
-    """Patches of the training slides, on which int8 is calibrated."""
-    from pipeline.patches import read_index
-    from pipeline.precision import calibration_patches
-    from pipeline.sources import open_source
-
-    index = read_index(tiles, config.class_list.names, "train")
-    drawn = [case for case in cases if case.slide_id in index.slide_ids]
-    sources = {case.slide_id: open_source(case, config, spec.normalisation) for case in drawn}
-    return calibration_patches(index, sources, config.tiles.patch_size, spec)
 
 
 def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gib: float | None) -> list[Row]:
