@@ -37,8 +37,9 @@ class Case:
 def read_manifest(path: Path) -> tuple[Case, ...]:
     """Read a CSV file with the column `slide` and any of `slide_id, annotation, patient, split, mpp`.
 
-    Paths are relative to the file. A missing `slide_id` is the slide's stem, a missing `patient` the slide_id. Raises
-    CohortError that lists every problem of the file at once.
+    Values lie between commas, or between semicolons or tabs, as spreadsheets have it in countries of a decimal comma, which
+    a scale may have too. Paths are relative to the file. A missing `slide_id` is the slide's stem, a missing `patient` the
+    slide_id. Raises CohortError that lists every problem of the file at once.
     """
     if not path.is_file():
         raise CohortError(str(path), "no such file", "a CSV manifest", "Correct the path in `cohort.manifest`.")
@@ -46,7 +47,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CohortError(str(path), f"other letters ({error})", "UTF-8", "Save it as CSV UTF-8.") from error
-    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(text), delimiter=_separator(text.partition("\n")[0]), skipinitialspace=True)
     columns = [name.strip() for name in reader.fieldnames or []]
     problems = _column_problems(columns) if columns else ["nothing in the first line, which is to name the columns"]
     cases: list[Case] = []
@@ -110,9 +111,12 @@ def manifest_text(cases: Sequence[Case]) -> str:
     return csv_text(COLUMNS, rows)
 
 
+def _separator(columns: str) -> str:
+    """What stands between values, by the line that names the columns."""
+    return next((mark for mark in ",;\t" if mark in columns), ",")
+
+
 def _column_problems(columns: Sequence[str]) -> list[str]:
-    if len(columns) == 1 and (mark := next((mark for mark in ";\t" if mark in columns[0]), "")):
-        return [f"values between {mark!r}: save it with commas"]
     named = [name for name in columns if name]  # Excel may write columns that are empty throughout
     problems = [f"unknown column {name!r}" for name in named if name not in COLUMNS]
     problems += [f"column {name!r} stands twice" for name in sorted(set(named)) if named.count(name) > 1]
@@ -125,6 +129,7 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: more values than columns")
         return
     values = {name: (value or "").strip() for name, value in row.items()}
+    values["mpp"] = values.get("mpp", "").replace(",", ".")
     if not any(values.values()):
         return
     if broken := [name for name, value in values.items() if "\n" in value]:
@@ -134,13 +139,13 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: no slide")
         return
     case = _case(values, folder)
-    problems += [f"line {line}: {problem}" for problem in _case_problems(case, values.get("mpp", ""))]
+    problems += [f"line {line}: {problem}" for problem in _case_problems(case, values["mpp"])]
     cases.append(case)
 
 
 def _case(values: Mapping[str, str], folder: Path) -> Case:
     """The case of a row of a manifest that lies in `folder`; without its scale, where that is none."""
-    slide, annotation, mpp = folder / values["slide"], values.get("annotation", ""), values.get("mpp", "")
+    slide, annotation, mpp = folder / values["slide"], values.get("annotation", ""), values["mpp"]
     slide_id = values.get("slide_id") or slide.stem
     return Case(
         slide_id=slide_id,

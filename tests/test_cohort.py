@@ -67,6 +67,13 @@ def test_empty_columns_of_a_spreadsheet_count_for_nothing(tmp_path: Path) -> Non
     assert read_manifest(path) == (Case("a", "P1", tmp_path / "a.svs"),)
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_spreadsheet_may_write_decimal_commas_and_other_marks_between_values(tmp_path: Path, mark: str) -> None:
+    text = "slide;patient;mpp\r\na, b.svs;Müller;0,25\r\n".replace(";", mark)
+    path = manifest(tmp_path, text, "a, b.svs")
+    assert read_manifest(path) == (Case("a, b", "Müller", tmp_path / "a, b.svs", mpp=0.25),)
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     rows = ["a.svs,P1,train,,", "b.svs,P1,val,,", "c.svs,P2,trian,x.xml,no", "a.svs,P1,train,,", ",,train,,"]
     text = "\n".join(["slide,patient,split,annotation,mpp", *rows])
@@ -104,7 +111,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 99, "a quote may lack its other half"),
         ('slide,slide_id,patient\na.svs,a,"P1\nb/a.svs,b,P2\n', "line 3: patient with a line break"),
-        ("slide;patient\na.svs;P1\n", "values between ';': save it with commas"),
+        ("slide;mpp\na.svs;0,2,5\n", "'0.2.5' is no number"),
         ("slide,patient,\na.svs,P1,P2\n", "line 2: more values than columns"),
         ("slide,slide_id\nloop.svs,a\nno\0file.svs,b\n", "line 2: no such slide(.|\n)*line 3: no such slide"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "a quote may lack its other half"),

@@ -21,7 +21,7 @@ from pipeline.cohort import LONGEST_ID
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
-from pipeline.lineage import add_models
+from pipeline.lineage import add_models, cases_facts, note_used
 from pipeline.progress import console, progress
 from pipeline.registry import fold_references, resolve_model
 from pipeline.runtime import require_ability, settled, with_flips
@@ -142,6 +142,9 @@ def segment_cohort(workspace: Workspace) -> int:
                 run.log_file(job.folder / "overlay.png", f"slides/{job.slide_id}")
                 run.log_file(job.folder / "measurements.csv", f"slides/{job.slide_id}")
                 run.log_reference(f"{job.slide_id}.segmentation", job.folder / "segmentation.ome.zarr")
+        made = {row.slide_id for row in rows if row.status == "done" and row.megapixels}
+        if used := [case for case in workspace.cases if case.slide_id in made]:
+            note_used(workspace.output, cases_facts(used, workspace.cluster))
     return report(rows, workspace.output)
 
 
@@ -203,7 +206,9 @@ def report(rows: Sequence[Row], output: Path) -> int:
         if row.reason:
             console.print(f"{row.status}: {row.slide_id}: {row.reason}")
     failed = count_failed(rows)
-    console.print(f"segment: {len(rows) - failed} slides done, {failed} failed; see {output / 'slides.csv'}")
+    console.print(
+        f"segment: {len(rows) - failed} slides done, {failed} failed; {output / 'slides.csv'} lists what lies there"
+    )
     return 1 if failed else 0
 
 
