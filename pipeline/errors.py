@@ -21,18 +21,27 @@ import errno
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
+NO_ROOM = ("a place to read and write", "Make room or give access.")
+"""What is expected of a disk or a folder, and what to do where it refuses."""
+
 
 def refusal(error: OSError, place: object) -> str | None:
     """What a disk or a folder refused, in words; None where neither is to blame, as where a connection is lost.
 
     `place` is named where the error itself names no file.
     """
+    parts = refused(error, place)
+    return None if parts is None else str(FullfieldError(*parts))
+
+
+def refused(error: OSError, place: object) -> tuple[str, str, str, str] | None:
+    """The same in the four parts of a FullfieldError."""
     if error.filename is None and error.errno not in _FULL:
         return None
+    subject = str(error.filename2 or error.filename or place)  # a copy tells first what it copies
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return f"{error.filename or place}: found a file; expected a folder. Choose another name."
-    found = error.strerror or str(error)
-    return f"{error.filename or place}: found {found!r}; expected a place to read and write. Make room or give access."
+        return subject, "a file", "a folder", "Choose another name."
+    return subject, repr(error.strerror or str(error)), *NO_ROOM
 
 
 def unread(error: Exception) -> str:

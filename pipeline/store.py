@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipeline.addresses import SQLITE, chosen_address, sqlite_path, without_password
-from pipeline.errors import TrackingError
+from pipeline.errors import NO_ROOM, TrackingError, refused
 from pipeline.files import locked
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ EARLIER = "earlier "
 """Begins the tag of a stage whose figures are those of an attempt before."""
 
 _STAGES = ("tile", "train", "segment", "evaluate")
+
+_ECHOES = ("mlflow.store.db.utils", "mlflow.system_metrics")
+"""Loggers of MLflow that tell, at length, of failures which our own calls to the store raise as well."""
+
+_FULL = re.compile("disk is full|readonly database|disk I/O error|No space left on device")  # as SQLite and copies say it
 
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
@@ -172,7 +177,8 @@ def open_store(address: str, create: bool) -> Store:
     """Opens the store at an address; a SQLite store that does not exist is made, if `create` allows it.
 
     Raises TrackingError where it cannot be opened; for a server that does not answer, within seconds. MLflow's
-    telemetry, its progress bars and its links on standard output are switched off, unless the environment says otherwise.
+    telemetry, its progress bars and its links on standard output are switched off, unless the environment says otherwise;
+    so are, in any case, its tracebacks of failures that our own calls raise as well.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -180,6 +186,8 @@ def open_store(address: str, create: bool) -> Store:
     path = sqlite_path(address)
     if path is not None:
         _check_sqlite(path, create)
+    for name in _ECHOES:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with _conversation(address), _impatience(), ExitStack() as alone:
         if path is not None and create:  # two that make its tables at once would both fail
             with suppress(PermissionError):  # another user's lock, who has made them
@@ -235,15 +243,22 @@ def _conversation(address: str, subject: str = "") -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        shown = without_password(address)
-        found = " ".join(str(error).replace(address, shown).split())
-        remedy = (
-            f"Check that this is the right store ({shown}): MLFLOW_TRACKING_URI or the config's `tracking.uri` names it."
-        )
-        raise TrackingError(subject or shown, found, "an MLflow store that does as asked", remedy) from error
+        raise TrackingError(*_trouble(error, address, subject)) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _trouble(error: Exception, address: str, subject: str) -> tuple[str, str, str, str]:
+    """What a store's failure is, in the parts of an error: a disk that refuses, or a store that may be the wrong one."""
+    shown = without_password(address)
+    if isinstance(error, OSError) and (parts := refused(error, shown)):
+        return parts
+    if full := _FULL.search(str(error)):
+        return shown, repr(full[0]), *NO_ROOM
+    found = " ".join(str(error).replace(address, shown).split())
+    remedy = f"Check that this is the right store ({shown}): MLFLOW_TRACKING_URI or the config's `tracking.uri` names it."
+    return subject or shown, found, "an MLflow store that does as asked", remedy
 
 
 @contextmanager

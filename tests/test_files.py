@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.errors import refusal
 from pipeline.files import file_digest, keep_in_cache, locked, new_folder, replacing, write_text
 from pipeline.shards import ShardedArray
 
@@ -205,3 +207,16 @@ def test_a_write_that_the_system_cuts_short_names_the_file_and_leaves_nothing(tm
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert caught.value.filename == str(path)
         assert list(path.parent.glob("*.partial")) == []
+
+
+def test_a_copy_that_the_system_cuts_short_names_where_to(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(bytes(5000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            shutil.copy2(tmp_path / "from", tmp_path / "to")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    expected = f"{tmp_path / 'to'}: found 'File too large'; expected a place to read and write. Make room or give access."
+    assert refusal(caught.value, "a file") == expected

@@ -212,6 +212,39 @@ def test_a_dying_store_does_not_hide_the_error_of_the_run(start):
     assert "could not be marked as FAILED" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    ("limit", "free", "found"),
+    [
+        ("max_page_count=1", f"max_page_count={2**30}", "disk is full"),
+        ("query_only=1", "query_only=0", "readonly database"),
+    ],
+)
+def test_a_disk_that_refuses_is_told_in_a_line(start, capfd, monkeypatch, limit, free, found):
+    from sqlalchemy import event
+    from sqlalchemy.pool import Pool
+
+    def refuse(connection, *_):
+        connection.execute(f"PRAGMA {limit}")
+
+    def allow(connection, *_):
+        connection.execute(f"PRAGMA {free}")
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    hooks, tags = {"checkout": refuse, "checkin": allow}, {f"note {index}": 5000 * "x" for index in range(50)}
+    try:
+        with pytest.raises(TrackingError) as caught, start() as run:
+            for name, hook in hooks.items():
+                event.listen(Pool, name, hook)
+            time.sleep(0.5)  # the machine's load is to be recorded meanwhile
+            run.set_tags(tags)
+    finally:
+        for name, hook in hooks.items():
+            event.remove(Pool, name, hook)
+    expected = f"{run.store.shown}: found {found!r}; expected a place to read and write. Make room or give access."
+    assert str(caught.value) == expected
+    assert capfd.readouterr().err == ""
+
+
 def test_a_run_says_where_it_comes_from(start):
     tags = look(start()).data.tags
     assert tags["fullfield.version"] == __version__
