@@ -137,7 +137,8 @@ def plan_slide(job: SlideJob, wait: bool = True) -> Plan | Busy:
     blocks = defaultdict[Place, list[Place]](list)
     for row, column in left:
         blocks[row // _BLOCK_TILES, column // _BLOCK_TILES].append((row, column))
-    bands, tissue_mm2 = Counter(sorted(row for row, _ in (*done, *left))), tissue.area_um2 / 1e6
+    bands = Counter(sorted(row for row, _ in (*done, *left)))
+    tissue_mm2 = tissue.area_um2(opened.slide.base) / 1e6
     planned = tuple(tuple(block) for block in blocks.values())
     return Plan(planned, dict(bands), tissue_mm2, _remark(opened, canvas, tissue_mm2))
 

@@ -71,10 +71,13 @@ class Tissue:
             mask = np.unpackbits(file["mask"], count=height * width).view(bool).reshape(height, width)
             return cls(mask, Lattice(width, height, mpp))
 
-    @property
-    def area_um2(self) -> float:
-        """Area of the tissue in square micrometres."""
-        return float(self.mask.sum()) * self.lattice.mpp.area_um2
+    def area_um2(self, base: Lattice) -> float:
+        """Area of the tissue in square micrometres; of pixels that reach past `base`, all of the slide, what lies on it."""
+        mpp = self.lattice.mpp
+        past_x = self.lattice.width * mpp.x - base.width * base.mpp.x
+        past_y = self.lattice.height * mpp.y - base.height * base.mpp.y
+        widths = np.count_nonzero(self.mask, axis=1) * mpp.x - self.mask[:, -1] * past_x
+        return float(widths.sum() * mpp.y - widths[-1] * past_y)
 
 
 def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:

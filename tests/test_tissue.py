@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import morphology
 
@@ -78,13 +80,29 @@ def test_a_slide_without_tissue_has_none(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(241, 2.5, (900, 1300, 3)).clip(0, 255).astype(np.uint8)
     tissue = tissue_of(noise, tmp_path)
     assert tissue.mask.sum() == 0
-    assert tissue.area_um2 == 0
+    assert tissue.area_um2(Lattice(1300, 900, Mpp.square(MPP))) == 0
 
 
 def test_a_slide_that_is_all_tissue_is_all_tissue(tmp_path: Path) -> None:
     image, truth = render(5, 1501, 1203, MPP, spread=3)
     assert (truth != GLASS).all()
     assert tissue_of(image, tmp_path).mask.mean() > 0.99
+
+
+@settings(max_examples=30)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), x=st.floats(0.2, 3), y=st.floats(0.2, 3), seed=st.integers(0))
+def test_tissue_does_not_reach_past_the_slide(width: int, height: int, x: float, y: float, seed: int) -> None:
+    """Its area is that of its pixels, each cut to the slide."""
+    base = Lattice(width, height, Mpp(x, y))
+    lattice = base.at(Mpp(8.0, 7.0))
+    mask = np.random.default_rng(seed).random(lattice.shape) < 0.6
+    slow = sum(
+        (min(8.0 * (column + 1), width * x) - 8.0 * column) * (min(7.0 * (row + 1), height * y) - 7.0 * row)
+        for row, column in np.argwhere(mask)
+    )
+    assert Tissue(mask, lattice).area_um2(base) == pytest.approx(slow, abs=1e-4)
+    whole = Tissue(np.ones(lattice.shape, bool), lattice)
+    assert whole.area_um2(base) == pytest.approx(base.roi.area * base.mpp.area_um2)
 
 
 @pytest.mark.parametrize("mpp", [1.0, 3.3, 8.0])
@@ -147,7 +165,7 @@ def test_real_fields_on_glass_are_found(shared_data: Path, patient: str) -> None
     shares = [tissue.fraction(box, slide.base) for box in boxes]
     assert np.mean(shares) > 0.85
     known = sum(box.area for box in boxes) * slide.base.mpp.area_um2
-    assert tissue.area_um2 < 1.25 * known
+    assert tissue.area_um2(slide.base) < 1.25 * known
 
 
 def test_a_fraction_is_of_the_rectangle(phantom) -> None:

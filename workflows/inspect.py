@@ -52,7 +52,8 @@ def _open(path: Path, mpp: float | None) -> tuple[Slide, ScaleError | None]:
 
 
 def _facts(slide: Slide, tissue: Tissue | None, problem: ScaleError | None) -> dict[str, Any]:
-    tissue_um2, slide_um2 = None if tissue is None else tissue.area_um2, slide.base.roi.area * slide.base.mpp.area_um2
+    slide_um2 = slide.base.roi.area * slide.base.mpp.area_um2
+    tissue_um2 = None if tissue is None else tissue.area_um2(slide.base)
     return {
         "slide": str(slide.path),
         "vendor": slide.vendor,
