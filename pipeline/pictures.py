@@ -23,7 +23,7 @@ PICTURE_PIXELS = 2048
 
 _PANEL, _NARROWEST = 1024, 640  # pixels: longer side of a panel, least width of a picture
 _LEGEND_SPACE = 256  # pixels of a picture's height that are kept for its legend
-_TINT, _DIM, _LINES, _BETWEEN = np.array([97, 128, 115, 13], np.uint8)  # of 255: cover by colour, white, grey lines, gaps
+_TINT, _LINES, _BETWEEN = np.array([97, 115, 13], np.uint8)  # of 255: cover by colour, by grey lines, between these
 _PNG_LEVEL = 3  # of 9: pictures are looked at, not archived
 _HATCHING = 12  # pixels from one line to the next
 _WHITE, _INK, _GREY, _LINE = (255, 255, 255), (40, 40, 40), (150, 150, 150), (0, 160, 60)
@@ -54,25 +54,25 @@ def overlay(slide: Slide, canvas: Canvas) -> np.ndarray:
     shrink = max(base.width / PICTURE_PIXELS, base.height / (PICTURE_PIXELS - _LEGEND_SPACE), 1)
     lattice = base.at(Mpp(base.mpp.x * shrink, base.mpp.y * shrink))
     labels = _labels_at(canvas, lattice)
-    picture = _hatched(_painted(slide.read(lattice.roi, lattice), labels, canvas.classes), labels == IGNORED)
+    unseen = labels == IGNORED
+    picture = _hatched(_painted(slide.read(lattice.roi, lattice), labels, canvas.classes), unseen)
     width = max(lattice.width, _NARROWEST)
-    legend = _legend(width, canvas.classes, bool((labels == IGNORED).any()), lattice.mpp.x)
+    legend = _legend(width, canvas.classes, "not examined" if unseen.any() else "", lattice.mpp.x)
     return np.asarray(_stacked([Image.fromarray(picture), legend], width))
 
 
 def truth_beside_prediction(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
-    """Slide, truth and prediction side by side; where nothing is known, the latter two are dimmed.
+    """Slide, truth and prediction side by side, with legend; where nothing is known, the latter two are hatched.
 
     `image` is (rows, columns, 3) uint8 RGB, `truth` and `prediction` (rows, columns) uint8 class indices or IGNORED.
     Returns (rows, columns, 3) uint8 RGB; a panel is at most 1024 pixels on its longer side, and a tiny one is enlarged.
     """
     image, truth, prediction = (_resized(pixels, _PANEL) for pixels in (image, truth, prediction))
     unknown = truth == IGNORED
-    pale = " (pale: not known)" if unknown.any() else ""
     panels = {
         "slide": image,
-        f"truth{pale}": _dimmed(_painted(image, truth, classes), unknown),
-        f"prediction{pale}": _dimmed(_painted(image, prediction, classes), unknown),
+        "truth": _hatched(_painted(image, truth, classes), unknown),
+        "prediction": _hatched(_painted(image, prediction, classes), unknown),
     }
     gap = max(image.shape[1] // 64, 6)
     size = _font_size(3 * image.shape[1])
@@ -82,7 +82,7 @@ def truth_beside_prediction(image: np.ndarray, truth: np.ndarray, prediction: np
         x = number * (image.shape[1] + gap)
         ImageDraw.Draw(row).text((x + size // 2, size), title, _INK, _font(size), anchor="lm")
         row.paste(Image.fromarray(panel), (x, 2 * size))
-    return np.asarray(_stacked([row, _legend(width, classes, False, None)], width))
+    return np.asarray(_stacked([row, _legend(width, classes, "not known" if unknown.any() else "", None)], width))
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
@@ -119,10 +119,6 @@ def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
     return pixels[::step, ::step].repeat(times, axis=0).repeat(times, axis=1)
 
 
-def _dimmed(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return _blended(picture, np.array(_WHITE), where * _DIM)
-
-
 def _hatched(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Thin diagonal lines over part of a picture."""
     rows, columns = np.ogrid[: where.shape[0], : where.shape[1]]
@@ -137,11 +133,11 @@ def _blended(picture: np.ndarray, color: np.ndarray, cover: np.ndarray) -> np.nd
     return np.asarray(Image.composite(above, below, over))
 
 
-def _legend(width: int, classes: Classes, hatched: bool, mpp: float | None) -> Image.Image:
-    """A strip with a swatch and a name for each class, and for what is hatched; a scale bar where `mpp` is given."""
+def _legend(width: int, classes: Classes, hatched: str, mpp: float | None) -> Image.Image:
+    """A strip with a swatch and name for each class, and for what is `hatched`, if any; a scale bar where `mpp` is given."""
     size = _font_size(width)
     font = _font(size)
-    entries = [*((item.name, item.color) for item in classes), *([("not examined", None)] if hatched else [])]
+    entries = [*((item.name, item.color) for item in classes), *([(hatched, None)] if hatched else [])]
     widths = [int(font.getlength(name)) + 4 * size for name, _ in entries]
     bar_width = width // 3 if mpp else 0
     places, x, y = [], size, size

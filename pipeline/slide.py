@@ -30,7 +30,7 @@ _MIDDLE = 512  # pixels a side of what is looked at first to tell whether two wa
 
 
 class Pixels(Protocol):
-    """Whatever shows a slide's pixels."""
+    """Whatever gives an array for a rectangle: a slide, or its truth."""
 
     def read(self, roi: Roi, lattice: Lattice) -> np.ndarray:
         """See Slide.read."""

@@ -58,7 +58,7 @@ def test_overlay_does_not_depend_on_how_much_is_read_at_once(tmp_path: Path, mon
     assert np.array_equal(overlay(slide, canvas), whole)
 
 
-def test_truth_and_prediction_stand_side_by_side_and_the_unknown_is_pale() -> None:
+def test_truth_and_prediction_stand_side_by_side_and_the_unknown_is_hatched() -> None:
     truth, prediction = blobs((200, 310)), blobs((310, 200)).T
     truth[50:100, 50:120] = IGNORED
     image = np.zeros((200, 310, 3), np.uint8)
@@ -67,13 +67,24 @@ def test_truth_and_prediction_stand_side_by_side_and_the_unknown_is_pale() -> No
     top = next(y for y in range(picture.shape[0]) if np.all(picture[y, :310] == 0))
     second, third = (picture[top : top + 200, start : start + 310] for start in (310 + gap, 620 + 2 * gap))
     assert np.all(picture[top : top + 200, :310] == 0)
-    assert np.all(second[truth == IGNORED] >= 127)
+    rows, columns = np.nonzero(truth == IGNORED)
+    lines = (rows + columns) % 12 == 0  # between them all pales a little
+    assert np.all(second[rows, columns][lines] > 60) and np.all(second[rows, columns][~lines] < 15)
     for panel, labels in ((second, truth), (third, prediction)):
         inside = ndimage.minimum_filter(labels, 7) == ndimage.maximum_filter(labels, 7)
         inside &= truth != IGNORED
         for index in (0, 1, 2):
             expected = np.array(CLASSES[index].color) * 0.38
             assert np.abs(panel[inside & (labels == index)] - expected).max() <= 2
+
+
+def test_the_legend_has_a_swatch_for_what_is_not_known_where_there_is_any() -> None:
+    image, known = np.zeros((200, 310, 3), np.uint8), blobs((200, 310))
+    some = known.copy()
+    some[50:100, 50:120] = IGNORED
+    legend, longer = (truth_beside_prediction(image, truth, known, CLASSES)[230:] for truth in (known, some))
+    added = np.any(legend != longer, axis=(0, 2))
+    assert added.any() and np.all(legend[:, added] == 255)
 
 
 def test_large_and_tiny_panels_are_brought_to_size() -> None:
