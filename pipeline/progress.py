@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 _LINE_SECONDS = 10.0  # between plain lines
+_FRAME = 3  # of a column of a table: a line, and a blank on either side
 
 
 class Bar:
@@ -63,6 +65,21 @@ class Bar:
 def new_table(title: str, *columns: str) -> Table:
     """An empty table with a title over its left corner, in which nothing is cut off, however narrow it has to be."""
     return Table(*(Column(name, overflow="fold") for name in columns), title=title or None, title_justify="left")
+
+
+def show(table: Table) -> None:
+    """Print a `new_table`; where it has to be narrow, its lines are broken between words, as long as that is enough."""
+    texts = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    least = [max(cell_len(word) for text in column for word in text.split()) for column in texts]
+    widths = [max(cell_len(line) for text in column for line in text.splitlines()) for column in texts]
+    room = console.width - _FRAME * len(widths) - 1
+    while sum(widths) > max(room, sum(least)):
+        widest = max(range(len(widths)), key=lambda index: (widths[index] > least[index], widths[index]))
+        widths[widest] -= 1
+    if sum(widths) <= room:
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+    console.print(table)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """What commands say, to files as well, so that nobody overlooks it."""
 
 import csv
+import re
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +18,17 @@ from pipeline.classes import Class, Classes
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import replacing
 from pipeline.footprint import with_footprint
+from pipeline.metrics import POOLED
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_cohort, render, write_slide
-from pipeline.progress import console, new_table, progress
+from pipeline.progress import new_table, progress, show
 from pipeline.runtime import EXACT
 from pipeline.settings import ClusterSettings
 from pipeline.staining import Normalisation
 from workflows.__main__ import app
 from workflows.crossval import crossval
-from workflows.evaluate import evaluate
+from workflows.evaluate import _shape_table, evaluate
+from workflows.inspect import inspect
 from workflows.run import run
 from workflows.segment import segment
 from workflows.study_commands import study_app
@@ -116,18 +120,50 @@ def test_the_last_note_is_told_where_nobody_watches(capsys: pytest.CaptureFixtur
     assert [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()] == ["0 of 1 slides", "1 of 1 slides"]
 
 
-def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+def shown_shapes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
+    """The lines of a table of figures with lesions, so many letters wide."""
+    figures = {"object_f1": 0.872, "object_dice": 0.799, "object_hausdorff_um": 1234.5, "hd95_um": 3.3, "nsd": 0.7}
+    figures["froc"] = 0.5
+    bounds = {f"{name}_{end}": value for name, value in figures.items() for end in ("low", "high")}
+    monkeypatch.setenv("COLUMNS", str(width))
+    show(_shape_table({"out-of-fold": {POOLED: {"Nucleus": {"objects": 7, **figures, **bounds}}}}))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_narrow_table_is_broken_between_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = (shown_shapes(capsys, monkeypatch, width) for width in (80, 150))
+    assert max(map(len, narrow)) == 80 and max(map(len, wide)) <= 150
+    words, whole = (Counter(re.findall(r"[-\w.,]+", " ".join(lines))) for lines in (narrow, wide))
+    assert words == whole and whole["out-of-fold"] == whole["0.799"] - 2 == 1
+
+
+def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     name = "Tumour_epithelium_high_grade"
     table = new_table("Dice", *(f"{name}_{number}" for number in range(8)))
     table.add_row(*(f"0.{number}23456789" for number in range(8)))
-    console.print(table, width=60)
-    assert "…" not in capsys.readouterr().out
+    show(table)
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 60
+
+
+def test_a_long_path_is_told_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    path = tmp_path / "a_folder_whose_name_is_somewhat_long" / "slide.tiff"
+    path.parent.mkdir()
+    write_slide(np.full((90, 130, 3), 240, np.uint8), path, 0.5)
+    inspect(path, False, None, None)
+    assert str(path) in re.sub(r"\s", "", capsys.readouterr().out)
 
 
 def test_help_is_broken_where_the_terminal_ends() -> None:
     for command in (*app.registered_commands, *study_app.registered_commands):
         *paragraphs, last = str(command.help).split("\n\n")
         assert last.startswith("Example: `fullfield ") and not any("\n" in paragraph for paragraph in (*paragraphs, last))
+        name = str(command.name or command.callback.__name__)
+        assert "…" not in CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "90"}).output
     assert "weights.safetensors). Killed and called again, it goes on after the last whole epoch" in shown
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from pipeline.comparison import in_words, paired_difference
 from pipeline.errors import CohortError
-from pipeline.progress import console, new_table
+from pipeline.progress import console, new_table, show
 from pipeline.tally import Tally, find_tally, scale_remark, shared_patients
 
 _LEAST = 0.001  # mm2, the smallest area that is told as a number
@@ -25,7 +25,7 @@ def compare(references: Sequence[str]) -> int:
             console.print(f"{first}, {other}: {remark}")
     for name in tallies[first].classes:
         dice = {reference: tally.dice(name) for reference, tally in tallies.items()}
-        console.print(_table(name, dice))
+        show(_table(name, dice))
         for other in others:
             console.print(_sentence(name, first, tallies[first], other, tallies[other]))
             if invented := _invented(name, first, tallies[first], other, tallies[other]):

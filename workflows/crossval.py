@@ -26,7 +26,7 @@ from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
 from pipeline.lineage import write_parts
 from pipeline.metrics import POOLED, Report
-from pipeline.progress import console, new_table
+from pipeline.progress import console, new_table, show
 from pipeline.settings import SPLITS
 from pipeline.specs import read_config
 from pipeline.tally import FILE as TALLY
@@ -179,7 +179,7 @@ def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     pooled = figures.scores[_HELD_OUT][POOLED]
     intervals = {f"{_HELD_OUT} {bound} {name}": values[bound] for name, values in pooled.items() for bound in _BOUNDS}
     workspace.run.renew_metrics({**figures.headline(), **intervals}, [_HELD_OUT])
-    console.print(_table(figures.scores))
+    show(_table(figures.scores))
     show_shapes(figures, workspace.config, "crossval")
     return 0 if len(counted) == len(folds) else 1
 

@@ -23,7 +23,7 @@ from pipeline.geometry import Mpp
 from pipeline.lineage import cases_facts, note_used
 from pipeline.metrics import POOLED, Report, few_patients, report, table
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
-from pipeline.progress import console, new_table, progress
+from pipeline.progress import console, new_table, progress, show
 from pipeline.settings import SPLITS
 from pipeline.slide import open_slide
 from pipeline.slide_job import CANVAS, is_segmented
@@ -44,7 +44,7 @@ LEFT_OUT = "fullfield.left_out"
 _SHAPE_COLUMNS = (
     ("object_f1", "object F1"),
     ("object_dice", "object Dice"),
-    ("object_hausdorff_um", "Hausdorff, um"),
+    ("object_hausdorff_um", "object HD, um"),
     ("hd95_um", "HD95, um"),
     ("nsd", "surface Dice"),
     ("froc", "FROC"),
@@ -164,7 +164,7 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
     assessed = {row.slide_id for row in rows}
     used = [case for case in workspace.cases if case.slide_id in assessed]
     workspace.run.log_file(note_used(output, cases_facts(used, workspace.cluster)))
-    console.print(_score_table(figures.scores))
+    show(_score_table(figures.scores))
     show_shapes(figures, config, "evaluate")
 
 
@@ -185,7 +185,7 @@ def write_figures(output: Path, rows: Sequence[SlideAssessment], config: Config,
 
 def show_shapes(figures: Figures, config: Config, command: str) -> None:
     """Print the figures of objects, boundaries, lesions and calibration, and what a `command` is to say of intervals."""
-    console.print(_shape_table(figures.scores))
+    show(_shape_table(figures.scores))
     for remark in few_patients(figures.scores):
         console.print(f"{command}: {remark}")
     rows = [row for mine in figures.splits.values() for row in mine]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.errors import CanvasError, ScaleError
 from pipeline.pictures import outlined, thumbnail, write_png
@@ -70,7 +70,7 @@ def _facts(slide: Slide, tissue: Tissue | None, problem: ScaleError | None) -> d
 
 
 def _table(facts: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None)
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
     levels = ", ".join(f"{level['width']} x {level['height']}" for level in facts["levels"])
     rows = {
         "slide": facts["slide"],

@@ -20,7 +20,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),
 ]
-_MODEL = "A model's folder, `runs:/ID`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`."
+_MODEL = "A model's folder, runs:/ID, models:/NAME/VERSION or models:/NAME@ALIAS."
 Model = Annotated[str, typer.Option(help=_MODEL, show_default=False)]
 Models = Annotated[
     list[str],

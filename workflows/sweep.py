@@ -16,7 +16,7 @@ from pipeline.fitting import fit
 from pipeline.inputs import check_output
 from pipeline.lineage import write_parts
 from pipeline.metrics import POOLED
-from pipeline.progress import console, new_table, progress
+from pipeline.progress import console, new_table, progress, show
 from pipeline.scoreboard import UNSCORED, Entry, ranked, write_scoreboard
 from pipeline.specs import read_config
 from pipeline.tally import FILE as TALLY
@@ -155,7 +155,7 @@ def _publish(workspace: Workspace, entries: Sequence[Entry]) -> None:
         shown.add_row(
             entry.name, entry.status if entry.dice is None else f"{entry.dice:.3f}{entry.reason and ', ' + entry.reason}"
         )
-    console.print(shown)
+    show(shown)
     for remark in _remarks(workspace.output, entries):
         console.print(remark)
 

@@ -15,7 +15,7 @@ from pipeline.geometry import Mpp
 from pipeline.machine import keep_memory
 from pipeline.normalised import normalised
 from pipeline.phantom import make_phantom
-from pipeline.progress import console, new_table
+from pipeline.progress import console, new_table, show
 from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine, settled, with_flips
 from pipeline.settings import EngineSettings
@@ -49,7 +49,7 @@ def verify(
         f"{way}; precision {settings.precision}, {settled(settings).backend}"
         f"{', mean over flips' if settings.flips else ''}"
     )
-    console.print(table)
+    show(table)
     console.print(_verdict(found, way))
     return 0 if all(item.exact for item in found) else 1
 
