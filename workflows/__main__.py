@@ -116,7 +116,8 @@ def segment(
 
     A precision below exact must have been approved by `fullfield run CONFIG engine.precision=...`, on validation tissue.
     Writes OUTPUT/slides/SLIDE_ID/ (OME-Zarr, OME-TIFF, GeoJSON, CSV, pictures) and OUTPUT/slides.csv; of several models
-    also OUTPUT/ensemble, which serves as a model, and an entropy map of each slide. The exit code is 1 where a slide failed.
+    also OUTPUT/ensemble, which serves as a model as long as they stay where they are, and an entropy map of each slide. The
+    exit code is 1 where a slide failed.
 
     Example: `fullfield segment a.svs b.ndpi --model runs/demo/model --output results`
     """
