@@ -66,7 +66,7 @@ def _fit(
 
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
-    from pipeline.memory import remembered
+    from pipeline.remembered import remembered
     from pipeline.training import Trainer, memory_sufficing
     from pipeline.validation import validate
 

@@ -167,10 +167,12 @@ def first_read(read: Callable[[int], _Read]) -> _Read:
 
 
 def _moved_onto(lattice: Lattice, roi: Roi) -> Roi:
-    return Roi(_held(roi.x, lattice.width - roi.width), _held(roi.y, lattice.height - roi.height), roi.width, roi.height)
+    return Roi(
+        _clamped(roi.x, lattice.width - roi.width), _clamped(roi.y, lattice.height - roi.height), roi.width, roi.height
+    )
 
 
-def _held(start: int, limit: int) -> int:
+def _clamped(start: int, limit: int) -> int:
     return min(max(start, 0), limit) if limit > 0 else limit // 2
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline import assessment, fields
 from pipeline.annotations import open_truth
-from pipeline.assessed import read_assessments, write_assessments
 from pipeline.assessment import SHAPE_SCORES, Rules, SlideAssessment, assess, extended, overall_error
+from pipeline.assessment_file import read_assessments, write_assessments
 from pipeline.boundaries import hd95, measure_boundaries, surface_dice
 from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes

@@ -19,7 +19,7 @@ FLOORS = [
     "architectures tracing fusion normalised annotations pyramid specs",
     "openvino_graph footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
-    "runtime prediction regions measurement ome_tiff pictures tracking memory versions inputs sources assessed",
+    "runtime prediction regions measurement ome_tiff pictures tracking remembered versions inputs sources assessment_file",
     "blending geojson approval folder",
     "stitching",
     "validation exactness probe",

@@ -14,9 +14,9 @@ from pyarrow import compute, parquet
 from rich.table import Table
 
 from pipeline.approval import require_means
-from pipeline.assessed import FILE as ASSESSMENTS
-from pipeline.assessed import read_assessments
 from pipeline.assessment import SlideAssessment
+from pipeline.assessment_file import FILE as ASSESSMENTS
+from pipeline.assessment_file import read_assessments
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from pipeline.assessed import FILE as ASSESSMENTS
-from pipeline.assessed import write_assessments
 from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment, assess, extended, overall_error
+from pipeline.assessment_file import FILE as ASSESSMENTS
+from pipeline.assessment_file import write_assessments
 from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case

@@ -7,9 +7,9 @@ import tifffile
 from pipeline.annotations import open_truth
 from pipeline.errors import SlideError
 from pipeline.geometry import Mpp, Roi
-from pipeline.memory import remembered
 from pipeline.patches import Source
 from pipeline.phantom import PHANTOM_CLASSES, make_phantom, render, write_slide
+from pipeline.remembered import remembered
 from pipeline.slide import open_slide
 from pipeline.truth import ClassMap
 
@@ -71,7 +71,7 @@ def test_small_fields_count_with_all_that_is_kept_of_them(source: Source, monkey
     kept = remembered({"a": small})["a"].slide
     kept.read(small.lattice.roi.grow(100), small.lattice)
     held = sum(block.nbytes for block in kept._blocks.values()) * 4 // 3  # and the truth
-    monkeypatch.setattr("pipeline.memory._MOST_BYTES", held - 1)
+    monkeypatch.setattr("pipeline.remembered._MOST_BYTES", held - 1)
     assert remembered({"a": small})["a"].slide is small.slide
 
 
