@@ -21,7 +21,7 @@ from pipeline.footprint import with_footprint
 from pipeline.metrics import POOLED
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_cohort, render, write_slide
-from pipeline.progress import new_table, progress, show
+from pipeline.progress import console, new_table, progress, show
 from pipeline.runtime import EXACT
 from pipeline.settings import ClusterSettings
 from pipeline.staining import Normalisation
@@ -125,7 +125,7 @@ def shown_shapes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     figures = {"object_f1": 0.872, "object_dice": 0.799, "object_hausdorff_um": 1234.5, "hd95_um": 3.3, "nsd": 0.7}
     figures["froc"] = 0.5
     bounds = {f"{name}_{end}": value for name, value in figures.items() for end in ("low", "high")}
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(console, "_width", width)
     show(_shape_table({"out-of-fold": {POOLED: {"Nucleus": {"objects": 7, **figures, **bounds}}}}))
     return capsys.readouterr().out.splitlines()
 
@@ -138,7 +138,7 @@ def test_a_narrow_table_is_broken_between_words(capsys: pytest.CaptureFixture[st
 
 
 def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(console, "_width", 60)
     name = "Tumour_epithelium_high_grade"
     table = new_table("Dice", *(f"{name}_{number}" for number in range(8)))
     table.add_row(*(f"0.{number}23456789" for number in range(8)))
@@ -150,7 +150,7 @@ def test_nothing_is_cut_off_in_a_narrow_table(capsys: pytest.CaptureFixture[str]
 def test_a_long_path_is_told_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(console, "_width", 60)
     path = tmp_path / "a_folder_whose_name_is_somewhat_long" / "slide.tiff"
     path.parent.mkdir()
     write_slide(np.full((90, 130, 3), 240, np.uint8), path, 0.5)
