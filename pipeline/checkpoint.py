@@ -23,7 +23,7 @@ import yaml
 from pipeline import __version__
 from pipeline.architectures import build_network
 from pipeline.errors import CheckpointError, NetworkError
-from pipeline.files import file_digest
+from pipeline.files import file_digest, name_file
 from pipeline.network import ModelSpec
 from pipeline.weights import TOGETHER, check_fit, load_weights
 
@@ -67,9 +67,14 @@ def save(
     recover(folder)
     let_go(folder)
     fresh.mkdir(parents=True)
-    _write(fresh, spec, network, {} if run_record is None else {_RUN_RECORD: dict(run_record)})
-    if ancestry is not None:
-        (fresh / _ANCESTRY).write_text(json.dumps(ancestry, indent=2) + "\n", encoding="utf-8")
+    try:
+        _write(fresh, spec, network, {} if run_record is None else {_RUN_RECORD: dict(run_record)})
+        if ancestry is not None:
+            (fresh / _ANCESTRY).write_text(json.dumps(ancestry, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        name_file(error, folder)
+        raise
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)

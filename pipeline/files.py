@@ -53,6 +53,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             yield partial
             partial.rename(path)
+        except OSError as error:
+            name_file(error, path)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

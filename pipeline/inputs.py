@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline import __version__, checkpoint, snapshot
 from pipeline.cohort import Case, manifest_text
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import CheckpointError, SlideError
+from pipeline.errors import CheckpointError, ConfigError, SlideError
 from pipeline.files import as_unicode, file_digest, file_stamp
 from pipeline.settings import SHARING
 from pipeline.slide import open_slide
@@ -90,18 +91,17 @@ def _check_model(config: Config, cases: Sequence[Case]) -> None:
     """Raise CheckpointError where the output has a model of another cohort or configuration."""
     model = config.output / "model"
     if model.exists() and checkpoint.load_run_record(model).get("inputs") != training_inputs(config, cases):
-        there, here = _differing(training_facts(_written(config), ()), training_facts(config, ())) or (
-            "another cohort",
-            "this",
-        )
+        settings = _differing(training_facts(_written(config), ()), training_facts(config, ()))
+        there, here = settings or ("another cohort", "this")
         remedy = "Choose another `output`, or delete the folders `model` and `slides` there to begin anew."
         raise CheckpointError(str(model), f"a model that was trained with {there}", f"none, or one with {here}", remedy)
 
 
 def _written(config: Config) -> Config:
-    """The configuration that a command of before has left in the output; the present one where there is none."""
-    left = config.output / "config.yaml"
-    return load_config(left) if left.exists() else config
+    """The configuration that an earlier command left in the output; the present one where none can be read."""
+    with suppress(ConfigError):
+        return load_config(config.output / "config.yaml")
+    return config
 
 
 def _differing(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str] | None:

@@ -70,8 +70,8 @@ def new_table(title: str, *columns: str) -> Table:
 def show(table: Table) -> None:
     """Print a `new_table`; where it has to be narrow, its lines are broken between words, as long as that is enough."""
     texts = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    least = [max(cell_len(word) for text in column for word in text.split()) for column in texts]
-    widths = [max(cell_len(line) for text in column for line in text.splitlines()) for column in texts]
+    least = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
+    widths = [max((cell_len(line) for text in column for line in text.splitlines()), default=0) for column in texts]
     room = console.width - _FRAME * len(widths) - 1
     while sum(widths) > max(room, sum(least)):
         widest = max(range(len(widths)), key=lambda index: (widths[index] > least[index], widths[index]))

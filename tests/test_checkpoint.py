@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit; what is broken, mixed or a pickle is refused."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -130,13 +131,14 @@ class Unsaveable(torch.nn.Module):
     """Fails in the middle of a save."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
 
 def test_a_save_that_fails_leaves_the_earlier_model(saved: Path) -> None:
     before = checkpoint.digest(saved)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as caught:
         checkpoint.save(saved, spec(), Unsaveable())
+    assert caught.value.filename == str(saved) and list(saved.parent.iterdir()) == [saved]
     assert checkpoint.digest(saved) == before
     checkpoint.save(saved, spec(mpp=2.0), network(spec()))
     assert checkpoint.load_spec(saved).mpp == 2.0 and len(list(saved.parent.iterdir())) == 1
