@@ -129,7 +129,6 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: more values than columns")
         return
     values = {name: (value or "").strip() for name, value in row.items()}
-    values["mpp"] = values.get("mpp", "").replace(",", ".")
     if not any(values.values()):
         return
     if broken := [name for name, value in values.items() if "\n" in value]:
@@ -139,13 +138,14 @@ def _add_case(row: Mapping[str, str | None], folder: Path, line: int, cases: lis
         problems.append(f"line {line}: no slide")
         return
     case = _case(values, folder)
-    problems += [f"line {line}: {problem}" for problem in _case_problems(case, values["mpp"])]
+    problems += [f"line {line}: {problem}" for problem in _case_problems(case, values.get("mpp", ""))]
     cases.append(case)
 
 
 def _case(values: Mapping[str, str], folder: Path) -> Case:
     """The case of a row of a manifest that lies in `folder`; without its scale, where that is none."""
-    slide, annotation, mpp = folder / values["slide"], values.get("annotation", ""), values["mpp"]
+    slide, annotation = folder / values["slide"], values.get("annotation", "")
+    mpp = values.get("mpp", "").replace(",", ".")
     slide_id = values.get("slide_id") or slide.stem
     return Case(
         slide_id=slide_id,
@@ -172,7 +172,7 @@ def _case_problems(case: Case, mpp: str) -> list[str]:
         problems.append(f"slide_id of more than {LONGEST_ID} bytes: {case.slide_id}")
     if case.split not in ("", *SPLITS):
         problems.append(f"split {case.split!r} is none of {', '.join(SPLITS)}")
-    if mpp and not _is_scale(mpp):
+    if mpp and case.mpp is None:
         problems.append(f"mpp {mpp!r} is no number from {MPP_RANGE[0]} to {MPP_RANGE[1]}")
     return problems
 

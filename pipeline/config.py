@@ -106,8 +106,9 @@ class Config(Section):
         return dump(self.model_dump(mode="json"))
 
     def digest(self) -> str:
-        """A SHA-256 over everything but where output goes and who does the work, as hexadecimal digits."""
+        """A SHA-256 over everything but where files lie and who does the work, as hexadecimal digits."""
         others = set(Config.model_fields) - {"output", "cluster", "tracking", "training"}
         content = self.model_dump(mode="json", include=others)
+        del content["cohort"]["manifest"]  # what it lists is told by digests of its own
         content["training"] = self.training.model_dump(mode="json", exclude=set(SHARING))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

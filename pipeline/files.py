@@ -44,15 +44,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A name beside `path` to make a folder under, so that no reader ever sees a part of it.
 
-    The folder takes its own name as the block ends; raises OSError if one that holds anything has it by then. Where the
-    block ends in an error, the folder is dropped. Of several writers, and of what a killed one left, see `replacing`.
+    The folder, if the block makes it, takes its own name as that ends; raises OSError if one that holds anything has it by
+    then. Where the block ends in an error, the folder is dropped. Of several writers, and of what a killed one left, see
+    `replacing`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as partial:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             yield partial
-            partial.rename(path)
+            if partial.exists():
+                partial.rename(path)
         except OSError as error:
             name_file(error, path)
             raise

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from pyarrow import ArrowInvalid, parquet
@@ -31,6 +31,7 @@ TILED = ("classes", "annotations", "tissue", "tiles")
 
 _SLIDE = "slide "  # begins the names of facts that are slides
 _DIGITS = 8  # of a digest that people read
+_SHOWN = 60  # letters of a value that an error tells
 
 
 def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
@@ -92,7 +93,7 @@ def _check_model(config: Config, cases: Sequence[Case]) -> None:
     model = config.output / "model"
     if model.exists() and checkpoint.load_run_record(model).get("inputs") != training_inputs(config, cases):
         settings = _differing(training_facts(_written(config), ()), training_facts(config, ()))
-        there, here = settings or ("another cohort", "this")
+        there, here = settings or ("another cohort, or settings that can no longer be told", "these")
         remedy = "Choose another `output`, or delete the folders `model` and `slides` there to begin anew."
         raise CheckpointError(str(model), f"a model that was trained with {there}", f"none, or one with {here}", remedy)
 
@@ -106,9 +107,18 @@ def _written(config: Config) -> Config:
 
 def _differing(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[str, str] | None:
     """What differs between two settings, as the one and as the other has it; None where nothing does."""
-    names = [name for name in ours if theirs.get(name) != ours[name]]
-    there, here = (", ".join(f"{name} {shorten(one.get(name, 'not set'), 60)}" for name in names) for one in (theirs, ours))
-    return (there, here) if names else None
+    told = list[tuple[str, str]]()
+    for name, here in ours.items():
+        there = theirs.get(name, "not set")
+        if there != here:
+            told.append((f"{name} {_part(there, here)}", f"{name} {_part(here, there)}"))
+    return (", ".join(one for one, _ in told), ", ".join(other for _, other in told)) if told else None
+
+
+def _part(value: str, other: str) -> str:
+    """That part of a value in which it begins to differ from the other."""
+    start = max(len(os.path.commonprefix([value, other])) - _SHOWN // 2, 0)
+    return f"{'...' if start else ''}{value[start : start + _SHOWN]}{'...' if value[start + _SHOWN :] else ''}"
 
 
 def check_at_work(config: Config, cases: Sequence[Case]) -> None:

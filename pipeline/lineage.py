@@ -126,11 +126,14 @@ def _as_used(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any
 
 
 def note_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> Path:
-    """Write facts of slides that were used just now into FOLDER/lineage.json, for those that it has; returns its path."""
-    path = folder / FILE
+    """Write facts of slides that were used just now into FOLDER/lineage.json, over earlier ones; returns its path.
+
+    Those of a slide that can no longer be read change nothing.
+    """
+    path, readable = folder / FILE, [slide for slide in slides if slide["slide_digest"] is not None]
     with locked(path):
         before = _written(path)
-        known = {slide["slide_id"]: slide for slide in (*before.get("slides", []), *slides)}
+        known = {slide["slide_id"]: slide for slide in (*before.get("slides", []), *readable)}
         _add(path, before, {"slides": list(known.values())})
     return path
 

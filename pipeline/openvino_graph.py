@@ -201,17 +201,13 @@ def _write_folder(folder: Path, model: Model, openvino: Any) -> None:
     """
     try:
         with new_folder(folder) as partial:
+            if (folder / GRAPH).is_file():  # whoever was waited for has written it
+                return
             partial.mkdir()
             openvino.save_model(model, partial / GRAPH, compress_to_fp16=False)
-            _remove_damaged(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one, without a graph
     except (OSError, RuntimeError) as error:
         if (folder / GRAPH).is_file():
             return
         found, remedy = f"it cannot be written ({error})", "Make room there, or set XDG_CACHE_HOME to a folder with more."
         raise EngineError(str(folder), found, "room for the network", remedy) from error
-
-
-def _remove_damaged(folder: Path) -> None:
-    """Remove a folder that holds no graph."""
-    if folder.exists() and not (folder / GRAPH).is_file():
-        shutil.rmtree(folder, ignore_errors=True)

@@ -131,12 +131,14 @@ def _run_parts(reference: str) -> tuple[str, str]:
 def _kept(folder: Path) -> Path:
     """A copy of a checkpoint that stays: ensembles name it by its path."""
     kept = cache_folder() / "models" / checkpoint.digest(folder)
+    if kept.exists():
+        return kept
     try:
-        if not kept.exists():
-            with new_folder(kept) as partial:
+        with new_folder(kept) as partial:
+            if not kept.exists():  # whoever was waited for may have made it
                 shutil.copytree(folder, partial)
     except OSError:
-        if not kept.exists():  # else another process was faster
+        if not kept.exists():  # else another process was faster, where file systems know no locks
             raise
     return kept
 

@@ -36,6 +36,8 @@ EARLIER = "earlier "
 
 _STAGES = ("tile", "train", "segment", "evaluate")
 
+_SERVERS = ("http://", "https://")
+
 _ECHOES = ("mlflow.store.db.utils", "mlflow.system_metrics")
 """Loggers of MLflow that tell, at length, of failures which our own calls to the store raise as well."""
 
@@ -59,7 +61,7 @@ class Store:
     @property
     def is_server(self) -> bool:
         """Whether the address can be opened in a browser."""
-        return self.address.startswith(("http://", "https://"))
+        return self.address.startswith(_SERVERS)
 
     @contextmanager
     def conversation(self, subject: str = "") -> Iterator[None]:
@@ -178,7 +180,7 @@ def open_store(address: str, create: bool) -> Store:
 
     Raises TrackingError where it cannot be opened; for a server that does not answer, within seconds. MLflow's
     telemetry, its progress bars and its links on standard output are switched off, unless the environment says otherwise;
-    so are, in any case, its tracebacks of failures that our own calls raise as well.
+    so are, of a database, its tracebacks of failures that our own calls raise as well.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -186,8 +188,9 @@ def open_store(address: str, create: bool) -> Store:
     path = sqlite_path(address)
     if path is not None:
         _check_sqlite(path, create)
-    for name in _ECHOES:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not address.startswith(_SERVERS):
+        for name in _ECHOES:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with _conversation(address), _impatience(), ExitStack() as alone:
         if path is not None and create:  # two that make its tables at once would both fail
             with suppress(PermissionError):  # another user's lock, who has made them

@@ -108,7 +108,8 @@ def open_within(whole: Workspace, config: Config) -> Iterator[Workspace]:
 def _prepared(config: Config, own: str | None) -> Iterator[tuple[Config, tuple[Case, ...]]]:
     """Check, deal out the splits and write both into the output folder, so that it can be called from any other."""
     cohort = config.cohort.model_copy(update={"manifest": config.cohort.manifest.absolute()})
-    config = config.model_copy(update={"output": config.output.absolute(), "cohort": cohort})
+    tracking = config.tracking.model_copy(update={"uri": config.tracking.uri and chosen_address(config.tracking.uri)})
+    config = config.model_copy(update={"output": config.output.absolute(), "cohort": cohort, "tracking": tracking})
     model_spec(config)
     cases = dealt_cases(config)
     check_owner(config.output, own)  # a folder that is refused is left without even a lock

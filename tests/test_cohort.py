@@ -111,7 +111,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide,split\na.svs,train\nb/a.svs,\n", "no split given"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 99, "a quote may lack its other half"),
         ('slide,slide_id,patient\na.svs,a,"P1\nb/a.svs,b,P2\n', "line 3: patient with a line break"),
-        ("slide;mpp\na.svs;0,2,5\n", "'0.2.5' is no number"),
+        ("slide;mpp\na.svs;0,2,5\n", "'0,2,5' is no number"),
         ("slide,patient,\na.svs,P1,P2\n", "line 2: more values than columns"),
         ("slide,slide_id\nloop.svs,a\nno\0file.svs,b\n", "line 2: no such slide(.|\n)*line 3: no such slide"),
         ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "a quote may lack its other half"),

@@ -164,14 +164,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_digest_ignores_where_and_by_whom() -> None:
     config = parse_config(minimal(), "test")
     assert config.digest() == parse_config(minimal(), "test", ["output=elsewhere", "cluster.workers=3"]).digest()
-    for same in ("tracking.alias=mine", "training.devices=2"):
+    for same in ("tracking.alias=mine", "training.devices=2", "cohort.manifest=/copied/to/cohort.csv"):
         assert config.digest() == parse_config(minimal(), "test", [same]).digest(), same
 
 
 def test_the_digest_depends_on_all_else() -> None:
     changes = {
         "seed": "1",
-        "cohort": "{manifest: other.csv}",
+        "cohort": "{manifest: cohort.csv, fractions: {train: 1, val: 0, test: 0}}",
         "classes": "[{name: Other, color: '#fffffe'}, {name: Gland, color: '#008000'}]",
         "annotations": "{rest: Other}",
         "tissue": "{mpp: 4.0}",

@@ -408,9 +408,12 @@ def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path,
 
     manifest = load_config(config, []).cohort.manifest.absolute()
     monkeypatch.chdir(manifest.parent)
-    whole_config = load_config(config, [f"output={tmp_path / 'whole'}", f"cohort.manifest={manifest.name}"])
+    own = [f"cohort.manifest={manifest.name}", "tracking.uri=sqlite:///own.db"]
+    whole_config = load_config(config, [f"output={tmp_path / 'whole'}", *own])
     with open_workspace(whole_config) as whole:
-        assert load_config(whole.output / "config.yaml").cohort.manifest == manifest  # from wherever it is called
+        left = load_config(whole.output / "config.yaml")  # works from wherever it is called
+        assert (left.cohort.manifest, left.tracking.uri) == (manifest, f"sqlite:///{manifest.parent}/own.db")
+        assert left.digest() == whole_config.digest()
         tile_cohort(whole)
         check_tiles(whole.tiles, whole_config, sorted(whole.cases, key=lambda case: case.slide_id))
         other = load_config(config, [f"output={tmp_path / 'part'}", "tiles.patch_size=96"])

@@ -28,7 +28,7 @@ from pipeline.cohort import read_manifest, write_manifest
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.files import file_digest
-from pipeline.lineage import add_models, begin_lineage, read_lineage, write_lineage
+from pipeline.lineage import add_models, begin_lineage, note_used, read_lineage, write_lineage
 from pipeline.metrics import SlideConfusion
 from pipeline.origin import packages
 from pipeline.phantom import make_cohort
@@ -40,11 +40,12 @@ from pipeline.store import open_store
 from pipeline.tally import Tally, paired_means, read_tally
 from pipeline.tracking import Run
 from pipeline.versions import find_version
+from pipeline.workspace import open_workspace
 from workflows.evaluate import evaluate
 from workflows.promote import promote
 from workflows.reproduce import reproduce
 from workflows.run import run
-from workflows.segment import segment
+from workflows.segment import segment, segment_cohort
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -279,6 +280,11 @@ def check_evaluation_is_told(good: Path, annotation: Path) -> None:
         annotation.write_text(text)
     (slide,) = (one for one in read_lineage(good / "lineage.json")["slides"] if one["annotation"] == str(annotation))
     assert slide["annotation_digest"] == told != file_digest(annotation)
+    note_used(good, [{**slide, "slide_digest": "another scan's"}])
+    with open_workspace(load_config(good / "config.yaml")) as workspace:
+        assert segment_cohort(workspace) == 0  # which skips it: it is the one that was segmented
+        told = read_lineage(Path(workspace.run.store.client.download_artifacts(workspace.run.run_id, "lineage.json")))
+    assert {**slide, "annotation_digest": file_digest(annotation)} in told["slides"]
     assert evaluate(good / "config.yaml", []) == 0
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -201,6 +202,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     "override",
     [
         "classes.0.color='#fffffe'",
+        "classes.1.name=Acini",
         "annotations.rest=Glass",
         "tissue.mpp=4.0",
         "tiles.min_tissue=0.5",
@@ -212,18 +214,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     ],
 )
 def test_a_model_of_another_training_is_not_taken_for_this_one(trained: Config, override: str) -> None:
-    name = ".".join(override.partition("=")[0].split(".")[:2]).replace("classes.0", "classes")
-    with pytest.raises(
-        CheckpointError, match=f"a model that was trained with {name} .*; expected none, or one with {name} "
-    ):
+    name = re.match(r"(classes|\w+\.\w+|\w+)", override)[0]
+    with pytest.raises(CheckpointError) as caught:
         check_output(config(trained.output, override), ())
+    found = re.search(r"a model that was trained with (.*); expected none, or one with (.*)\. Choose", str(caught.value))
+    assert found is not None
+    there, here = found.groups()
+    assert there.startswith(f"{name} ") and here.startswith(f"{name} ") and there != here
 
 
 def test_a_model_of_another_cohort_is_not_taken_for_one_of_this(trained: Config, tmp_path: Path) -> None:
     (tmp_path / "truth.geojson").write_text("[]")
     (tmp_path / "slide.tiff").touch()
     case = Case("a", "P", tmp_path / "slide.tiff", tmp_path / "truth.geojson", "train")
-    with pytest.raises(CheckpointError, match="trained with another cohort; expected none, or one with this"):
+    with pytest.raises(
+        CheckpointError,
+        match="trained with another cohort, or settings that can no longer be told",
+    ):
         check_output(config(trained.output), (case,))
 
 

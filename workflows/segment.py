@@ -142,9 +142,9 @@ def segment_cohort(workspace: Workspace) -> int:
                 run.log_file(job.folder / "overlay.png", f"slides/{job.slide_id}")
                 run.log_file(job.folder / "measurements.csv", f"slides/{job.slide_id}")
                 run.log_reference(f"{job.slide_id}.segmentation", job.folder / "segmentation.ome.zarr")
-        made = {row.slide_id for row in rows if row.status == "done" and row.megapixels}
-        if used := [case for case in workspace.cases if case.slide_id in made]:
-            note_used(workspace.output, cases_facts(used, workspace.cluster))
+        done = {row.slide_id for row in rows if row.status == "done"}
+        if used := [case for case in workspace.cases if case.slide_id in done]:
+            workspace.run.log_file(note_used(workspace.output, cases_facts(used, workspace.cluster)))
     return report(rows, workspace.output)
 
 
