@@ -324,6 +324,7 @@ def test_a_damaged_graph_says_so(graphs: dict[str, Path], tmp_path: Path) -> Non
         OpenVinoEngine(NETWORKS["fcn"][0], tmp_path / GRAPH)(IMAGE[None, :64, :96])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # which is kept quiet where there is but one thread
 def test_what_is_left_of_a_damaged_graph_gives_way(graphs: dict[str, Path], tmp_path: Path) -> None:
     damaged = tmp_path / "graph"
     shutil.copytree(graphs["fcn"].parent, damaged)
