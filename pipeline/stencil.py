@@ -45,7 +45,8 @@ class Stencil:
         self.bounds: NDArray[np.float64] = shapely.total_bounds(polygons)
         self._boxes: NDArray[np.float64] = shapely.bounds(polygons).reshape(-1, 4)
         self._upper, self._bottom = upper, lower[:, 1]
-        self._slope = (lower[:, 0] - upper[:, 0]) / (lower[:, 1] - upper[:, 1])
+        with np.errstate(over="ignore"):  # of an edge that is too low to cross a row
+            self._slope = (lower[:, 0] - upper[:, 0]) / (lower[:, 1] - upper[:, 1])
         # orient_polygons leaves the polygon on the right of every edge that goes up the rows: such an edge opens a run.
         self._step = np.where(down[:, 0], -1, 1).astype(np.int16)
         owner = polygon_of_ring[ring_of_point[:-1][is_edge]]
