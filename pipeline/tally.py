@@ -104,8 +104,8 @@ def shared_patients(
 
     Raises CohortError where there is none, where the classes differ, where one lacks a slide of a shared patient, or where
     what is known of a slide differs: at the same scale in any pixel, or in the areas of classes where one has noted no more,
-    as a promotion does; at two scales where the area of a class differs by more than 5 %, and by more than
-    thirty pixels of the coarser one.
+    as a promotion does; at two scales where the area of a class differs by more than 5 %, and by more than thirty pixels of
+    the coarser one.
     """
     remedy = "Compare runs on the same slides, annotations and classes."
     if (first.classes, first.rest) != (second.classes, second.rest):
