@@ -2,22 +2,25 @@
 
 Nothing in these networks is tied to an image's size: convolutions, norms, pooling, strides, upsampling by two.
 So what was trained on patches runs on an image of any size that is a multiple of its stride.
-Importing this module imports neither torch nor MONAI.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
+from monai.networks.blocks.convolutions import Convolution
+from monai.networks.blocks.upsample import UpSample
+from monai.networks.layers.simplelayers import SkipConnection
+from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.flexible_unet import FlexibleUNet
+from monai.networks.nets.unet import UNet
+from torch import nn
 
 from pipeline.classes import Class, Classes
+from pipeline.dense import Classifier, convolutional
 from pipeline.network import FAMILIES, ModelSpec
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from pipeline.dense import Classifier
 
 _COLOURS = 3  # channels of an image, fewer than any other layer sees: the least width is 4
 
@@ -43,8 +46,6 @@ def build_learner(spec: ModelSpec) -> nn.Module:
 
 def for_slides(learner: nn.Module) -> nn.Module:
     """The form that segments slides of a network that has learnt: a classifier made convolutional, any other as it is."""
-    from pipeline.dense import Classifier, convolutional
-
     return convolutional(learner) if isinstance(learner, Classifier) else learner
 
 
@@ -54,8 +55,6 @@ def outer_weights(spec: ModelSpec) -> frozenset[str]:
     Other layers may have as many channels as there are classes. So they are told by what would change with the classes: a
     network of another number of them is laid out beside this one, both without memory, and no random numbers are drawn.
     """
-    import torch
-
     count = 1 if len(spec.classes) > 1 else 2
     other = replace(spec, classes=Classes(tuple(Class(str(index), (0, 0, 0)) for index in range(count))), rest=None)
     with torch.device("meta"):
@@ -66,19 +65,12 @@ def outer_weights(spec: ModelSpec) -> frozenset[str]:
 
 
 def _fcn(spec: ModelSpec) -> nn.Module:
-    from monai.networks.blocks.convolutions import Convolution
-    from torch import nn
-
     head = Convolution(2, spec.width, len(spec.classes), kernel_size=1, conv_only=True)
     return nn.Sequential(OrderedDict(body=_fcn_level(spec, 0), head=head))
 
 
 def _fcn_level(spec: ModelSpec, level: int) -> nn.Module:
     """The levels from `level` on: encode, add what comes back from deeper down, decode."""
-    from monai.networks.blocks.upsample import UpSample
-    from monai.networks.layers.simplelayers import SkipConnection
-    from torch import nn
-
     if level == spec.depth:
         return _encode(spec, level)
     channels = _channels(spec, level)
@@ -91,9 +83,6 @@ def _fcn_level(spec: ModelSpec, level: int) -> nn.Module:
 
 
 def _heatmap(spec: ModelSpec) -> nn.Module:
-    from monai.networks.blocks.convolutions import Convolution
-    from torch import nn
-
     levels = [_encode(spec, level) for level in range(spec.depth + 1)]
     channels = _channels(spec, spec.depth)
     dense = _convolution(channels, channels, kernel=1)
@@ -102,10 +91,6 @@ def _heatmap(spec: ModelSpec) -> nn.Module:
 
 
 def _classifier(spec: ModelSpec) -> Classifier:
-    from torch import nn
-
-    from pipeline.dense import Classifier
-
     layers, before, size = list[nn.Module](), _COLOURS, spec.patch_size
     for level in range(spec.depth):
         channels = _channels(spec, level)
@@ -118,15 +103,11 @@ def _classifier(spec: ModelSpec) -> Classifier:
 
 
 def _unpadded(before: int, after: int) -> nn.Module:
-    from torch import nn
-
     return nn.Sequential(nn.Conv2d(before, after, 3, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
 
 
 def _encode(spec: ModelSpec, level: int) -> nn.Module:
     """Two convolutions, of which the first halves the image below level 0; one at the bottom, where halos are dear."""
-    from torch import nn
-
     channels = _channels(spec, level)
     before = _channels(spec, level - 1) if level else _COLOURS
     pool = (spec.downsample or FAMILIES[spec.architecture].downsample[0]) == "pool"
@@ -138,15 +119,11 @@ def _encode(spec: ModelSpec, level: int) -> nn.Module:
 
 
 def _convolution(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Module:
-    from monai.networks.blocks.convolutions import Convolution
-
     layer: nn.Module = Convolution(2, before, after, stride, kernel, norm="BATCH", act="RELU", bias=False)
     return layer
 
 
 def _unet(spec: ModelSpec) -> nn.Module:
-    from monai.networks.nets.unet import UNet
-
     channels = [_channels(spec, level) for level in range(spec.depth + 1)]
     relu = ("RELU", {"inplace": True})
     # MONAI's own PReLU would take a fifth of the training step on a CPU, most of it for its gradient.
@@ -158,16 +135,12 @@ def _unet(spec: ModelSpec) -> nn.Module:
 
 
 def _basic_unet(spec: ModelSpec) -> nn.Module:
-    from monai.networks.nets.basic_unet import BasicUNet
-
     features = [spec.width * factor for factor in (1, 1, 2, 4, 8, 1)]
     network: nn.Module = BasicUNet(2, _COLOURS, len(spec.classes), features, norm=_norm(spec), upsample="deconv")
     return network
 
 
 def _flexible_unet(spec: ModelSpec) -> nn.Module:
-    from monai.networks.nets.flexible_unet import FlexibleUNet
-
     network: nn.Module = FlexibleUNet(
         in_channels=_COLOURS,
         out_channels=len(spec.classes),

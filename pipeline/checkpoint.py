@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline import __version__
-from pipeline.architectures import build_network
 from pipeline.errors import CheckpointError, NetworkError
 from pipeline.files import file_digest, name_file
 from pipeline.network import ModelSpec
@@ -116,6 +115,8 @@ def load(folder: Path) -> tuple[ModelSpec, torch.nn.Module]:
     if graph is not None:
         _check_weights(folder, described(weights), graph.weights)
         return spec, _assembled(folder / _GRAPH, spec, graph, weights)
+    from pipeline.architectures import build_network
+
     network = build_network(spec)
     _check_weights(folder, described(weights), described(network.state_dict()))
     network.load_state_dict(weights)

@@ -16,21 +16,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import checkpoint, snapshot
-from pipeline.architectures import build_learner, for_slides
 from pipeline.augment import Augmentation
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.inputs import training_facts
 from pipeline.lineage import ancestry, case_facts, ways
 from pipeline.machine import has_gpu, threads
+from pipeline.metrics import ratios
 from pipeline.network import ModelSpec
+from pipeline.patches import Batch, PatchStream, Source, read_index
 from pipeline.processes import together
+from pipeline.remembered import remembered
 from pipeline.snapshot import Record, Standing
 from pipeline.sources import left_as_scanned, open_sources
 from pipeline.specs import model_spec, rest_index
+from pipeline.validation import validate
 
 if TYPE_CHECKING:
-    from pipeline.patches import Batch, PatchStream, Source
     from pipeline.team import Team
     from pipeline.training import Epoch, Trainer
 
@@ -64,11 +66,10 @@ def _fit(
     """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
     import torch
 
+    from pipeline.architectures import build_learner, for_slides
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
-    from pipeline.remembered import remembered
     from pipeline.training import Trainer, memory_sufficing
-    from pipeline.validation import validate
 
     torch.manual_seed(config.seed)
     learner = build_learner(model_spec(config))
@@ -158,8 +159,6 @@ def _run_record(
 
 
 def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> PatchStream:
-    from pipeline.patches import PatchStream, read_index
-
     augmentation = Augmentation(**config.training.augmentation.model_dump())
     index = read_index(tiles, config.class_list.names, "train")
     # One thread keeps up with a step on processors, and would take more from it than it brings.
@@ -176,7 +175,5 @@ def _batches(stream: PatchStream, epoch: int, config: Config, rank: int, size: i
 
 def _dice(counts: np.ndarray, spec: ModelSpec, rest: int | None) -> dict[str, float]:
     """The pooled Dice of the classes that the truth has: what is invented costs those that it is taken from."""
-    from pipeline.metrics import ratios
-
     values, known = ratios(counts, rest)["dice"], counts.any(axis=1)
     return {spec.classes.names[index]: float(values[index]) for index in np.flatnonzero(known)}
