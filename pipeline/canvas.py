@@ -11,7 +11,7 @@ no lock. A tile is done when both its shards are on disk, whole: nothing else is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,9 @@ from pipeline.files import new_folder, write_json
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
 from pipeline.shards import Place, ShardedArray
+
+Chunk = tuple[Place, np.ndarray, np.ndarray]
+"""(row, column) of a chunk in its shard, and its pixels: probabilities and labels, as `Canvas.write` returns them."""
 
 _LABELS = "labels/classes"
 _LARGEST_CHUNK, _SMALLEST_CHUNK = 512, 64  # pixels
@@ -73,18 +76,24 @@ class Canvas:
         place = (roi.y // self.write_size, roi.x // self.write_size)
         if not roi.area or self.tile_roi(place) != roi or probabilities.shape != (len(self.classes), *roi.shape):
             raise ValueError(f"{roi} with probabilities of shape {probabilities.shape} is no tile of {self.path}")
-        likelihoods, labels = self.probability_shards(0), self.label_shards(0)
-        levels, winners = np.empty(probabilities.shape, np.uint8), np.empty(roi.shape, np.uint8)
-        likelihood_chunks, label_chunks = {}, {}
-        for y in range(0, roi.height, self.chunk):
-            for x in range(0, roi.width, self.chunk):
-                part = (slice(y, y + self.chunk), slice(x, x + self.chunk))
-                levels[:, *part], winners[part] = self._quantise(probabilities[:, *part])
-                likelihood_chunks[y // self.chunk, x // self.chunk] = likelihoods.encode(levels[:, *part])
-                label_chunks[y // self.chunk, x // self.chunk] = labels.encode(winners[part])
-        likelihoods.store(place, likelihood_chunks)
-        labels.store(place, label_chunks)
-        return levels, winners
+        quantised, labels = np.empty(probabilities.shape, np.uint8), np.empty(roi.shape, np.uint8)
+
+        def chunks() -> Iterator[Chunk]:
+            for y in range(0, roi.height, self.chunk):
+                for x in range(0, roi.width, self.chunk):
+                    part = (slice(y, y + self.chunk), slice(x, x + self.chunk))
+                    quantised[:, *part], labels[part] = self._quantise(probabilities[:, *part])
+                    yield (y // self.chunk, x // self.chunk), quantised[:, *part], labels[part]
+
+        self.store(0, place, chunks())
+        return quantised, labels
+
+    def store(self, level: int, place: Place, chunks: Iterable[Chunk]) -> None:
+        """Write both shards at a place of a level, probabilities first; chunks that are not given are not examined."""
+        probabilities, labels = self.probability_shards(level), self.label_shards(level)
+        encoded = {at: (probabilities.encode(one), labels.encode(other)) for at, one, other in chunks}
+        probabilities.store(place, {at: payload for at, (payload, _) in encoded.items()})
+        labels.store(place, {at: payload for at, (_, payload) in encoded.items()})
 
     def done(self) -> list[Place]:
         """(row, column) of every tile that is written, probabilities and labels, row by row."""

@@ -14,15 +14,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from pipeline.canvas import Canvas
+from pipeline.canvas import Canvas, Chunk
 from pipeline.classes import IGNORED
 from pipeline.geometry import Roi
 from pipeline.halving import halve_labels, halve_probabilities
 from pipeline.shards import Place
 
 _BAND = 512  # rows of a tile that are halved at once; an even number
-_Pixels = tuple[np.ndarray, np.ndarray]
-"""Probabilities (classes, rows, columns) uint8 and labels (rows, columns) uint8, as a canvas has them."""
 
 
 def has_pyramid(canvas: Canvas) -> bool:
@@ -45,7 +43,7 @@ def build_pyramid(canvas: Canvas) -> None:
         places = _above(places)
         for place in sorted(places):
             if level > 1 or not canvas.is_whole(place, level):
-                _store(canvas, level, place, _halved_chunks(canvas, level, place))
+                canvas.store(level, place, _halved_chunks(canvas, level, place))
 
 
 def remove_coarse(canvas: Canvas, tiles: Iterable[Place]) -> None:
@@ -87,38 +85,28 @@ class CoarseShard:
         """Write the shard, where all tiles that it follows from were added; else `build_pyramid` makes it."""
         on_disk = {tile for tile in _below(self._place) if self._canvas.label_shards(0).path(tile).exists()}
         if len(self._canvas.levels) > 1 and on_disk and on_disk == self._added:
-            _store(self._canvas, 1, self._place, self._chunks())
+            self._canvas.store(1, self._place, self._chunks())
 
-    def _chunks(self) -> Iterator[tuple[Place, _Pixels]]:
+    def _chunks(self) -> Iterator[Chunk]:
+        """Those of which something is examined."""
         size = self._canvas.chunk
         for row, column in _chunk_places(self._canvas):
             part = (slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size))
-            yield (row, column), (self._levels[:, *part], self._labels[part])
+            if np.any(self._labels[part] != IGNORED):
+                yield (row, column), self._levels[:, *part], self._labels[part]
 
 
-def _halved_chunks(canvas: Canvas, level: int, place: Place) -> Iterator[tuple[Place, _Pixels]]:
-    """The chunks of a shard, made of the level before it."""
+def _halved_chunks(canvas: Canvas, level: int, place: Place) -> Iterator[Chunk]:
+    """The chunks of a shard of which something is examined, made of the level before it."""
     for row, column in _chunk_places(canvas):
         x, y = place[1] * canvas.write_size + column * canvas.chunk, place[0] * canvas.write_size + row * canvas.chunk
         source = Roi(2 * x, 2 * y, 2 * canvas.chunk, 2 * canvas.chunk)
         labels = canvas.read_labels(source, level - 1)
         if np.any(labels != IGNORED):
-            yield (row, column), _halved(canvas.read_probabilities(source, level - 1), labels)
+            yield (row, column), *_halved(canvas.read_probabilities(source, level - 1), labels)
 
 
-def _store(canvas: Canvas, level: int, place: Place, chunks: Iterable[tuple[Place, _Pixels]]) -> None:
-    """Write a shard of those chunks of which something was examined."""
-    likelihoods, labels = canvas.probability_shards(level), canvas.label_shards(level)
-    likelihood_chunks: dict[Place, bytes] = {}
-    label_chunks: dict[Place, bytes] = {}
-    for chunk, (levels, winners) in chunks:
-        if np.any(winners != IGNORED):
-            likelihood_chunks[chunk], label_chunks[chunk] = likelihoods.encode(levels), labels.encode(winners)
-    likelihoods.store(place, likelihood_chunks)
-    labels.store(place, label_chunks)
-
-
-def _halved(levels: np.ndarray, labels: np.ndarray) -> _Pixels:
+def _halved(levels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Half as many rows and columns; one that has no neighbour, at the edge of the slide, is by itself."""
     if (odd := [size % 2 for size in labels.shape]) != [0, 0]:
         rows, columns = ((0, size) for size in odd)
