@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import openslide
+from PIL import Image
 
 from pipeline.errors import SlideError
-from pipeline.fetching import fetch, fetch_in_blocks
 from pipeline.geometry import Lattice, Roi
 from pipeline.jpeg_tiles import JpegLevel, jpeg_levels
 
@@ -27,6 +27,7 @@ MPP = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
 """Names of a scan's properties."""
 
 _TIFFS = ("aperio", "generic-tiff")  # whose pixels OpenSlide takes from the tiles as they are
+_BLOCK = 64  # level pixels: side of what is drawn at once where a place may be fractional
 _COLOURFUL = 16  # grey levels between the channels of a pixel
 _CACHE = openslide.OpenSlideCache(1 << 25)  # of all slides together: each would else have as much of its own
 
@@ -62,8 +63,8 @@ class Scan:
     def draw(self, level: int, roi: Roi, downsample: float) -> np.ndarray:
         """RGB of `roi`, in pixels of the level, as OpenSlide draws it. Raises SlideError where it cannot be read."""
         try:
-            fetch_level = fetch if downsample == round(downsample) else fetch_in_blocks
-            return fetch_level(self._get(), level, roi, downsample)
+            fetch = _fetch if downsample == round(downsample) else _fetch_in_blocks
+            return fetch(self._get(), level, roi, downsample)
         except (openslide.OpenSlideError, OSError) as error:
             self.opened = None
             place = f"x {roi.x}, y {roi.y}, {roi.width} x {roi.height} px of level {level}"
@@ -99,3 +100,24 @@ def channel_range(planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     """The highest and the lowest of three colours, pixel by pixel: numpy is slow over a short last axis."""
     red, green, blue = planes
     return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+
+
+def _fetch(handle: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
+    """One rectangle of a level as RGB over white."""
+    location = (round(roi.x * downsample), round(roi.y * downsample))
+    picture = handle.read_region(location, level, (roi.width, roi.height))
+    if picture.getchannel("A").getextrema() != (255, 255):
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _fetch_in_blocks(handle: openslide.OpenSlide, level: int, roi: Roi, downsample: float) -> np.ndarray:
+    """The same from blocks at fixed places, since OpenSlide's rounding of a fractional place depends on the place."""
+    pixels = np.empty((*roi.shape, 3), np.uint8)
+    for y in range(roi.y // _BLOCK * _BLOCK, roi.bottom, _BLOCK):
+        for x in range(roi.x // _BLOCK * _BLOCK, roi.right, _BLOCK):
+            block = Roi(x, y, _BLOCK, _BLOCK)
+            common = block.intersect(roi)
+            fetched = _fetch(handle, level, block, downsample)
+            pixels[common.within(roi).slices()] = fetched[common.within(block).slices()]
+    return pixels

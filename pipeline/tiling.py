@@ -1,4 +1,5 @@
-"""How large the tiles of a run are, and what a slide will take: from what a few tiles took (probe.py), not by assumption.
+"""How large the tiles of a run are, what a slide will take, and how many workers it needs: from what a few tiles took
+(probe.py), not by assumption.
 
 A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles spend less on halos, more
 on glass round the tissue, and hold more memory. The tissue is found in a coarse view.
@@ -7,7 +8,7 @@ on glass round the tissue, and hold more memory. The tissue is found in a coarse
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.blending import TILE_SIZE
 from pipeline.errors import ClusterError, SlideError
 from pipeline.geometry import Lattice, Mpp
 from pipeline.grid import round_up
-from pipeline.machine import cores, threads
+from pipeline.machine import cores, has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.probe import PROBE_SIZES, Probe, known_probe, probe
 from pipeline.runtime import EXACT, open_engine, settled
@@ -33,19 +34,18 @@ if TYPE_CHECKING:
     from pipeline.tissue import Tissue
 
 GIB = 2**30
-USUAL_GIB = 2.0
-"""Memory that a worker takes, at most, when nobody says how much and the halo is cheap; else it is _MOST_GIB."""
 
 _STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second
 _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its memory
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
-_MOST_GIB = 3.0  # where the halo would cost more than `_DEAR`
+_USUAL_GIB, _MOST_GIB = 2.0, 3.0  # of a worker, where nobody says how much; the latter where the halo costs over `_DEAR`
 _DEAR = 1.2
 _WORTH = 1.1  # times the pixels, at most, are read so that the halo is not dear
 _SHARE = 0.8  # of the free memory of the machine or the GPU, or of all that a container may take
 _SAMPLED = 4  # slides at most whose tissue is looked for, the largest among them, by this many um/px or more
 _COARSE_MPP = 32.0
 _PYRAMID = 4 / 3  # pixels of all levels, relative to the finest
+_WORK_FOR_TWO = 30_000_000  # pixels; below, starting a second worker costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,23 @@ def _largest_useful(way: Exact, step: int) -> int:
     return next((size for size, saving in saved if saving < _LEAST_SAVING), _LARGEST)
 
 
+def local_workers(slides: Iterable[tuple[Path, float | None]], scale: Mpp) -> int:
+    """Two, each with half the threads, where slides, given as path and mpp, have work for both at `scale`; else one.
+
+    One then reads, writes or outlines while the other computes. A GPU, or scarce memory, is not shared. Slides that cannot
+    be read do not count.
+    """
+    if cores() == 1 or has_gpu() or free_gib() < 2 * _USUAL_GIB:
+        return 1
+    pixels = 0
+    for path, mpp in slides:
+        with suppress(SlideError):
+            pixels += open_slide(path, mpp).base.at(scale).roi.area
+        if pixels > _WORK_FOR_TWO:
+            return 2
+    return 1
+
+
 def free_gib() -> float:
     """Memory that all workers of this machine may take together."""
     from distributed.system import MEMORY_LIMIT  # of the container, where there is one
@@ -205,7 +222,7 @@ def _default_limits(found: Probe) -> list[float]:
     own = free_gib() * min(threads() / cores(), 1)  # workers share the memory as they share the processors
     if found.gpu_free_bytes:  # CUDA alone holds some GiB
         return [own]
-    return [min(own, USUAL_GIB), min(own, _MOST_GIB)]
+    return [min(own, _USUAL_GIB), min(own, _MOST_GIB)]
 
 
 def _peak(way: Exact, size: int, found: Probe) -> float:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon upsampling",
     "team addresses weights classes geometry files progress contours polygons density staining bootstrap sampling",
-    "settings loss jpeg_tiles fetching outlines label_image stencil shards truth stains objects boundaries calibration froc",
+    "settings loss jpeg_tiles outlines label_image stencil shards truth stains objects boundaries calibration froc",
     "open_regions dask_cluster components halving scan mlflow_names config grid cohort ngff store snapshot",
     "slide config_file",
     "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
@@ -24,7 +24,7 @@ FLOORS = [
     "stitching",
     "validation exactness probe",
     "precision tiling",
-    "workers trial",
+    "trial",
     "finishing slide_job",
     "slide_tasks",
     "segmentation",

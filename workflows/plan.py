@@ -17,8 +17,7 @@ from pipeline.runtime import require_ability, settled, with_flips
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
-from pipeline.tiling import GIB, Estimate, foresee
-from pipeline.workers import local_workers
+from pipeline.tiling import GIB, Estimate, foresee, local_workers
 
 
 def plan(

@@ -31,8 +31,8 @@ from pipeline.slide import fallback_mpp
 from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
 from pipeline.stitching import stitching
 from pipeline.tasks import Cluster
+from pipeline.tiling import local_workers
 from pipeline.tracking import Run
-from pipeline.workers import local_workers
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
