@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from pipeline.classes import IGNORED
 from pipeline.errors import AnnotationError
+from pipeline.files import Stamp
 from pipeline.geometry import Lattice, Roi
-from pipeline.label_image import file_stamp, is_label_image, open_label_image
+from pipeline.label_image import annotation_stamp, is_label_image, open_label_image
 from pipeline.label_truth import fit
 from pipeline.outlines import Outlines, read_outlines
 from pipeline.polygons import Area
@@ -62,7 +63,7 @@ class OutlineTruth:
 
     @cached_property
     def _layers(self) -> _Layers:
-        return _load_layers(self.path, file_stamp(self.path), self.class_map, self.corner)
+        return _load_layers(self.path, annotation_stamp(self.path), self.class_map, self.corner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OutlineTruth, (self.path, self.base, self.class_map, self.tissue, self.corner)
@@ -141,7 +142,7 @@ class _Layers:
 
 
 @lru_cache(maxsize=8)
-def _load_layers(path: Path, stamp: tuple[int, int], class_map: ClassMap, corner: tuple[int, int]) -> _Layers:
+def _load_layers(path: Path, stamp: Stamp, class_map: ClassMap, corner: tuple[int, int]) -> _Layers:
     """Reads a file and sorts its outlines; `stamp` makes sure that a changed file is read anew."""
     outlines = read_outlines(path, corner)
     painted, known = _sort(outlines, class_map, path)

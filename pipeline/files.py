@@ -19,6 +19,9 @@ from typing import BinaryIO
 
 _KEPT, _KEPT_SECONDS = 16, 86400.0  # folders of one kind in a cache, and for how long after its last use any one stays
 
+Stamp = tuple[int, int, int]
+"""What `file_stamp` tells of a file."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -136,7 +139,7 @@ def file_digest(path: Path) -> str:
     return _stamped_digest(path, *file_stamp(path))
 
 
-def file_stamp(path: Path) -> tuple[int, int, int]:
+def file_stamp(path: Path) -> Stamp:
     """What tells a file from an earlier one in its place without reading it: size, time of the last change in ns, inode."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino

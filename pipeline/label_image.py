@@ -17,6 +17,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
 from pipeline.errors import AnnotationError
+from pipeline.files import Stamp, file_stamp
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -45,7 +46,7 @@ class LabelImage:
 
         Decodes only the tiles or strips it needs. Raises AnnotationError where the file is damaged.
         """
-        stamp = file_stamp(self.path)
+        stamp = annotation_stamp(self.path)
         left, width = int(columns[0]), int(columns[-1] - columns[0]) + 1
         at_once = max(1, _BLOCK_PIXELS * len(rows) // (width * int(rows[-1] - rows[0] + 1)))
         pieces = []
@@ -60,13 +61,12 @@ class LabelImage:
         return np.concatenate(pieces)
 
 
-def file_stamp(path: Path) -> tuple[int, int]:
-    """(bytes, time of change in nanoseconds) of an annotation file. Raises AnnotationError where there is none."""
+def annotation_stamp(path: Path) -> Stamp:
+    """The `file_stamp` of an annotation file. Raises AnnotationError where there is none."""
     try:
-        status = path.stat()
+        return file_stamp(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return status.st_size, status.st_mtime_ns
 
 
 def is_label_image(path: Path) -> bool:
@@ -124,7 +124,7 @@ def _png_header(path: Path) -> tuple[int, int, str]:
         return image.height, image.width, fault
 
 
-def _read(path: Path, stamp: tuple[int, int], window: Window) -> NDArray[Any]:
+def _read(path: Path, stamp: Stamp, window: Window) -> NDArray[Any]:
     """The values of a window. `stamp` makes sure that a changed file is opened anew."""
     values: NDArray[Any]
     if _is_tiff(path):
@@ -136,7 +136,7 @@ def _read(path: Path, stamp: tuple[int, int], window: Window) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=8)
-def _png_pixels(path: Path, stamp: tuple[int, int]) -> NDArray[Any]:
+def _png_pixels(path: Path, stamp: Stamp) -> NDArray[Any]:
     """All pixels: a PNG can only be decoded from its start."""
     with path.open("rb") as file:
         depth, kind = file.read(_DEPTH_AND_KIND.stop)[_DEPTH_AND_KIND]
@@ -146,7 +146,7 @@ def _png_pixels(path: Path, stamp: tuple[int, int]) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=32)
-def _tiff_dataset(path: Path, stamp: tuple[int, int]) -> Any:
+def _tiff_dataset(path: Path, stamp: Stamp) -> Any:
     """An open TIFF that decodes only what is asked of it."""
     return _open_tiff(path)
 

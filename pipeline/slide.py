@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.errors import ScaleError, SlideError
+from pipeline.files import Stamp, file_stamp
 from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
 from pipeline.sampling import resample_columns, resample_rows, sampling
 from pipeline.scan import MPP, OBJECTIVE, QUICKHASH, READABLE, VENDOR, Scan
@@ -159,14 +160,13 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     file is missing, of no known format or damaged, and ScaleError where the scale is missing or outside 0.05 to 20.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise SlideError(str(path), "a folder, or no ordinary file", READABLE, "Name the slide's own file.")
         path.open("rb").close()  # OpenSlide calls a file that may not be read one of no known format
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise SlideError(str(path), found, READABLE, "Correct the path, or give access to it.") from error
-    return _shared_slide(path, mpp, (status.st_size, status.st_mtime_ns))
+    return _shared_slide(path, mpp, file_stamp(path))
 
 
 def fallback_mpp(path: Path, mpp: float | None) -> float | None:
@@ -186,7 +186,7 @@ def fallback_mpp(path: Path, mpp: float | None) -> float | None:
 
 
 @lru_cache(maxsize=32)
-def _shared_slide(path: Path, mpp: float | None, stamp: tuple[int, int]) -> Slide:
+def _shared_slide(path: Path, mpp: float | None, stamp: Stamp) -> Slide:
     scan = Scan(path)
     opened = scan.get()
     properties, (width, height) = opened.properties, opened.dimensions
