@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,9 @@ from pipeline.settings import (
     TrainingSettings,
 )
 from pipeline.yaml_text import dump
+
+ELSEWHERE = ("output", "cluster", "tracking")
+"""Sections that say where files lie and who does the work; on them no result depends."""
 
 
 class Config(Section):
@@ -107,8 +110,9 @@ class Config(Section):
 
     def digest(self) -> str:
         """A SHA-256 over everything but where files lie and who does the work, as hexadecimal digits."""
-        others = set(Config.model_fields) - {"output", "cluster", "tracking", "training"}
-        content = self.model_dump(mode="json", include=others)
-        del content["cohort"]["manifest"]  # what it lists is told by digests of its own
-        content["training"] = self.training.model_dump(mode="json", exclude=set(SHARING))
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """All on which results depend, as plain values; what the manifest lists is told by digests of its own."""
+        parts = {"cohort": {"manifest"}, "training": {*SHARING}}
+        return self.model_dump(mode="json", exclude={**dict.fromkeys(ELSEWHERE, True), **parts})

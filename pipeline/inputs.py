@@ -20,7 +20,6 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, ConfigError, SlideError
 from pipeline.files import as_unicode, file_digest, file_stamp
-from pipeline.settings import SHARING
 from pipeline.slide import open_slide
 
 TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
@@ -75,8 +74,8 @@ def _named(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _training_sections(config: Config) -> dict[str, Any]:
-    sections = {*TILED, "normalisation", "network", "training", "seed"}
-    return config.model_dump(mode="json", include=sections, exclude={"training": set(SHARING)})
+    facts = config.facts()
+    return {name: facts[name] for name in facts if name in (*TILED, "normalisation", "network", "training", "seed")}
 
 
 def check_output(config: Config, cases: Sequence[Case]) -> None:
@@ -139,8 +138,7 @@ def check_at_work(config: Config, cases: Sequence[Case]) -> None:
 
 def _settings(config: Config, cohort: bytes) -> dict[str, str]:
     """All on which results depend, by name; of the cohort a digest, wherever its manifest lies."""
-    sections = config.model_dump(mode="json", exclude={"output", "cluster", "tracking", "cohort"})
-    sections["training"] = {key: value for key, value in sections["training"].items() if key not in SHARING}
+    sections = {name: section for name, section in config.facts().items() if name != "cohort"}
     return _named(sections) | {"cohort": hashlib.sha256(cohort).hexdigest()[:_DIGITS]}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.cohort import Case
-from pipeline.config import Config
+from pipeline.config import ELSEWHERE, Config
 from pipeline.errors import CohortError, FullfieldError, unread
 from pipeline.files import file_digest, locked, put_aside, write_json
 from pipeline.origin import origin, packages
@@ -27,7 +27,6 @@ from pipeline.slide import open_slide
 from pipeline.tasks import Cluster
 
 FILE = "lineage.json"
-_ELSEWHERE = {"output", "cluster", "tracking"}  # sections of a configuration on which no result depends
 
 
 def case_facts(case: Case) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def made_here() -> dict[str, Any]:
 
 def ancestry(config: Config, slides: Sequence[Mapping[str, Any]], training: Mapping[str, float]) -> dict[str, Any]:
     """What a model keeps of where it comes from: `slides` are facts of those it saw, `training` epochs and minutes."""
-    content = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    content = config.model_dump(mode="json", exclude={*ELSEWHERE})
     return {**made_here(), "seed": config.seed, "training": dict(training), "config": content, "slides": list(slides)}
 
 
@@ -91,13 +90,10 @@ def begin_lineage(folder: Path, anew: bool) -> None:
 
     Where a training begins `anew`, the lineage of a model that is gone is put aside as `lineage.json.old`.
     """
-    path = folder / FILE
-    with locked(path):
-        before = _written(path)
-        if anew and "models" in before:
-            put_aside(path)
-            before = {}
-        _add(path, before, {})
+    with _rewritten(folder) as content:
+        if anew and "models" in content:
+            put_aside(folder / FILE)
+            content.clear()
 
 
 def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
@@ -105,10 +101,9 @@ def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
 
     `origins` lists who began it, and each that went on with it by other code or on another machine.
     """
-    path = folder / FILE
-    with locked(path):
-        _add(path, _written(path), facts)
-    return path
+    with _rewritten(folder) as content:
+        content |= facts
+    return folder / FILE
 
 
 def as_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -130,26 +125,23 @@ def note_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> Path:
 
     Those of a slide that can no longer be read change nothing.
     """
-    path, readable = folder / FILE, [slide for slide in slides if slide["slide_digest"] is not None]
-    with locked(path):
-        before = _written(path)
-        known = {slide["slide_id"]: slide for slide in (*before.get("slides", []), *readable)}
-        _add(path, before, {"slides": list(known.values())})
-    return path
+    readable = [slide for slide in slides if slide["slide_digest"] is not None]
+    with _rewritten(folder) as content:
+        known = {slide["slide_id"]: slide for slide in (*content.get("slides", []), *readable)}
+        content["slides"] = list(known.values())
+    return folder / FILE
 
 
-def add_models(folder: Path, models: Sequence[Path]) -> Path:
+def add_models(folder: Path, models: Sequence[Path]) -> None:
     """Write into FOLDER/lineage.json which models its slides were segmented with, beside those of earlier calls.
 
     Raises CheckpointError.
     """
-    path, key, facts = folder / FILE, "segmented_with", models_facts(models)
-    with locked(path):
-        before = _written(path)
+    facts = models_facts(models)
+    with _rewritten(folder) as content:
         digests = [model["digest"] for model in facts]
-        others = [model for model in before.get(key, []) if model["digest"] not in digests]
-        _add(path, before, {key: [*others, *facts]})
-    return path
+        others = [model for model in content.get("segmented_with", []) if model["digest"] not in digests]
+        content["segmented_with"] = [*others, *facts]
 
 
 def write_parts(folder: Path, config: Config, parts: Sequence[Path]) -> Path:
@@ -180,11 +172,17 @@ def _written(path: Path) -> dict[str, Any]:
     return found
 
 
-def _add(path: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    origins, now = before.get("origins", []), made_here()
-    if not origins or {**origins[-1], "made": now["made"]} != now:
-        origins = [*origins, now]
-    write_json(path, {**before, **facts, "origins": origins})
+@contextmanager
+def _rewritten(folder: Path) -> Iterator[dict[str, Any]]:
+    """What FOLDER/lineage.json holds, for the block to change; it is written as that ends, with who goes on with it here."""
+    path = folder / FILE
+    with locked(path):
+        content = _written(path)
+        yield content
+        origins, now = content.get("origins", []), made_here()
+        if not origins or {**origins[-1], "made": now["made"]} != now:
+            origins = [*origins, now]
+        write_json(path, {**content, "origins": origins})
 
 
 def read_lineage(path: Path) -> dict[str, Any]:
