@@ -16,7 +16,7 @@ Confusions of parts of a slide, or of several slides, add up; scores do not, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -36,31 +36,6 @@ SCORES = ("dice", "iou", "precision", "recall")
 """The overlap scores, in the order in which a report lists them."""
 
 _BLOCK = 1 << 22  # pixels counted at a time: bincount makes an int64 copy of its input
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of one class; None where there is nothing to divide by, and for bounds of a single patient.
-
-    `low` and `high` bound the 95 % interval over patients (see `interval`; of fewer than six it is less sure). `pixels` and
-    `area_mm2` are the class's extent in the truth, `patients` how many patients have the class, in truth or prediction.
-    """
-
-    dice: float | None
-    dice_low: float | None
-    dice_high: float | None
-    iou: float | None
-    iou_low: float | None
-    iou_high: float | None
-    precision: float | None
-    precision_low: float | None
-    precision_high: float | None
-    recall: float | None
-    recall_low: float | None
-    recall_high: float | None
-    pixels: int
-    area_mm2: float
-    patients: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +143,11 @@ def report(
     samples: int = 1000,
     seed: int = 0,
 ) -> Report:
-    """Scores as `metrics.json` holds them: split -> slide id or "pooled" -> class name -> the fields of Scores.
+    """Scores as `metrics.json` holds them: split -> slide id or "pooled" -> class name -> figure -> value.
 
+    The figures are SCORES, each with the `_low` and `_high` of its 95 % interval over patients (see `interval`; of fewer
+    than six it is less sure), the class's extent in the truth, `pixels` and `area_mm2`, and how many `patients` have the
+    class, in truth or prediction. None where there is nothing to divide by, and for bounds of a single patient.
     Pooled scores come from the summed counts of a split's slides, with their intervals over patients; a single slide
     has no interval. `mpp` is the scale at which pixels were counted. Every value is a number or None: valid JSON.
     Raises CohortError where a slide is called "pooled" or occurs twice in a split.
@@ -177,7 +155,7 @@ def report(
     scores: Report = {}
     for split in dict.fromkeys(row.split for row in rows):
         mine = [row for row in rows if row.split == split]
-        part = scores[split] = {POOLED: _named(_by_patient(mine), classes, mpp, rest, samples, seed)}
+        part = scores[split] = {POOLED: _named(np.stack([*by_patient(mine).values()]), classes, mpp, rest, samples, seed)}
         for row in mine:
             if row.slide_id in part:
                 expected = f"slide ids that differ, none of them {POOLED!r}"
@@ -186,12 +164,12 @@ def report(
     return scores
 
 
-def _by_patient(rows: Sequence[SlideConfusion]) -> Counts:
-    """(P, C, C + 1): the slides' confusions, summed for each patient."""
+def by_patient(rows: Sequence[SlideConfusion]) -> dict[str, Counts]:
+    """The slides' confusions, summed for each patient."""
     sums: dict[str, Counts] = {}
     for row in rows:
         sums[row.patient] = sums.get(row.patient, np.int64(0)) + row.confusion
-    return np.stack(list(sums.values()))
+    return sums
 
 
 def _named(
@@ -203,13 +181,13 @@ def _named(
     concerned = (~np.isnan(ratios(patients, rest)["dice"])).sum(axis=0)
     named = {}
     for index, name in enumerate(classes.names):
-        fields: dict[str, float | None] = {}
+        fields: dict[str, float | int | None] = {}
         for score in SCORES:
             fields[score] = number(values[score][index])
             fields[f"{score}_low"], fields[f"{score}_high"] = (number(limit[index]) for limit in limits[score])
         pixels = int(pooled[index].sum())
-        found = Scores(**fields, pixels=pixels, area_mm2=pixels * mpp.area_um2 / 1e6, patients=int(concerned[index]))
-        named[name] = asdict(found)
+        extent = {"pixels": pixels, "area_mm2": pixels * mpp.area_um2 / 1e6, "patients": int(concerned[index])}
+        named[name] = {**fields, **extent}
     return named
 
 
@@ -233,7 +211,7 @@ def number(value: float) -> float | None:
 
 
 def table(scores: Report) -> list[dict[str, str | float | int | None]]:
-    """A report as flat rows for `metrics.csv`: split, slide, class, then the fields of Scores."""
+    """A report as flat rows for `metrics.csv`: split, slide, class, then the figures of `report`."""
     return [
         {"split": split, "slide": slide, "class": name, **fields}
         for split, slides in scores.items()

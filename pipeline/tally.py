@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import CohortError, unread
 from pipeline.files import write_text
-from pipeline.metrics import SlideConfusion, ratios
+from pipeline.metrics import SlideConfusion, by_patient, ratios
 from pipeline.store import run_file
 
 FILE = "confusions.json"
@@ -36,22 +36,15 @@ class Tally:
 
         Of the others it would tell nothing but whether a single pixel was invented: see `invented`.
         """
-        index, sums = self.classes.index(name), self.by_patient()
+        index, sums = self.classes.index(name), by_patient(self.rows)
         return {key: float(ratios(sums[key], self.rest)["dice"][index]) for key in sums if sums[key][index].any()}
 
     def invented(self, name: str) -> dict[str, float]:
         """The area, in mm2, that is called a class, for each patient whose truth has none of it, slides summed."""
         index = self.classes.index(name)
         called = [index, -1] if index == self.rest else [index]  # pixels not examined count as the background
-        without = {key: counts for key, counts in self.by_patient().items() if counts.any() and not counts[index].any()}
+        without = {key: counts for key, counts in by_patient(self.rows).items() if counts.any() and not counts[index].any()}
         return {key: float(counts[:, called].sum() * self.mpp**2 / 1e6) for key, counts in without.items()}
-
-    def by_patient(self) -> dict[str, np.ndarray]:
-        """The counts of each patient, slides summed, as a confusion of the tally's classes."""
-        sums: dict[str, np.ndarray] = {}
-        for row in self.rows:
-            sums[row.patient] = sums.get(row.patient, np.int64(0)) + row.confusion
-        return sums
 
     @property
     def unseen(self) -> Tally:
@@ -88,7 +81,7 @@ def paired_means(first: Tally, second: Tally) -> tuple[dict[str, float], dict[st
 
     So both are scored on the same classes of a patient; what is invented costs the class that it is taken from.
     """
-    ours, theirs = first.by_patient(), second.by_patient()
+    ours, theirs = by_patient(first.rows), by_patient(second.rows)
     known = {key: ours[key].any(axis=1) & theirs[key].any(axis=1) for key in ours if key in theirs}
 
     def means(sums: Mapping[str, np.ndarray], rest: int | None) -> dict[str, float]:
