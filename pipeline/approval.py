@@ -104,16 +104,13 @@ def approve(found: Deviation, settings: EngineSettings, model: Path, passed_over
     check(found, settings, model)
 
 
-def approval(settings: EngineSettings, model: Path) -> Deviation | None:
-    """What was found of a way to run the model; None where it was not held against exact, or not approved."""
-    found, allowed, _ = _known(settings, model) or (None, 0.0, False)
-    return found if found and found.pixels and found.numbers and found.label_change <= allowed else None
-
-
-def is_of_all(settings: EngineSettings, model: Path) -> bool:
-    """Whether what is known of a way to run the model was found on all slides that validate, none of them passed over."""
-    known = _known(settings, model)
-    return known is not None and known[2]
+def approval(settings: EngineSettings, model: Path, of_all: bool = False) -> Deviation | None:
+    """What was found of a way to run the model; None where it was not held against exact, or not approved, or, if it is to
+    be `of_all` slides that validate, where some of them were passed over.
+    """
+    found, allowed, complete = _known(settings, model) or (None, 0.0, False)
+    approved = found and found.pixels and found.numbers and found.label_change <= allowed
+    return found if approved and (complete or not of_all) else None
 
 
 def _known(settings: EngineSettings, model: Path) -> tuple[Deviation, float, bool] | None:

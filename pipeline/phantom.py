@@ -15,22 +15,7 @@ from numpy.typing import NDArray
 from pipeline.classes import Class, Classes
 from pipeline.errors import CohortError
 from pipeline.files import replacing, write_csv, write_text
-from pipeline.histology import FAT, GLAND, GLASS, STROMA, TUMOUR, Bytes, Floats, draw, plan
-
-__all__ = [
-    "FAT",
-    "GLAND",
-    "GLASS",
-    "PHANTOM_CLASSES",
-    "STROMA",
-    "TUMOUR",
-    "Phantom",
-    "make_cohort",
-    "make_phantom",
-    "render",
-    "write_outlines",
-    "write_slide",
-]
+from pipeline.histology import GLASS, Bytes, Floats, draw, plan
 
 PHANTOM_CLASSES = Classes(
     (

@@ -100,7 +100,7 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
             return _kept(_checkpoint_in(Path(download_artifacts(place, dst_path=scratch, tracking_uri=store.address))))
 
 
-def fold_references(reference: str, uri: str | None = None) -> list[str]:
+def fold_references(reference: str) -> list[str]:
     """Each fold's `runs:/ID`, where a reference is that of a cross-validation; else the reference itself.
 
     Raises TrackingError where there is no such run, and where some fold of it has not been begun.
@@ -108,7 +108,7 @@ def fold_references(reference: str, uri: str | None = None) -> list[str]:
     run_id, path = _run_parts(reference)
     if not reference.startswith("runs:/") or path:
         return [reference]
-    store = store_for(reference, uri)
+    store = store_for(reference)
     with store.conversation(reference):
         parts = store.parts(store.client.get_run(run_id))
     if not any(map(_FOLD.fullmatch, parts)):

@@ -27,20 +27,11 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def model_spec(config: Config) -> ModelSpec:
     """The model that a configuration describes, before its footprint is measured. Raises NetworkError."""
-    network = config.network
     return ModelSpec(
-        architecture=network.architecture,
+        **config.network.model_dump(),
         classes=config.class_list,
-        mpp=network.mpp,
         patch_size=config.tiles.patch_size,
-        width=network.width,
-        depth=network.depth,
-        downsample=network.downsample,
-        upsample=network.upsample,
-        encoder=network.encoder,
-        residual_units=network.residual_units,
-        norm=network.norm,
-        halo=None if network.norm == "instance" else 0,
+        halo=None if config.network.norm == "instance" else 0,
         rest=rest_index(config),
     )
 
@@ -54,7 +45,7 @@ def class_map(config: Config) -> ClassMap:
         values={value: index for index, item in enumerate(config.classes) for value in item.values},
         known=settings.known,
         ignored=settings.ignored,
-        rest=None if settings.rest is None else classes.index(settings.rest),
+        rest=rest_index(config),
         unnamed=None if settings.unnamed is None else classes.index(settings.unnamed),
     )
 

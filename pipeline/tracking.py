@@ -67,8 +67,8 @@ class Run:
             run_id = _recorded(output, store, experiment_id)
             if run_id is None:
                 run_id = store.client.create_run(experiment_id, run_name=name).info.run_id
-        _record(output, {"store": store.shown, "experiment_id": experiment_id, "run_id": run_id})
         run = cls(store, experiment_id, run_id, monitored=True)
+        _record(output, run)
         run.set_tags(origin_tags())
         return run
 
@@ -93,9 +93,7 @@ class Run:
     def nest(self, output: Path) -> None:
         """Give an output folder a run nested in this one: whoever starts the folder's run, now or later, continues it."""
         if _recorded(output, self.store, self.experiment_id) is None:
-            child = self.child(output.name)
-            content = {"store": self.store.shown, "experiment_id": self.experiment_id, "run_id": child.run_id}
-            _record(output, content)
+            _record(output, self.child(output.name))
 
     def _set_aside(self, run: Any, stage: str) -> None:
         self.store.client.update_run(run.info.run_id, name=f"{EARLIER}{stage}")
@@ -284,5 +282,5 @@ def _recorded(output: Path, store: Store, experiment_id: str) -> str | None:
     return str(run.info.run_id) if run is not None and alive else None
 
 
-def _record(output: Path, content: Mapping[str, str]) -> None:
-    write_json(output / "run.json", content)
+def _record(output: Path, run: Run) -> None:
+    write_json(output / "run.json", {"store": run.store.shown, "experiment_id": run.experiment_id, "run_id": run.run_id})

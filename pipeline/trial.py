@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import checkpoint
-from pipeline.approval import Deviation, approval, approve, is_of_all
+from pipeline.approval import Deviation, approval, approve
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.network import ModelSpec
@@ -33,10 +33,10 @@ def approve_engine(
     again.
     """
     engine = settled(config.engine)
-    if (engine.precision, engine.backend) == ("fastest", "openvino") and not is_calibrated(model):
+    if engine.precision == "fastest" and not is_calibrated(model):
         quantise(fp32_graph(model), _calibration(config, cases, tiles, checkpoint.load_spec(model)), int8_folder(model))
-    found, unread = approval(engine, model), list[str]()
-    if found is None or not is_of_all(engine, model):
+    found, unread = approval(engine, model, of_all=True), list[str]()
+    if found is None:
         normalisation = checkpoint.load_spec(model).normalisation
 
         def opened(case: Case) -> tuple[Source, Tissue]:

@@ -18,9 +18,10 @@ from pipeline.config_file import load_config
 from pipeline.errors import CohortError
 from pipeline.fields import KnownMap
 from pipeline.geometry import Lattice, Mpp
+from pipeline.histology import GLASS
 from pipeline.metrics import POOLED, report, table
 from pipeline.objects import object_scores, object_sums
-from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_phantom
+from pipeline.phantom import PHANTOM_CLASSES, make_phantom
 from pipeline.pyramid import build_pyramid
 from pipeline.truth import ClassMap
 from workflows.evaluate import _rules

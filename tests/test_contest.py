@@ -18,10 +18,11 @@ from pipeline.classes import Classes
 from pipeline.cohort import read_manifest, write_manifest
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.files import file_digest
+from pipeline.histology import GLASS
 from pipeline.lineage import Seen
 from pipeline.network import ModelSpec
 from pipeline.origin import origin
-from pipeline.phantom import GLASS, PHANTOM_CLASSES, make_cohort
+from pipeline.phantom import PHANTOM_CLASSES, make_cohort
 from pipeline.slide import open_slide
 from pipeline.store import open_store
 from pipeline.versions import Version, decide

@@ -12,7 +12,8 @@ import shapely
 
 from pipeline import phantom
 from pipeline.errors import CohortError
-from pipeline.phantom import FAT, GLAND, GLASS, PHANTOM_CLASSES, STROMA, TUMOUR, Phantom
+from pipeline.histology import FAT, GLAND, GLASS, STROMA, TUMOUR
+from pipeline.phantom import PHANTOM_CLASSES, Phantom
 
 WIDTH, HEIGHT = 1501, 1203
 Picture = tuple[np.ndarray, np.ndarray]

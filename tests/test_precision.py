@@ -15,7 +15,7 @@ import yaml
 pytest.importorskip("openvino")
 
 from pipeline import checkpoint, runtime
-from pipeline.approval import Deviation, approval, approve, check, is_of_all, require_approval, require_means
+from pipeline.approval import Deviation, approval, approve, check, require_approval, require_means
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.config_file import load_config
 from pipeline.errors import EngineError, SlideError
@@ -297,11 +297,11 @@ def test_without_its_library_a_backend_is_told_to_be_missing_and_not_to_stray(
 
 def test_an_approval_says_whether_it_is_of_all_slides(tmp_path: Path) -> None:
     model, found = save(tmp_path / "model", 4), Deviation(1000, 0.001, 0.004, 0.31)
-    assert not is_of_all(FAST, model)
+    assert approval(FAST, model, of_all=True) is None
     for passed_over in (["torn"], []):
         approve(found, FAST, model, passed_over)
         assert approval(FAST, model) == found
-        assert is_of_all(FAST, model) is not bool(passed_over)
+        assert approval(FAST, model, of_all=True) == (None if passed_over else found)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"engine": "ENGINE", "found": {"pixels": 3}}'])

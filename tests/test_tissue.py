@@ -9,7 +9,8 @@ from scipy import ndimage
 from skimage import morphology
 
 from pipeline.geometry import Lattice, Mpp, Roi
-from pipeline.phantom import GLASS, render, write_slide
+from pipeline.histology import GLASS
+from pipeline.phantom import render, write_slide
 from pipeline.settings import TissueSettings
 from pipeline.slide import open_slide
 from pipeline.tissue import Tissue, _bands_at_once, find_tissue

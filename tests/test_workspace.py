@@ -18,8 +18,9 @@ from pipeline.config_file import parse_config
 from pipeline.errors import CheckpointError, CohortError, ConfigError
 from pipeline.folder import alone, write_setup
 from pipeline.geometry import Roi
+from pipeline.histology import GLASS
 from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, check_output, read_stamp, training_inputs
-from pipeline.phantom import GLASS, make_phantom
+from pipeline.phantom import make_phantom
 from pipeline.registry import check_alias
 from pipeline.sources import open_sources
 from pipeline.specs import class_map, model_spec, read_config

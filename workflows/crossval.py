@@ -128,10 +128,10 @@ def _partakers(workspace: Workspace) -> list[Case]:
     cases = _candidates(workspace)
     if held_back := _held_back(workspace):
         console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
-    tiled = set(parquet.read_table(workspace.tiles, columns=["slide_id"])["slide_id"].unique().to_pylist())
-    if missing := sorted(case.slide_id for case in cases if case.slide_id not in tiled):
+    tiled = set(workspace.tiled(SPLITS))
+    if missing := sorted(case.slide_id for case in cases if case not in tiled):
         console.print(f"left out, as they have no tiles: {', '.join(missing)}")
-    return [case for case in cases if case.slide_id in tiled]
+    return [case for case in cases if case in tiled]
 
 
 def _candidates(workspace: Workspace) -> list[Case]:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Column, Table
 
 from pipeline.errors import CanvasError, ScaleError
@@ -34,13 +33,7 @@ def inspect(path: Path, as_json: bool, picture: Path | None, mpp: float | None) 
     else:
         console.print(_table(facts))
     if picture is not None:
-        write_png(picture, _picture(slide, tissue))
-
-
-def _picture(slide: Slide, tissue: Tissue | None) -> np.ndarray:
-    if tissue is None:
-        return thumbnail(slide)
-    return outlined(slide, tissue)
+        write_png(picture, thumbnail(slide) if tissue is None else outlined(slide, tissue))
 
 
 def _open(path: Path, mpp: float | None) -> tuple[Slide, ScaleError | None]:
