@@ -39,7 +39,7 @@ def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
     keys = [key for key, _ in parsed]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise ConfigError(", ".join(twice), "given twice", "each key once", "Part its values by commas.")
+        raise ConfigError(", ".join(twice), "given twice", "each key once", "Separate its values with commas.")
     fixed = [f"{key}={json.dumps(values[0], default=str)}" for key, values in parsed if len(values) == 1]
     swept = {key: values for key, values in parsed if len(values) > 1}
     if not swept:

@@ -64,7 +64,9 @@ def parse_values(override: str) -> tuple[str, list[Any]]:
     try:
         values = load(f"[{text}]") if separator and key else []
     except yaml.YAMLError as error:
-        raise ConfigError(repr(override), f"broken YAML ({error})", "values that commas part", "Quote the value.") from error
+        raise ConfigError(
+            repr(override), f"broken YAML ({error})", "values separated by commas", "Quote the value."
+        ) from error
     if not values:
         expected = "key=value,value..., such as training.epochs=10,20"
         raise ConfigError(repr(override), "no `=`, or nothing beside it", expected, "Write it that way.")

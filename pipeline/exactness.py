@@ -24,7 +24,7 @@ _WHOLE = 4_000_000  # pixels: a slide up to this size is compared as a whole
 @dataclass(frozen=True)
 class Comparison:
     """What one window showed: pixels of output compared, the largest and the mean difference of a probability (0 to 1), and
-    how many labels differ: within TOLERANCE, only where two classes are level to twice that.
+    how many labels differ: within TOLERANCE, only where two classes tie to within twice that.
     """
 
     window: Roi

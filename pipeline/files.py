@@ -167,9 +167,9 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
 
 @contextmanager
 def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Wait until no other process works at `path`; those that ask for a `shared` lock wait for none but the others.
+    """Hold a lock on `path` for the block, and wait for whoever has it; several may hold a `shared` one at once.
 
-    Yields True; where one should wait and is not to (`wait` False), False at once.
+    Yields True; with `wait` False, yields False at once where another process has it.
 
     The lock is on an empty file beside it, `.NAME.lock`, which stays. A process that ends, in whatever way, lets go of it.
     Where the file system knows no locks, nobody waits.
@@ -187,7 +187,7 @@ def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool
 
 
 def keep_in_cache(folder: Path) -> Path:
-    """The same folder of a cache, which from now on counts as used; it need not be there yet.
+    """Mark a folder of a cache, which need not be there yet, as used now, and return it.
 
     If it is new, neighbours unused for a day are deleted, except the sixteen used last. So whoever reads it within a day
     loses nothing. Where the cache may not be written, nothing is done.

@@ -29,7 +29,7 @@ def alone(config: Config, cases: Sequence[Case]) -> Iterator[None]:
     with ExitStack() as held:
         if not held.enter_context(locked(config.output / "model", wait=False)):
             check_at_work(config, cases)
-            console.print(f"Waits for another command in {config.output}")
+            console.print(f"Waiting for another command in {config.output}")
             held.enter_context(locked(config.output / "model"))
         yield
 

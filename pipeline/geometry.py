@@ -67,7 +67,7 @@ class Roi:
         return Roi(self.x - pixels, self.y - pixels, self.width + 2 * pixels, self.height + 2 * pixels)
 
     def shrink(self, factor: int) -> Roi:
-        """The rectangle in pixels `factor` times as large; its origin is a multiple of that, a last part counts whole."""
+        """The rectangle in pixels `factor` times as large, of which its origin must be a multiple; sizes are rounded up."""
         return Roi(self.x // factor, self.y // factor, -(-self.width // factor), -(-self.height // factor))
 
     def intersect(self, other: Roi) -> Roi:

@@ -107,7 +107,7 @@ def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def as_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Facts of slides, with the digests that FOLDER/lineage.json has of them: of the files that were used.
+    """Facts of slides, but with the digests that FOLDER/lineage.json has already: those of the files used.
 
     What has taken the place of a file since is told by `changes`; `note_used` notes what is used anew.
     """

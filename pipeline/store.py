@@ -71,7 +71,7 @@ class Store:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until no other process has a SQLite store to itself, and have it for the block; a server knows no locks."""
+        """Hold a SQLite store's lock for the block, and wait for whoever has it; a server has none."""
         path = sqlite_path(self.address)
         with ExitStack() as held:
             if path is not None:

@@ -72,7 +72,7 @@ class Tissue:
             return cls(mask, Lattice(width, height, mpp))
 
     def area_um2(self, base: Lattice) -> float:
-        """Area of the tissue in square micrometres; of pixels that reach past `base`, all of the slide, what lies on it."""
+        """Area of the tissue in square micrometres; of pixels that reach past the slide, `base`, the part on it."""
         mpp = self.lattice.mpp
         past_x = self.lattice.width * mpp.x - base.width * base.mpp.x
         past_y = self.lattice.height * mpp.y - base.height * base.mpp.y

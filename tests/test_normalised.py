@@ -218,8 +218,8 @@ def test_a_training_tells_of_slides_that_are_left_as_scanned(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     for verb in (tile, train):
         assert verb(tmp_path / "config.yaml", ["tiles.min_tissue=0"]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "as scanned" in line]
-    assert told == ["train: learned from as scanned, since their stain cannot be told: glass"]
+    told = [line for line in capsys.readouterr().out.splitlines() if "without stain" in line]
+    assert told == ["train: used without stain normalisation, since their stain could not be determined: glass"]
 
 
 def test_a_damaged_slide_whose_stain_cannot_be_told_is_left_as_scanned(project: Project, tmp_path: Path) -> None:

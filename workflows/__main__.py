@@ -74,7 +74,7 @@ def run(config: options.Config, overrides: options.Overrides = None) -> None:
 def tile(config: options.Config, overrides: options.Overrides = None) -> None:
     """Divide slides into cells and count what there is to learn from.
 
-    Reads slides and annotations; writes OUTPUT/cohort.csv (the splits) and OUTPUT/tiles.parquet (a row a cell).
+    Reads slides and annotations; writes OUTPUT/cohort.csv (the splits) and OUTPUT/tiles.parquet (one row per cell).
 
     Example: `fullfield tile workflows/configs/glas.yaml`
     """

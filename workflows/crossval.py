@@ -1,4 +1,4 @@
-"""`fullfield crossval CONFIG`: a run a fold, and figures on patients that no network was trained on or chosen by."""
+"""`fullfield crossval CONFIG`: one run per fold, and figures on patients that no network was trained on or chosen by."""
 
 from __future__ import annotations
 

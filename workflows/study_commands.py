@@ -18,7 +18,7 @@ def crossval(
     overrides: options.Overrides = None,
     folds: Annotated[int, typer.Option(help="Number of folds.", min=2)] = 5,
 ) -> None:
-    """Cross-validate over patients: a run a fold, each patient examined by a network that never saw it.
+    """Cross-validate over patients: one run per fold, each patient examined by a network that never saw it.
 
     Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
     train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is

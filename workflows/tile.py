@@ -47,7 +47,7 @@ def tile(path: Path, overrides: Sequence[str]) -> int:
 
 
 def tile_cohort(workspace: Workspace) -> int:
-    """Write tiles.parquet, a row a cell, and show what there is to learn from, unless it is there already.
+    """Write tiles.parquet, one row per cell, and show what there is to learn from, unless it is there already.
 
     A slide that cannot be read is named and left out; returns 1 where there was one, else 0. Raises AnnotationError where
     annotations cannot be used, all of them in one message.

@@ -59,7 +59,7 @@ def _trained(workspace: Workspace, unfinished: Path) -> str:
         if model.exists():
             console.print("train: done already")
             if kept := other_ways(model, config):
-                console.print(f"train: `fullfield segment` goes on with the model's own {kept}")
+                console.print(f"train: `fullfield segment` still uses the model's own settings: {kept}")
         else:
             if not any(case.split == "val" for case in cases):
                 console.print("train: no annotated slide validates, so the last epoch is kept")
@@ -173,9 +173,10 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
     epochs = [record.metrics for record in records.values()]
     console.print(f"train: {_pace(epochs)}")
     if as_scanned := checkpoint.load_run_record(workspace.model).get("as_scanned"):
-        console.print(f"train: learned from as scanned, since their stain cannot be told: {', '.join(as_scanned)}")
+        undetermined = "used without stain normalisation, since their stain could not be determined"
+        console.print(f"train: {undetermined}: {', '.join(as_scanned)}")
     if unread := sorted({name for record in records.values() for name in record.unread}):
-        console.print(f"train: passed over what cannot be read of {', '.join(unread)}: copy such slides again")
+        console.print(f"train: skipped unreadable parts of {', '.join(unread)}: copy these slides again")
     if "dice" not in epochs[-1] and any(case.split == "val" for case in cases):
         console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
     if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):

@@ -57,7 +57,7 @@ def verify(
 def _verdict(found: Sequence[Comparison], way: Stitching) -> str:
     changes = sum(item.label_changes for item in found)
     if all(item.exact for item in found):
-        return f"exact: tiled equals whole{f', but for {changes} labels where two classes are level' if changes else ''}"
+        return f"exact: tiled equals whole{f', except {changes} labels where two classes tie' if changes else ''}"
     if way.exact:
         return f"NOT exact: a probability differs by more than {TOLERANCE:g}"
     share = changes / sum(item.pixels for item in found)
