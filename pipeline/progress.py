@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.cells import cell_len
@@ -65,6 +65,15 @@ class Bar:
 def new_table(title: str, *columns: str) -> Table:
     """An empty table with a title over its left corner, in which nothing is cut off, however narrow it has to be."""
     return Table(*(Column(name, overflow="fold") for name in columns), title=title or None, title_justify="left")
+
+
+def facts_table(facts: Mapping[str, str | None]) -> Table:
+    """What is told of one thing, a line for each fact that there is."""
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name, value)
+    return table
 
 
 def show(table: Table) -> None:

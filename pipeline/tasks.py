@@ -51,6 +51,16 @@ class Cluster(Protocol):
         """
 
 
+def values(cluster: Cluster) -> list[Any]:
+    """The values of all tasks that are under way, in the order in which they end. The first error is raised here."""
+    found = []
+    for outcome in cluster:
+        if outcome.error is not None:
+            raise outcome.error
+        found.append(outcome.value)
+    return found
+
+
 class Here:
     """Runs each task in this process when its outcome is asked for; see Cluster."""
 

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
-
 from pipeline.errors import CanvasError, ScaleError
 from pipeline.pictures import outlined, thumbnail, write_png
-from pipeline.progress import console
+from pipeline.progress import console, facts_table
 from pipeline.settings import TissueSettings
 from pipeline.slide import Slide, fallback_mpp, open_slide
 from pipeline.tissue import Tissue, find_tissue
@@ -31,7 +29,7 @@ def inspect(path: Path, as_json: bool, picture: Path | None, mpp: float | None) 
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        console.print(_table(facts))
+        console.print(facts_table(_shown(facts)))
     if picture is not None:
         write_png(picture, thumbnail(slide) if tissue is None else outlined(slide, tissue))
 
@@ -62,10 +60,10 @@ def _facts(slide: Slide, tissue: Tissue | None, problem: ScaleError | None) -> d
     }
 
 
-def _table(facts: dict[str, Any]) -> Table:
-    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
+def _shown(facts: dict[str, Any]) -> dict[str, str | None]:
+    """The same to be read."""
     levels = ", ".join(f"{level['width']} x {level['height']}" for level in facts["levels"])
-    rows = {
+    return {
         "slide": facts["slide"],
         "vendor": facts["vendor"],
         "size": f"{facts['width']} x {facts['height']} px",
@@ -75,7 +73,3 @@ def _table(facts: dict[str, Any]) -> Table:
         "tissue": "-" if facts["tissue_mm2"] is None else f"{facts['tissue_mm2']:.2f} mm2 ({facts['tissue_share']:.0%})",
         "problem": facts["problem"],
     }
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, value)
-    return table

@@ -6,17 +6,16 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.table import Table
-
 from pipeline import ensemble
 from pipeline.cluster import connect
 from pipeline.geometry import Mpp
-from pipeline.progress import console
+from pipeline.progress import console, facts_table
 from pipeline.registry import resolve_model
 from pipeline.runtime import require_ability, settled, with_flips
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
 from pipeline.slide import fallback_mpp, open_slide
 from pipeline.stitching import stitching
+from pipeline.tasks import values
 from pipeline.tiling import GIB, Estimate, foresee, local_workers
 
 
@@ -43,18 +42,15 @@ def plan(
     workers = local_workers([(path, mpp)], Mpp.square(spec.mpp))
     with connect(ClusterSettings(workers=workers)) as cluster:
         cluster.submit(path, foresee, path, mpp, folder, tissue, wanted, engine, workers)
-        (outcome,) = cluster
-    if outcome.error:
-        raise outcome.error
+        (found,) = values(cluster)
     if as_json:
-        print(json.dumps({"slide": str(path), "model": str(folder), **asdict(outcome.value)}, indent=2))
+        print(json.dumps({"slide": str(path), "model": str(folder), **asdict(found)}, indent=2))
     else:
-        console.print(_table(outcome.value))
+        console.print(facts_table(_facts(found)))
 
 
-def _table(found: Estimate) -> Table:
-    table = Table(show_header=False, box=None)
-    rows = {
+def _facts(found: Estimate) -> dict[str, str]:
+    return {
         "tile size": f"{found.tile_size} px",
         "cost of halo or overlap": f"{found.halo_cost - 1:.1%} more pixels",
         "tiles with tissue": f"{found.tissue_tiles} of {found.tiles}",
@@ -63,6 +59,3 @@ def _table(found: Estimate) -> Table:
         "peak memory of a worker, while tiles are run": f"about {found.peak_bytes / GIB:.2f} GiB",
         "output": f"about {found.output_bytes / 2**20:.0f} MiB of OME-Zarr",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table

@@ -32,7 +32,7 @@ from pipeline.sources import case_truth
 from pipeline.specs import rest_index
 from pipeline.store import Store
 from pipeline.tally import FILE, Tally, paired_means, scale_remark, shared_patients, write_tally
-from pipeline.tasks import Cluster
+from pipeline.tasks import Cluster, values
 from pipeline.versions import Version, decide, find_version, version_with
 from pipeline.workspace import dealt_cases, slide_job
 from workflows.segment import run_jobs
@@ -161,11 +161,7 @@ def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> li
     for case in annotated:
         if case.split == split:
             cluster.submit(case, case_facts, case)
-    facts = []
-    for outcome in cluster:
-        if outcome.error is not None:
-            raise outcome.error
-        facts.append(outcome.value)
+    facts = values(cluster)
     counts = ("train", "val") if split == "test" else ("train",)
     seen = {version.reference: seen_by(version.checkpoint, counts) for version in versions}
     for name in (name for name, known in seen.items() if not known.slides):
@@ -216,14 +212,9 @@ def _examine(version: Version, cases: Sequence[Case], config: Config, cluster: C
         raise CohortError(version.reference, "; ".join(failed), "an answer on every slide", "Correct it, then call again.")
     for case, job in zip(cases, jobs, strict=True):
         cluster.submit(case, count, case, config, job)
-    counted = []
-    for outcome in cluster:
-        if outcome.error is not None:
-            raise outcome.error
-        counted.append(outcome.value)
+    counted = tuple(sorted(values(cluster), key=lambda row: row.slide_id))
     canvas = open_canvas(jobs[0].folder / CANVAS)
-    rows_by_id = tuple(sorted(counted, key=lambda row: row.slide_id))
-    tally = Tally(canvas.classes.names, rest_index(config), canvas.lattice.mpp.x, rows_by_id)
+    tally = Tally(canvas.classes.names, rest_index(config), canvas.lattice.mpp.x, counted)
     write_tally(folder / FILE, tally)
     return tally
 
