@@ -132,12 +132,17 @@ def _features(document: Any, book: _Sketchbook) -> Iterator[tuple[str | None, An
 
 
 def _class_name(properties: Any) -> str | None:
-    """The class that QuPath gave an object: a name, or since 0.4 a list of names, of which QuPath shows `A: B`."""
+    """The class that QuPath gave an object, as QuPath shows it: a name, or `A: B` of a list of names.
+
+    Until 0.3 there were no lists, and a class `B` said that it has the parent class `A`.
+    """
     classification = properties.get("classification") if isinstance(properties, dict) else None
-    if isinstance(classification, dict):
-        names = classification.get("names")
-        classification = ": ".join(map(str, names)) if isinstance(names, list) else classification.get("name")
-    return str(classification).strip() or None if classification else None
+    names: list[Any] = []
+    while isinstance(classification, dict):
+        listed = classification.get("names")
+        names[:0] = listed if isinstance(listed, list) else [classification.get("name")]
+        classification = classification.get("parentClass")
+    return ": ".join(str(name) for name in (classification, *names) if name).strip() or None
 
 
 def _polygons(geometry: Any, book: _Sketchbook) -> Iterator[list[NDArray[np.float64]]]:

@@ -77,6 +77,8 @@ def test_geojson_in_every_wrapping(tmp_path: Path, document: Any) -> None:
         ({"classification": {"name": "Tumor", "color": [200, 0, 0]}}, "Tumor"),
         ({"classification": {"name": "Tumor", "colorRGB": -3670016}}, "Tumor"),
         ({"classification": {"names": ["Tumor", "Positive"], "color": [200, 50, 50]}}, "Tumor: Positive"),
+        ({"classification": {"parentClass": {"name": "Tumor", "colorRGB": -9}, "name": "Positive"}}, "Tumor: Positive"),
+        ({"classification": {"name": "C", "parentClass": {"name": "B", "parentClass": {"name": "A"}}}}, "A: B: C"),
         ({"classification": "Tumor"}, "Tumor"),
         ({"classification": None, "name": "my third try"}, None),
         ({"name": "my third try"}, None),
