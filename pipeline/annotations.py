@@ -215,6 +215,7 @@ def _remarks(outlines: Outlines) -> tuple[str, ...]:
         ("invalid polygons, repaired", outlines.repaired),
         ("points, lines and rulers, left out", outlines.skipped),
         ("outlines without an area, left out", outlines.dropped),
+        ("cells whose nucleus is outlined too, of which the cell's own outline counts", outlines.nuclei),
     )
     none = () if outlines.outlines else ("no outlines",)
     return (*none, *(f"{text}: {count}" for text, count in counts if count))

@@ -40,13 +40,14 @@ class Outlines:
     """What an annotation file holds, in the file's order.
 
     `skipped` counts points, lines, arrows and rulers; `repaired` the objects whose polygon was not valid as written;
-    `dropped` the objects that enclose no area.
+    `dropped` the objects that enclose no area; `nuclei` the cells whose nucleus is drawn too, which is passed over.
     """
 
     outlines: tuple[Outline, ...]
     skipped: int
     repaired: int
     dropped: int
+    nuclei: int
 
 
 class _Sketchbook:
@@ -57,6 +58,7 @@ class _Sketchbook:
         self.names: list[str | None] = []
         self.drawing = Drawing()
         self.skipped = 0
+        self.nuclei = 0
 
     def add(self, name: str | None, polygons: Sequence[Sequence[NDArray[np.float64]]]) -> None:
         """Note one object: its polygons, each a list of rings (the shell, then holes) of float64 (points, 2)."""
@@ -66,7 +68,12 @@ class _Sketchbook:
     def finish(self) -> Outlines:
         """The outlines that enclose an area, with the counts of the rest."""
         areas, repaired = self.drawing.areas()
-        return _outlines(self.names, areas, self.skipped, repaired)
+        return self.bind(self.names, areas, repaired)
+
+    def bind(self, names: Sequence[str | None], areas: Sequence[Area], repaired: int) -> Outlines:
+        """The same of areas that are made already, each with its name."""
+        kept = tuple(Outline(name, area) for name, area in zip(names, areas, strict=True) if area.area > 0)
+        return Outlines(kept, self.skipped, repaired, len(names) - len(kept), self.nuclei)
 
     def error(self, found: str, expected: str) -> AnnotationError:
         """The error for something in this file that cannot be understood."""
@@ -121,6 +128,7 @@ def _features(document: Any, book: _Sketchbook) -> Iterator[tuple[str | None, An
     for item in document if isinstance(document, list) else [document]:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "Feature":
+            book.nuclei += item.get("nucleusGeometry") is not None
             yield _class_name(item.get("properties")), item.get("geometry")
         elif kind in _GEOMETRIES:
             yield None, item
@@ -217,7 +225,7 @@ def _read_imagescope(root: Element, book: _Sketchbook) -> Outlines:
         names += [name] * len(positive)
         areas += positive
         repaired += fixed + fixed_holes
-    return _outlines(names, areas, book.skipped, repaired)
+    return book.bind(names, areas, repaired)
 
 
 def _layer_name(layer: Element) -> str | None:
@@ -275,8 +283,3 @@ def _number(element: Element, key: str, book: _Sketchbook) -> float:
         return float(text)
     except ValueError as error:
         raise book.error(f"<{element.tag} {key}={text!r}>", f"a number as {key}") from error
-
-
-def _outlines(names: Sequence[str | None], areas: Sequence[Area], skipped: int, repaired: int) -> Outlines:
-    kept = tuple(Outline(name, area) for name, area in zip(names, areas, strict=True) if area.area > 0)
-    return Outlines(kept, skipped, repaired, len(names) - len(kept))

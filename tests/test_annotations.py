@@ -185,11 +185,14 @@ def test_remarks_tell_what_happened_to_the_file(tmp_path: Path) -> None:
     bow_tie = {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [9, 0], [0, 9], [0, 0]]]}
     line = {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}
     flat = {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [0, 0]]]}
-    truth = drawn(tmp_path, naming(), *(feature("Gland", shape) for shape in (bow_tie, line, flat)))
+    cell = feature("Tumor", shapely.box(20, 10, 30, 18)) | {"nucleusGeometry": shapely.box(23, 12, 26, 15).__geo_interface__}
+    truth = drawn(tmp_path, naming(), *(feature("Gland", shape) for shape in (bow_tie, line, flat)), cell)
+    assert (truth.read(BASE.roi, BASE) == 2).sum() == 10 * 8
     assert truth.remarks == (
         "invalid polygons, repaired: 1",
         "points, lines and rulers, left out: 1",
         "outlines without an area, left out: 1",
+        "cells whose nucleus is outlined too, of which the cell's own outline counts: 1",
     )
 
 
