@@ -6,8 +6,10 @@ it shows of a slide. What QuPath calls a class, ASAP a group and ImageScope a la
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,19 @@ def read_outlines(path: Path, corner: tuple[int, int] = (0, 0)) -> Outlines:
 # GeoJSON
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Spares the search for cycles, of which JSON has none: among millions of lists it takes longer than the reading."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def _read_geojson(data: bytes, book: _Sketchbook, corner: NDArray[np.float64]) -> Outlines:
     try:
         document = json.loads(data)
