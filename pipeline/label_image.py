@@ -18,6 +18,7 @@ from rasterio.windows import Window
 
 from pipeline.errors import AnnotationError
 from pipeline.files import Stamp, file_stamp
+from pipeline.squares import Squares, pack
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -27,7 +28,7 @@ _LOSSY = ("jpeg", "webp", "jxl")  # in any spelling of GDAL's
 _DEPTH_AND_KIND = slice(24, 26)  # bytes of a PNG: bits of a value, and 0 for grey
 _SPREAD = {2: 85, 4: 17}  # by which Pillow multiplies grey values of so many bits
 _BLOCK_PIXELS = 2**26  # label pixels held at once while a coarse window is sampled
-_reading = threading.Lock()  # a GDAL data set serves one thread at a time
+_reading = threading.Lock()  # a GDAL data set serves one thread at a time, and one decoded PNG fills memory enough
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,20 @@ def _read(path: Path, stamp: Stamp, window: Window) -> NDArray[Any]:
         with _reading:
             values = _tiff_dataset(path, stamp).read(1, window=window)
     else:
-        values = _png_pixels(path, stamp)[window.toslices()]
+        with _reading:
+            squares = _png_squares(path, stamp)
+        values = squares.read(*window.toslices())
     return values
 
 
-@lru_cache(maxsize=8)
-def _png_pixels(path: Path, stamp: Stamp) -> NDArray[Any]:
+@lru_cache(maxsize=1024)  # of some 0.3 MiB each: patches are drawn from all slides of a cohort, in any order
+def _png_squares(path: Path, stamp: Stamp) -> Squares:
     """All pixels: a PNG can only be decoded from its start."""
     with path.open("rb") as file:
         depth, kind = file.read(_DEPTH_AND_KIND.stop)[_DEPTH_AND_KIND]
+    spread = _SPREAD.get(depth, 1) if kind == 0 else 1
     with Image.open(path) as image:
-        pixels: NDArray[Any] = np.asarray(image)
-    return pixels // _SPREAD[depth] if kind == 0 and depth in _SPREAD else pixels
+        return pack(image.width, image.height, lambda box: np.asarray(image.crop(box)) // spread)
 
 
 @lru_cache(maxsize=32)

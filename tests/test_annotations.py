@@ -1,6 +1,7 @@
 """Annotations: names and values become classes, what is not known counts for nothing, and masks come back bit for bit."""
 
 import json
+import os
 import pickle
 import struct
 import zlib
@@ -365,6 +366,31 @@ def test_grey_png_of_few_bits_gives_its_values(tmp_path: Path, bits: int) -> Non
     (tmp_path / "l.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(lines))
     truth = open_truth(tmp_path / "l.png", BASE, naming(), None)
     np.testing.assert_array_equal(truth.read(BASE.roi, BASE), values)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.bool_])
+def test_windows_of_a_large_png(tmp_path: Path, kind: type[np.generic]) -> None:
+    """Its pixels are kept in squares of 512: windows within one, across several, and along the edges."""
+    labels, base = np.random.default_rng(1).integers(0, 2, (700, 1024)), Lattice(1024, 700, Mpp.square(0.5))
+    Image.fromarray(labels.astype(kind)).save(tmp_path / "l.png")
+    truth = open_truth(tmp_path / "l.png", base, naming(), None)
+    for window in (base.roi, Roi(3, 5, 200, 99), Roi(510, 511, 4, 3), Roi(512, 512, 512, 188), Roi(1023, 0, 1, 700)):
+        np.testing.assert_array_equal(truth.read(window, base), labels[window.slices()])
+
+
+def test_a_png_is_decoded_once_a_process(tmp_path: Path) -> None:
+    """However many there are, since patches are drawn from all in any order: what becomes of the files is not seen."""
+    labels = {tmp_path / f"{number}.png": np.roll(LABELS, number) for number in range(12)}
+    for path, values in labels.items():
+        Image.fromarray(values).save(path)
+        open_truth(path, BASE, naming(), None).read(Roi(0, 0, 1, 1), BASE)
+    truths = [open_truth(path, BASE, naming(), None) for path in labels]
+    for path in labels:
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for truth, values in zip(truths, labels.values(), strict=True):
+        np.testing.assert_array_equal(truth.read(BASE.roi, BASE), values)
 
 
 def test_values_stand_for_classes(tmp_path: Path) -> None:
