@@ -120,7 +120,7 @@ def _tiff_header(path: Path) -> tuple[int, int, str]:
 
 def _png_header(path: Path) -> tuple[int, int, str]:
     """(height, width, what is wrong with it) of a PNG."""
-    with Image.open(path) as image:
+    with _open_png(path) as image:
         fault = "" if image.mode in _PALETTE_OR_GREY else f"a PNG of kind {image.mode}"
         return image.height, image.width, fault
 
@@ -144,8 +144,15 @@ def _png_squares(path: Path, stamp: Stamp) -> Squares:
     with path.open("rb") as file:
         depth, kind = file.read(_DEPTH_AND_KIND.stop)[_DEPTH_AND_KIND]
     spread = _SPREAD.get(depth, 1) if kind == 0 else 1
-    with Image.open(path) as image:
+    with _open_png(path) as image:
         return pack(image.width, image.height, lambda box: np.asarray(image.crop(box)) // spread)
+
+
+def _open_png(path: Path) -> Image.Image:
+    """A PNG of which only the header has been read. Pillow warns of one of 89 Mpx, which is fine, and refuses one of 179."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 @lru_cache(maxsize=32)
