@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _PALETTE_OR_GREY = ("1", "L", "P", "I", "I;16")
 _LOSSY = ("jpeg", "webp", "jxl")  # in any spelling of GDAL's
 _DEPTH_AND_KIND = slice(24, 26)  # bytes of a PNG: bits of a value, and 0 for grey
 _SPREAD = {2: 85, 4: 17}  # by which Pillow multiplies grey values of so many bits
+_PAGE = re.compile(r"\((\d+)P x (\d+)L ")  # width and height of a page, in GDAL's words
 _BLOCK_PIXELS = 2**26  # label pixels held at once while a coarse window is sampled
 _reading = threading.Lock()  # a GDAL data set serves one thread at a time, and one decoded PNG fills memory enough
 
@@ -91,8 +94,8 @@ def open_label_image(path: Path) -> LabelImage:
         raise _damaged(path, error) from error
     if fault:
         remedy = (
-            "Save class numbers, not colours, with LZW or Deflate: for instance QuPath's LabeledImageServer without "
-            "multichannelOutput."
+            "Save class numbers, not colours, with 0 as black, the full size on the first page, and LZW or Deflate: for "
+            "instance QuPath's LabeledImageServer without multichannelOutput."
         )
         raise AnnotationError(str(path), fault, _EXPECTED, remedy)
     return LabelImage(path, width, height)
@@ -106,16 +109,37 @@ def _is_tiff(path: Path) -> bool:
 def _tiff_header(path: Path) -> tuple[int, int, str]:
     """(height, width, what is wrong with it) of a TIFF's full-resolution picture."""
     with _open_tiff(path) as tiff:
-        fault = "" if np.dtype(tiff.dtypes[0]).kind in "iu" else f"a TIFF of {tiff.dtypes[0]} numbers"
-        compression = str(tiff.profile.get("compress", "")).lower()
-        if any(name in compression for name in _LOSSY):
-            fault = f"a TIFF whose compression, {compression}, changes numbers"
-        if tiff.count != 1:
-            fault = f"a TIFF of {tiff.count} channels"
-        elif len(tiff.subdatasets) > 1:  # pages that are not marked as levels of a pyramid
-            with _open_tiff(tiff.subdatasets[1]) as second:
-                fault = "a TIFF of several pages of one size" if second.shape == tiff.shape else fault
-        return tiff.height, tiff.width, fault
+        return tiff.height, tiff.width, _tiff_fault(tiff)
+
+
+def _tiff_fault(tiff: Any) -> str:
+    """What is wrong with a TIFF whose first page is to be labels."""
+    compression = str(tiff.profile.get("compress", "")).lower()
+    if tiff.count != 1:
+        return f"a TIFF of {tiff.count} channels"
+    if np.dtype(tiff.dtypes[0]).kind not in "iu":
+        return f"a TIFF of {tiff.dtypes[0]} numbers"
+    if any(name in compression for name in _LOSSY):
+        return f"a TIFF whose compression, {compression}, changes numbers"
+    if tiff.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES" and not _writes_as_is(tiff):
+        return "a TIFF in which 0 is white"
+    return _page_fault(tiff)
+
+
+def _writes_as_is(tiff: Any) -> bool:
+    """Whether tifffile wrote a TIFF: its masks have 0 as white, and mean their numbers; others mean what viewers show."""
+    return str(tiff.tags().get("TIFFTAG_SOFTWARE", "")).startswith("tifffile")
+
+
+def _page_fault(tiff: Any) -> str:
+    """What is wrong with the pages that are not marked as levels of a pyramid: the first is to be the largest."""
+    told = (text for name, text in tiff.tags(ns="SUBDATASETS").items() if name.endswith("_DESC"))
+    sizes = [tuple(map(int, size)) for size in _PAGE.findall(" ".join(told))]  # to open each takes minutes with thousands
+    if sizes.count(tiff.shape[::-1]) > 1:
+        return "a TIFF of several pages of one size"
+    width, height = max(sizes, key=math.prod, default=(0, 0))
+    first = f"a TIFF whose first page, of {tiff.width} x {tiff.height} px, is smaller than a later one"
+    return f"{first}, of {width} x {height} px" if width * height > tiff.width * tiff.height else ""
 
 
 def _png_header(path: Path) -> tuple[int, int, str]:

@@ -404,7 +404,7 @@ def test_values_stand_for_classes(tmp_path: Path) -> None:
 def test_binary_mask(tmp_path: Path) -> None:
     mask = LABELS == 1
     Image.fromarray(mask).save(tmp_path / "m.png")
-    tifffile.imwrite(tmp_path / "m.tif", mask)
+    tifffile.imwrite(tmp_path / "m.tif", mask)  # with 0 as white, but for the numbers to be taken as they are
     for name in ("m.png", "m.tif"):
         truth = open_truth(tmp_path / name, BASE, naming(), None)
         np.testing.assert_array_equal(truth.read(BASE.roi, BASE), mask)
@@ -499,12 +499,26 @@ def test_unknown_values_are_listed(tmp_path: Path) -> None:
         truth.read(BASE.roi, BASE)
 
 
-@pytest.mark.parametrize(
-    "file", ["rgb.png", "rgb.tif", "float.tif", "jpeg.tif", "stack.tif", "cut.png", "cut.tif", "empty.png"]
-)
+NO_LABELS = {
+    "rgb.png": "RGB",
+    "rgb.tif": "3 channels",
+    "float.tif": "float32",
+    "jpeg.tif": "compression, jpeg",
+    "stack.tif": "pages of one size",
+    "apart.tif": "pages of one size",
+    "preview.tif": "first page, of 18 x 11 px, is smaller than a later one, of 37 x 23 px",
+    "white.tif": "0 is white",
+    "cut.png": "cannot be read",
+    "cut.tif": "cannot be read",
+    "empty.png": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("file", NO_LABELS)
 def test_pictures_that_are_no_labels(tmp_path: Path, file: str) -> None:
     path, rgb = tmp_path / file, np.zeros((*BASE.shape, 3), np.uint8)
     noise = np.random.default_rng(0).integers(0, 3, BASE.shape).astype(np.uint8)
+    half = noise[:22:2, :36:2]
     if file == "rgb.png":
         Image.fromarray(rgb).save(path)
     elif file == "rgb.tif":
@@ -513,13 +527,18 @@ def test_pictures_that_are_no_labels(tmp_path: Path, file: str) -> None:
         tifffile.imwrite(path, noise.astype(np.float32))
     elif file == "jpeg.tif":
         tifffile.imwrite(path, noise, compression="jpeg", tile=(16, 16))
-    elif file == "stack.tif":
-        tifffile.imwrite(path, np.zeros((4, *BASE.shape), np.uint8), photometric="minisblack")
+    elif file == "white.tif":
+        tifffile.imwrite(path, noise == 1, photometric="miniswhite", software="a scanner")
+    elif pages := {"stack.tif": [noise] * 4, "apart.tif": [noise, half, noise], "preview.tif": [half, noise]}.get(file):
+        with tifffile.TiffWriter(path) as tiff:
+            for page in pages:
+                tiff.write(page, photometric="minisblack")
     else:
         WRITERS["grey.png" if file.endswith("png") else "pyramid.tif"](path, noise)
         path.write_bytes(path.read_bytes()[: {"cut.png": 120, "cut.tif": 60, "empty.png": 8}[file]])
-    with pytest.raises(AnnotationError, match="one channel of whole numbers"):
+    with pytest.raises(AnnotationError, match="one channel of whole numbers") as caught:
         open_truth(path, BASE, naming(), None).read(BASE.roi, BASE)
+    assert NO_LABELS[file] in caught.value.found
 
 
 @pytest.mark.parametrize("kind", ["pyramid.tif", "strips.tif"])  # deflate and LZW
