@@ -48,16 +48,17 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     except UnicodeDecodeError as error:
         raise CohortError(str(path), f"other letters ({error})", "UTF-8", "Save it as CSV UTF-8.") from error
     reader = csv.DictReader(io.StringIO(text), delimiter=_separator(text.partition("\n")[0]), skipinitialspace=True)
-    columns = [name.strip() for name in reader.fieldnames or []]
-    problems = _column_problems(columns) if columns else ["nothing in the first line, which is to name the columns"]
-    cases: list[Case] = []
-    if "slide" in columns:
-        reader.fieldnames = columns
-        try:
+    columns, cases, problems = list[str](), list[Case](), list[str]()
+    try:
+        columns += [name.strip() for name in reader.fieldnames or []]
+        problems += _column_problems(columns) if columns else ["nothing in the first line, which is to name the columns"]
+        if "slide" in columns:
+            reader.fieldnames = columns
             for row in reader:
                 _add_case(row, path.parent.absolute(), reader.line_num, cases, problems)
-        except (csv.Error, ValueError) as error:
-            problems.append(f"line {reader.line_num}: {error}; a quote may lack its other half")
+    except (csv.Error, ValueError) as error:
+        problems.append(f"line {reader.line_num + 1}: {error}; a quote may lack its other half")
+    if "slide" in columns:
         problems += _cohort_problems(cases)
     if problems:
         found = "\n  - ".join(["these problems:", *problems])
@@ -118,6 +119,8 @@ def _separator(columns: str) -> str:
 
 def _column_problems(columns: Sequence[str]) -> list[str]:
     named = [name for name in columns if name]  # Excel may write columns that are empty throughout
+    if any("\n" in name for name in named):
+        return ["line 1: a column with a line break; a quote may lack its other half"]
     problems = [f"unknown column {name!r}" for name in named if name not in COLUMNS]
     problems += [f"column {name!r} stands twice" for name in sorted(set(named)) if named.count(name) > 1]
     return problems if "slide" in columns else [*problems, "no column 'slide'"]

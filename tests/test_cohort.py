@@ -114,7 +114,9 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("slide;mpp\na.svs;0,2,5\n", "'0,2,5' is no number"),
         ("slide,patient,\na.svs,P1,P2\n", "line 2: more values than columns"),
         ("slide,slide_id\nloop.svs,a\nno\0file.svs,b\n", "line 2: no such slide(.|\n)*line 3: no such slide"),
-        ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "a quote may lack its other half"),
+        ('slide\n"a.svs\n' + "b/a.svs\n" * 20_000, "line 2: field larger .* a quote may lack its other half"),
+        ('"slide,patient\n' + "a.svs,P1\n" * 20_000, "line 1: field larger .* a quote may lack its other half"),
+        ('slide,"patient\n' + "a.svs,P1\n" * 99, "line 1: a column with a line break; a quote may lack its other half"),
     ],
 )
 def test_a_bad_manifest_is_refused(tmp_path: Path, text: str, part: str) -> None:
