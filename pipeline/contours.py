@@ -23,7 +23,8 @@ from scipy.sparse.csgraph import connected_components, depth_first_order
 _TURNS = np.array([0, 1, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 0, 1, 1, 0])  # by mask: NW 1, NE 2, SW 4, SE 8
 _NW_AND_SE = 9
 _PAIRS = tuple(combinations(range(4), 2))  # of the four pixels around a vertex
-_DECIMALS = 3  # of a coordinate in base pixels: a nanometre
+DECIMALS = 3
+"""Of a coordinate in base pixels: a nanometre."""
 
 Rings = list[np.ndarray]
 """The outline of a component: closed rings, the outer one first, each (n, 2) of x and y, int64 or float64."""
@@ -96,9 +97,9 @@ def trace_rings(owners: np.ndarray, corners: np.ndarray, scale: tuple[float, flo
 def _scaled(places: np.ndarray, scale: float) -> np.ndarray:
     """Places in base pixels, rounded; whole numbers where all are, which are written in fewer bytes."""
     whole = round(scale)
-    if abs(scale - whole) * places.max() < 0.5 * 10**-_DECIMALS:
+    if abs(scale - whole) * places.max() < 0.5 * 10**-DECIMALS:
         return places * whole
-    return np.asarray(np.round(places * scale, _DECIMALS))
+    return np.asarray(np.round(places * scale, DECIMALS))
 
 
 def _may_turn(labels: np.ndarray) -> np.ndarray:

@@ -10,10 +10,11 @@ import numpy as np
 import orjson
 
 from pipeline.classes import Class, Classes
+from pipeline.contours import DECIMALS
 from pipeline.files import replacing
 from pipeline.regions import Region
 
-_DECIMALS = 3  # of an area in um2
+_AREA_DECIMALS = 3  # in um2
 _SEPARATOR = b",\n"
 
 
@@ -52,7 +53,7 @@ def write_geojson(path: Path, features: Iterable[Path]) -> None:
 def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, object]:
     """A region as QuPath reads it: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html."""
     part = {"Part of a larger region": 1} if region.part else {}
-    outer, *holes = [ring - np.array(corner, ring.dtype) for ring in region.rings] if any(corner) else region.rings
+    outer, *holes = [_from(corner, ring) for ring in region.rings] if any(corner) else region.rings
     # Both run counterclockwise, x to the right and y counted upward; holes are to run the other way (RFC 7946, 3.1.6).
     rings = [outer, *(np.ascontiguousarray(hole[::-1]) for hole in holes)]
     return {
@@ -62,10 +63,15 @@ def _feature(region: Region, item: Class, corner: tuple[int, int]) -> dict[str, 
             "classification": {"name": item.name, "color": item.color},
             "isLocked": False,
             "measurements": {
-                "Area \u00b5m^2": round(region.area_um2, _DECIMALS),
+                "Area \u00b5m^2": round(region.area_um2, _AREA_DECIMALS),
                 "Mean probability": round(region.mean_probability, 4),
                 **part,
             },
         },
         "geometry": {"type": "Polygon", "coordinates": rings},
     }
+
+
+def _from(corner: tuple[int, int], ring: np.ndarray) -> np.ndarray:
+    """A ring counted from a corner; a difference of rounded numbers is not rounded."""
+    return np.asarray(np.round(ring - np.array(corner, ring.dtype), DECIMALS))

@@ -53,12 +53,12 @@ def find_regions(canvas: Canvas, base: Lattice, min_area_um2: float = 0.0, skip:
     yield from joined_regions(canvas, left, base, min_area_um2)
 
 
-def write(path: Path, regions: Iterable[Region]) -> dict[str, int]:
+def write(path: Path, regions: Iterable[Region], corner: tuple[int, int] = (0, 0)) -> dict[str, int]:
     """Regions as one GeoJSON file, put together from three, of which the second is empty."""
     given, counts = list(regions), dict.fromkeys(CLASSES.names, 0)
     pieces = [path.with_name(f"{path.name}.{index}") for index in range(3)]
     for piece, part in zip(pieces, (given[:2], [], given[2:]), strict=True):
-        for name, count in write_features(piece, part, CLASSES).items():
+        for name, count in write_features(piece, part, CLASSES, corner).items():
             counts[name] += count
     write_geojson(path, pieces)
     return counts
@@ -264,11 +264,12 @@ def test_geojson_of_no_regions_is_an_empty_collection(tmp_path: Path) -> None:
 
 def test_coordinates_have_three_decimals_and_whole_numbers_none(tmp_path: Path) -> None:
     canvas, path = make(tmp_path, chessboard(5), 16), tmp_path / "regions.geojson"
-    for x, y in ((10 / 3, 7), (4, 7 / 9), (4, 7)):
+    for x, y, left, top in ((10 / 3, 7, 0, 0), (4, 7 / 9, 0, 0), (10 / 3, 7 / 9, 25, 3), (4, 7, 25, 3), (4, 7, 0, 0)):
         base = Lattice(99, 99, Mpp(OUTPUT.x / x, OUTPUT.y / y))
-        write(path, find_regions(canvas, base))
+        write(path, find_regions(canvas, base), (left, top))
         features = json.loads(path.read_text())["features"]
         points = [point for item in features for ring in item["geometry"]["coordinates"] for point in ring]
-        assert {point[0] for point in points} == {round(column * x, 3) for column in range(9)}
-        assert {point[1] for point in points} == {round(row * y, 3) for row in range(6)}
-    assert "." not in path.read_text().split('"coordinates":')[1].split("}")[0]
+        assert {point[0] for point in points} == {round(column * x - left, 3) for column in range(9)}
+        assert {point[1] for point in points} == {round(row * y - top, 3) for row in range(6)}
+        whole = isinstance(x, int) and isinstance(y, int)
+        assert ("." in path.read_text().split('"coordinates":')[1].split("}")[0]) is not whole
