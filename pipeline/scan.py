@@ -23,6 +23,7 @@ VENDOR, OBJECTIVE, QUICKHASH = (
     openslide.PROPERTY_NAME_OBJECTIVE_POWER,
     openslide.PROPERTY_NAME_QUICKHASH1,
 )
+DESCRIPTION = "tiff.ImageDescription"
 MPP = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
 """Names of a scan's properties."""
 

@@ -19,8 +19,9 @@ import numpy as np
 from pipeline.errors import ScaleError, SlideError
 from pipeline.files import Stamp, file_stamp
 from pipeline.geometry import MPP_RANGE, Lattice, Mpp, Roi
+from pipeline.ome_channels import pages_of_channels
 from pipeline.sampling import resample_columns, resample_rows, sampling
-from pipeline.scan import MPP, OBJECTIVE, QUICKHASH, READABLE, VENDOR, Scan
+from pipeline.scan import DESCRIPTION, MPP, OBJECTIVE, QUICKHASH, READABLE, VENDOR, Scan
 
 _LEVEL_TOLERANCE = 1.01  # a level may be this much coarser than asked: reading a finer one costs four times the pixels
 _FRACTIONAL_COST = 8  # times the cost of a pixel at a whole downsample, roughly
@@ -157,7 +158,7 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     """Open a scan of any format that OpenSlide reads; within a process, an unchanged slide that is open is shared.
 
     `mpp` is taken instead of the micrometres per pixel that the scan states, or does not state. Raises SlideError where the
-    file is missing, of no known format or damaged, and ScaleError where the scale is missing or outside 0.05 to 20.
+    file is missing, of no known format, damaged or not RGB, and ScaleError where the scale is missing or outside 0.05 to 20.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -190,11 +191,14 @@ def _shared_slide(path: Path, mpp: float | None, stamp: Stamp) -> Slide:
     scan = Scan(path)
     opened = scan.get()
     properties, (width, height) = opened.properties, opened.dimensions
+    vendor = str(properties.get(VENDOR, "unknown"))
+    if vendor == "generic-tiff" and (channels := pages_of_channels(path, properties.get(DESCRIPTION, ""))):
+        found, remedy = f"an OME-TIFF of {channels} channels, each on a page of its own", "Write it again as RGB."
+        raise SlideError(str(path), found, "pixels of three colours (fluorescence cannot be read)", remedy)
     base = Lattice(width, height, _base_mpp(path, properties, mpp))
     levels = tuple(
         Lattice(w, h, Mpp(base.mpp.x * (width / w), base.mpp.y * (height / h))) for w, h in opened.level_dimensions
     )
-    vendor = str(properties.get(VENDOR, "unknown"))
     objective = _number(properties.get(OBJECTIVE))
     return Slide(path, base, levels, tuple(opened.level_downsamples), vendor, objective, _shown(properties, base), scan)
 

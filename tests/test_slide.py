@@ -1,4 +1,5 @@
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +245,24 @@ def test_a_compression_that_openslide_lacks_is_no_damage(tmp_path: Path) -> None
     tifffile.imwrite(path, image, tile=(128, 128), photometric="rgb", compression="jpeg2000")
     with pytest.raises(SlideError, match="not read .*34712.*Convert it"):
         open_slide(path, 0.5)
+
+
+def test_channels_on_pages_of_their_own_are_no_grey_slide(tmp_path: Path) -> None:
+    """Samples of a channel are stated, or not; and an RGB slide stays one, however its samples lie."""
+    planes, path = np.random.default_rng(0).integers(0, 255, (3, 300, 400), np.uint8), tmp_path / "slide.ome.tif"
+    pixels, options = np.moveaxis(planes, 0, -1), {"tile": (128, 128), "compression": "deflate"}
+    apart = {"photometric": "minisblack", "metadata": {"axes": "CYX"}, "ome": True}
+    tifffile.imwrite(path, planes, **options, **apart)
+    stated = tifffile.TiffFile(path).ome_metadata
+    for text in (stated, stated.replace(' SamplesPerPixel="1"', ""), re.sub("<Channel.*</Channel>", "", stated)):
+        tifffile.imwrite(path, planes, **options, photometric="minisblack", description=text, metadata=None)
+        with pytest.raises(SlideError, match="3 channels, each on a page of its own.*RGB"):
+            open_slide(path, 0.5)
+        tifffile.imwrite(path, pixels, **options, photometric="rgb", description=text, metadata=None)
+        assert (open_slide(path, 0.5).read(Roi(0, 0, 400, 300), Lattice(400, 300, Mpp.square(0.5))) == pixels).all()
+    for text in ("<OME>", "<OME/>", stated.replace('SizeC="3"', ""), stated.replace('SizeC="3"', 'SizeC="x"')):
+        tifffile.imwrite(path, planes[0], **options, photometric="minisblack", description=text, metadata=None)
+        assert open_slide(path, 0.5).base.roi == Roi(0, 0, 400, 300)
 
 
 @pytest.mark.parametrize("reduction", [2, 3, 2.5, 30, 56, 98, 160, 255, 400, 511])
