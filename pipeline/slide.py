@@ -158,7 +158,8 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     """Open a scan of any format that OpenSlide reads; within a process, an unchanged slide that is open is shared.
 
     `mpp` is taken instead of the micrometres per pixel that the scan states, or does not state. Raises SlideError where the
-    file is missing, of no known format, damaged or not RGB, and ScaleError where the scale is missing or outside 0.05 to 20.
+    file is missing, of no known format, damaged or in channels of their own pages, and ScaleError where the scale is missing
+    or outside 0.05 to 20.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
