@@ -2,7 +2,7 @@
 (probe.py), not by assumption.
 
 A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles spend less on halos, more
-on glass round the tissue, and hold more memory. The tissue is found in a coarse view.
+on glass round the tissue, and hold more memory. No window is larger than its slide. The tissue is found in a coarse view.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-_STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second
+_STEP, _LARGEST = 256, 4096  # pixels: tile sizes are multiples of the first, up to the second where windows then still grow
 _LEAST_SAVING = 0.02  # of the work, by doubling the tile: less is not worth its memory
 _TILES_ACROSS = 64  # at most, where memory allows: two files a tile, so hundreds of a slide and not hundreds of thousands
 _USUAL_GIB, _MOST_GIB = 2.0, 3.0  # of a worker, where nobody says how much; the latter where the halo costs over `_DEAR`
@@ -90,7 +90,8 @@ def tile_size_for(
     sample = _sample(opened, scale, tissue)
     for slide in opened if sample else ():
         with suppress(SlideError):
-            return choose(spec, sample, known_probe(slide, model, settings, way), memory_gib)
+            others = [other.base.at(scale) for other in opened]
+            return choose(spec, sample, known_probe(slide, model, settings, way), memory_gib, others)
     return _STEP
 
 
@@ -139,8 +140,15 @@ def foresee(
     return estimate(way, lattice, tissue, found, size, workers)
 
 
-def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Probe, memory_gib: float | None) -> int:
-    """The tile size, in pixels, with which the tissue of these slides is read least, within the memory of a worker.
+def choose(
+    spec: ModelSpec,
+    slides: Sequence[tuple[Lattice, Tissue]],
+    found: Probe,
+    memory_gib: float | None,
+    others: Sequence[Lattice] = (),
+) -> int:
+    """The tile size, in pixels, with which the tissue of these slides is read least, within the memory of a worker, which
+    windows of `others` fit as well.
 
     Sizes at which the halo costs more than a fifth are taken only where all others read a tenth more: so large slides and
     small ones, which differ in how much glass lies in their tiles, get tiles of one size, and take as much memory.
@@ -151,18 +159,24 @@ def choose(spec: ModelSpec, slides: Sequence[tuple[Lattice, Tissue]], found: Pro
     way, step = Exact(spec.required_halo(), spec.stride), math.lcm(spec.stride, _STEP)
     extent = max(max(lattice.shape) for lattice, _ in slides)
     least = round_up(-(-extent // _TILES_ACROSS), step)
-    largest = max(least, min(_largest_useful(way, step), round_up(extent, step)))
+    largest = max(least, _largest_useful(way, step))
+    if extent <= largest + 2 * way.halo:  # one window has all of the slide: larger tiles take no more memory
+        largest = round_up(extent, step)
+    lattices = {*others, *(lattice for lattice, _ in slides)}
+    windows = {
+        size: max(way.computed(way.grid(lattice, size)) for lattice in lattices) for size in range(step, largest + 1, step)
+    }
+    sizes = [size for size, pixels in windows.items() if found.gpu_peak_bytes(pixels) <= _SHARE * found.gpu_free_bytes]
     fitting: list[int] = []
     limits = _default_limits(found) if memory_gib is None else [memory_gib]
-    sizes = [size for size in range(step, largest + 1, step) if _on_gpu(way, size, found) <= _SHARE * found.gpu_free_bytes]
     for limit in limits:
-        fitting = [size for size in sizes if _peak(way, size, found) <= limit * GIB]
+        fitting = [size for size in sizes if found.peak_bytes(windows[size]) <= limit * GIB]
         if fitting and way.cost(fitting[-1]) <= _DEAR:
             break
     if not sizes:
-        raise _too_small_gpu(step, found.gpu_free_bytes, _on_gpu(way, step, found))
+        raise _too_small_gpu(step, found.gpu_free_bytes, found.gpu_peak_bytes(windows[step]))
     if not fitting:
-        raise _too_little(limits[-1], step, _peak(way, step, found))
+        raise _too_little(limits[-1], step, found.peak_bytes(windows[step]))
     few = [size for size in fitting if size >= least] or fitting[-1:]
     read = {size: sum(_read(way, *slide, size) for slide in slides) for size in few}
     cheap = [size for size in few if way.cost(size) <= _DEAR and read[size] <= _WORTH * min(read.values())]
@@ -223,14 +237,6 @@ def _default_limits(found: Probe) -> list[float]:
     if found.gpu_free_bytes:  # CUDA alone holds some GiB
         return [own]
     return [min(own, _USUAL_GIB), min(own, _MOST_GIB)]
-
-
-def _peak(way: Exact, size: int, found: Probe) -> float:
-    return found.peak_bytes((size + 2 * way.halo) ** 2)
-
-
-def _on_gpu(way: Exact, size: int, found: Probe) -> float:
-    return found.gpu_peak_bytes((size + 2 * way.halo) ** 2)
 
 
 def _read(way: Exact, lattice: Lattice, tissue: Tissue, size: int) -> int:
