@@ -30,7 +30,7 @@ from pipeline.machine import cache_folder, has_gpu, release_memory, threads
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
 from pipeline.pyramid import CoarseShard
-from pipeline.runtime import backend_version, describe, open_engine, settled
+from pipeline.runtime import backend_version, describe, holds_turned, open_engine, settled
 from pipeline.settings import EngineSettings
 from pipeline.slide import Pixels, Slide
 from pipeline.staining import Staining
@@ -53,7 +53,8 @@ class Probe:
     The process held `base_bytes`, and `bytes_per_pixel` for each pixel that the network computes for a tile; it computed
     `pixels_per_second` of these. `output_bytes` is on disk for each pixel of a tile, probabilities and labels together.
     `gpu_base_bytes` and `gpu_bytes_per_pixel` are the same of a GPU, `gpu_free_bytes` how many this process could have of
-    it; all 0 where there is none.
+    it; all 0 where there is none. `turned` says that a window takes as much again for its quarter turn
+    where it is not square; those of a probe are.
     """
 
     base_bytes: float
@@ -63,6 +64,7 @@ class Probe:
     gpu_base_bytes: float = 0.0
     gpu_bytes_per_pixel: float = 0.0
     gpu_free_bytes: float = 0.0
+    turned: bool = False
 
     def peak_bytes(self, pixels: int) -> float:
         """Memory of the whole process at its peak, for tiles that take so many pixels."""
@@ -73,11 +75,11 @@ class Probe:
         return self.gpu_base_bytes + self.gpu_bytes_per_pixel * pixels
 
 
-def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching) -> Probe:
+def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitching, turned: bool = False) -> Probe:
     """Run a few tiles of two sizes at `place`, a rectangle of `lattice`, and write them to a folder that is then dropped.
 
-    The engine is a fresh one: what one that has run holds for its last windows would seem to cost nothing. Raises SlideError
-    where the slide cannot be read.
+    The engine is a fresh one: what one that has run holds for its last windows would seem to cost nothing. `turned`: see
+    `runtime.holds_turned`. Raises SlideError where the slide cannot be read.
     """
     if engine.spec.normalisation is not None:  # to whichever stain: the cost is the same
         from pipeline.normalised import NormalisedSlide
@@ -93,7 +95,7 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
     slope = max(min(rise, (large.peak - held) / large.pixels), 0.0)
     on_gpu = max((large.gpu_peak - small.gpu_peak) / (large.pixels - small.pixels), 0.0)
     bases = [peak - each * large.pixels for peak, each in ((large.peak, slope), (large.gpu_peak, on_gpu))]
-    return Probe(bases[0], slope, large.pixels / large.seconds, large.output_bytes, bases[1], on_gpu, free)
+    return Probe(bases[0], slope, large.pixels / large.seconds, large.output_bytes, bases[1], on_gpu, free, turned)
 
 
 def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitching) -> Probe:
@@ -107,8 +109,9 @@ def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitch
     with suppress(OSError, ValueError, TypeError):
         kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
         return replace(kept, base_bytes=kept.base_bytes + held)
-    lattice, engine = slide.base.at(Mpp.square(spec.mpp)), open_engine(model, settled(settings))
-    found = probe(slide, lattice, engine, Roi(lattice.width // 2, lattice.height // 2, 1, 1), way)
+    lattice, chosen = slide.base.at(Mpp.square(spec.mpp)), settled(settings)
+    middle = Roi(lattice.width // 2, lattice.height // 2, 1, 1)
+    found = probe(slide, lattice, open_engine(model, chosen), middle, way, holds_turned(chosen))
     with suppress(OSError):
         write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))
     return found

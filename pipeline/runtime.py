@@ -134,6 +134,13 @@ def settled(settings: EngineSettings) -> EngineSettings:
     return settings.model_copy(update={"backend": "openvino" if openvino else "torch"})
 
 
+def holds_turned(settings: EngineSettings) -> bool:
+    """Whether an engine keeps what a window takes and what its quarter turn takes, unless they are one shape; see
+    `OpenVinoEngine`. `settings` name a backend.
+    """
+    return settings.flips and settings.backend == "openvino"
+
+
 def require_ability(settings: EngineSettings) -> None:
     """Raise EngineError where this machine cannot compute in that way; `settings` name a backend.
 

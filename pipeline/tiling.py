@@ -21,11 +21,11 @@ from pipeline import ensemble
 from pipeline.blending import TILE_SIZE
 from pipeline.errors import ClusterError, SlideError
 from pipeline.geometry import Lattice, Mpp
-from pipeline.grid import round_up
+from pipeline.grid import Grid, round_up
 from pipeline.machine import cores, has_gpu, threads
 from pipeline.network import ModelSpec
 from pipeline.probe import PROBE_SIZES, Probe, known_probe, probe
-from pipeline.runtime import EXACT, open_engine, settled
+from pipeline.runtime import EXACT, holds_turned, open_engine, settled
 from pipeline.settings import EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import Slide, open_slide
 from pipeline.stitching import Exact, Stitching, stitching
@@ -136,7 +136,8 @@ def foresee(
         size = TILE_SIZE if wanted.blend else tile_size_for([(path, mpp)], model, None, settings, engine_settings)
     places = (tile.write_roi for tile in way.grid(lattice, PROBE_SIZES[-1]))
     place = max(places, key=lambda place: tissue.fraction(place, lattice))
-    found = probe(slide, lattice, open_engine(model, settled(engine_settings)), place, way)
+    chosen = settled(engine_settings)
+    found = probe(slide, lattice, open_engine(model, chosen), place, way, holds_turned(chosen))
     return estimate(way, lattice, tissue, found, size, workers)
 
 
@@ -164,7 +165,8 @@ def choose(
         largest = round_up(extent, step)
     lattices = {*others, *(lattice for lattice, _ in slides)}
     windows = {
-        size: max(way.computed(way.grid(lattice, size)) for lattice in lattices) for size in range(step, largest + 1, step)
+        size: max(_held(way, way.grid(lattice, size), found) for lattice in lattices)
+        for size in range(step, largest + 1, step)
     }
     sizes = [size for size, pixels in windows.items() if found.gpu_peak_bytes(pixels) <= _SHARE * found.gpu_free_bytes]
     fitting: list[int] = []
@@ -196,7 +198,7 @@ def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, til
         pixels=sum(pixels),
         workers=workers,
         seconds=len(pixels) * computed / found.pixels_per_second / workers,
-        peak_bytes=round(found.peak_bytes(computed)),
+        peak_bytes=round(found.peak_bytes(_held(way, grid, found))),
         output_bytes=round(sum(pixels) * found.output_bytes * _PYRAMID),
     )
 
@@ -237,6 +239,12 @@ def _default_limits(found: Probe) -> list[float]:
     if found.gpu_free_bytes:  # CUDA alone holds some GiB
         return [own]
     return [min(own, _USUAL_GIB), min(own, _MOST_GIB)]
+
+
+def _held(way: Stitching, grid: Grid, found: Probe) -> int:
+    """Pixels for which an engine holds memory while a grid's tiles are run."""
+    height, width = grid.read_shape
+    return way.computed(grid) * (2 if found.turned and way.exact and height != width else 1)  # blended windows are square
 
 
 def _read(way: Exact, lattice: Lattice, tissue: Tissue, size: int) -> int:

@@ -27,6 +27,7 @@ from pipeline.runtime import (
     describe,
     engines_folder,
     fp32_graph,
+    holds_turned,
     int8_folder,
     is_calibrated,
     keep_engine,
@@ -148,6 +149,8 @@ def test_flips_are_the_mean_over_mirror_images_and_turns_and_part_of_what_labels
     assert np.abs(mirrored(down)[:, :, ::-1] - mirrored(WINDOWS)).max() < 1e-6
     assert np.abs(mirrored(across).swapaxes(2, 3) - mirrored(WINDOWS)).max() < 1e-6
     assert describe(model, flips) == f"{describe(model, settings)}, eight views"
+    assert not holds_turned(settings)
+    assert holds_turned(flips) == (len(getattr(mirrored._engine, "_requests", ())) == 2)
 
 
 def test_flips_are_those_of_the_models_own_run_unless_told(tmp_path: Path) -> None:

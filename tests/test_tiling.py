@@ -118,6 +118,17 @@ def test_a_slide_for_all_of_which_there_is_memory_is_read_at_once(size: tuple[in
     assert len(Grid(slide, choose(spec(halo), [full(slide)], MODEST, enough), halo, 8)) == 1
 
 
+@pytest.mark.parametrize(("slide", "times"), [(lattice(1483, 1110), 2), (lattice(1483, 1483), 1)])
+def test_a_window_that_is_not_square_is_held_twice_where_it_is_turned(slide: Lattice, times: int) -> None:
+    turned, area = replace(MODEST, turned=True), times * window(slide, 1536, 32)
+    few = choose(spec(), [full(slide)], turned, MODEST.peak_bytes(area - 1) / GIB)
+    assert choose(spec(), [full(slide)], turned, MODEST.peak_bytes(area) / GIB) == 1536 > few
+    for way in (stitching(spec(), blended=False), stitching(spec(), blended=True)):
+        peaks = [estimate(way, *full(slide), found, 1536, 1).peak_bytes for found in (MODEST, turned)]
+        pixels = way.computed(way.grid(slide, 1536)) * (times if way.exact else 1)
+        assert peaks == [round(MODEST.peak_bytes(way.computed(way.grid(slide, 1536)))), round(MODEST.peak_bytes(pixels))]
+
+
 def test_the_largest_window_of_all_slides_has_to_fit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that of one in which no tissue is looked for, as others are longer."""
     shapes = [(100, 700), (700, 100), (100, 690), (680, 100), (100, 670), (500, 500)]
