@@ -39,13 +39,13 @@ class OpenVinoEngine:
 
     `precision` exact computes in fp32, fast in the half precision that the processor has; fastest expects an int8 graph, and
     computes in `beside_int8` what is not int8. With `cache`, a folder, what was compiled is kept there for the next process.
-    Threads wait for each other. Raises EngineError where OpenVINO is not installed, the graph is damaged, or the processor
-    computes in no half precision.
+    The graph is read here, and its file may then go. Threads wait for each other. Raises EngineError where OpenVINO is not
+    installed, the graph is damaged, or the processor computes in no half precision.
     """
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
         self._core = import_openvino().Core()
-        self.spec, self._graph, self._cache = spec, graph, cache
+        self.spec, self._cache, self._model = spec, cache, read_graph(self._core, graph)
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
             "INFERENCE_PRECISION_HINT": computed_in(precision).replace("fp", "f"),
@@ -54,6 +54,7 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": threads(),
             "NUM_STREAMS": 1,
         }
+        self._conditions = self._conditions_of(graph)
         self._requests: dict[tuple[int, ...], InferRequest] = {}
         self._turn = Lock()  # a request that two threads use at once gives one of them the other's answer
 
@@ -74,7 +75,7 @@ class OpenVinoEngine:
         """The graph made ready for one shape of windows, from the cache where it is there."""
         if self._cache is None:
             return self._compile(shape)
-        path = self._cache / f"{'x'.join(map(str, shape))}-{self._conditions()}.blob"
+        path = self._cache / f"{'x'.join(map(str, shape))}-{self._conditions}.blob"
         if path.is_file():
             try:
                 compiled = self._core.import_model(checksum.verified(path.read_bytes()), "CPU", self._settings)
@@ -98,16 +99,16 @@ class OpenVinoEngine:
                 path.unlink()
 
     def _compile(self, shape: tuple[int, ...]) -> CompiledModel:
-        model = read_graph(self._core, self._graph)
+        model = self._model.clone()
         if self._settings["INFERENCE_PRECISION_HINT"] != "f32":  # tiled equals whole in half precision too
             make_convolutions(model, every=True)
         model.reshape(list(shape))
         return self._core.compile_model(model, "CPU", self._settings)
 
-    def _conditions(self) -> str:
+    def _conditions_of(self, graph: Path) -> str:
         """Digits for all but the shape that what is compiled depends on: graph, code, processor and settings."""
         processor = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        content = (graph_digest(self._graph), openvino_version(), source_digest())
+        content = (graph_digest(graph), openvino_version(), source_digest())
         return hashlib.sha256(repr((content, processor, self._settings)).encode()).hexdigest()[:32]
 
 

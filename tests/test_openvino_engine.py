@@ -101,6 +101,20 @@ def test_only_what_flips_need_is_held(graphs: dict[str, Path]) -> None:
         assert set(engine._requests) == {(1, 64, width, 3)}
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_a_cache_forgets_is_not_missed(graphs: dict[str, Path], tmp_path: Path, cached: bool) -> None:
+    """By a process that meets windows of another shape after days."""
+    spec, cache = NETWORKS["unet"][0], tmp_path / "compiled"
+    shutil.copytree(graphs["unet"].parent, tmp_path / "graph")
+    engine = OpenVinoEngine(spec, tmp_path / "graph" / GRAPH, "exact", cache if cached else None)
+    expected = [OpenVinoEngine(spec, graphs["unet"])(IMAGE[None, :64, :width]) for width in (96, 128)]
+    assert (engine(IMAGE[None, :64, :96]) == expected[0]).all()
+    shutil.rmtree(tmp_path / "graph")
+    shutil.rmtree(cache, ignore_errors=True)
+    assert (engine(IMAGE[None, :64, :128]) == expected[1]).all()
+    assert len(list(cache.glob("*.blob"))) == cached
+
+
 def test_threads_get_their_own_answers(graphs: dict[str, Path]) -> None:
     """As a server's do, and those of a Dask worker with several."""
     engine = OpenVinoEngine(NETWORKS["fcn"][0], graphs["fcn"])
