@@ -99,7 +99,14 @@ def load_run_record(model: Path) -> dict[str, Any]:
 
 def load_tissue(model: Path) -> TissueSettings:
     """How the run that trained the model looks for tissue. Raises CheckpointError."""
-    return TissueSettings(**load_run_record(model).get("tissue", {}))
+    told = load_run_record(model).get("tissue", {})
+    try:
+        return TissueSettings.model_validate(told)
+    except ValueError as error:
+        expected = f"settings of {', '.join(TissueSettings.model_fields)}, as this version has them"
+        raise CheckpointError(
+            f"{model}, how its run looks for tissue", str(told), expected, "Use the version of Fullfield that wrote it."
+        ) from error
 
 
 def digest(model: Path) -> str:

@@ -152,6 +152,17 @@ def test_members_that_do_not_belong_together_are_refused(models: list[Path], tmp
     assert not (tmp_path / "ensemble").exists()
 
 
+@pytest.mark.parametrize("tissue", [{"mpp": 16.0, "method": "otsu"}, {"mpp": "x"}, 3])
+def test_a_way_to_look_for_tissue_that_this_version_does_not_know_is_refused(
+    models: list[Path], tmp_path: Path, tissue: object
+) -> None:
+    spec, network = checkpoint.load(models[0])
+    checkpoint.save(tmp_path / "model", spec, network, {"tissue": tissue})
+    with pytest.raises(CheckpointError, match="looks for tissue: .* expected settings of mpp, .* Use the version") as caught:
+        ensemble.load_tissue(tmp_path / "model")
+    assert str(tissue) == caught.value.found
+
+
 def test_a_member_that_is_no_longer_what_it_was_is_refused(models: list[Path], tmp_path: Path) -> None:
     copies = [Path(shutil.copytree(model, tmp_path / str(number))) for number, model in enumerate(models)]
     folder = ensemble.gather(copies, tmp_path / "ensemble")
