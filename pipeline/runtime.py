@@ -50,11 +50,12 @@ def load_engine(model: Path, settings: EngineSettings = EXACT) -> Engine:
     Raises CheckpointError where there is no model, and EngineError where it cannot be run in that way here.
     """
     chosen = settled(settings)
-    return _shared_engine(model, ensemble.digest(model), chosen.precision, chosen.backend, chosen.flips)
+    digests = (ensemble.digest(model), *(_int8_digests(model) if chosen.precision == "fastest" else ()))
+    return _shared_engine(model, digests, chosen.precision, chosen.backend, chosen.flips)
 
 
 @lru_cache(maxsize=2)
-def _shared_engine(model: Path, digest: str, precision: Precision, backend: Backend, flips: bool) -> Engine:
+def _shared_engine(model: Path, digests: tuple[str, ...], precision: Precision, backend: Backend, flips: bool) -> Engine:
     return open_engine(model, EngineSettings(precision=precision, backend=backend, flips=flips))
 
 
@@ -170,7 +171,7 @@ def describe(model: Path, settings: EngineSettings) -> str:
     if settings.precision != "exact":
         parts[1] += f" {backend_version(settings.backend)}"
     if settings.precision == "fastest":
-        parts += [openvino_graph.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
+        parts += _int8_digests(model)
     if settings.flips:
         parts.append("eight views")
     return ", ".join(parts)
@@ -220,6 +221,11 @@ def int8_graph(model: Path) -> Path:
         )
         raise EngineError(str(model), "no int8 form of this model", f"one in {graph.parent}", remedy)
     return graph
+
+
+def _int8_digests(model: Path) -> list[str]:
+    """The digest of each member's int8 graph. Raises EngineError where one has none."""
+    return [openvino_graph.graph_digest(int8_graph(member)) for member in ensemble.members(model)]
 
 
 def has_int8(model: Path) -> bool:

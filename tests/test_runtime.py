@@ -21,7 +21,7 @@ from pipeline.files import write_json
 from pipeline.footprint import with_footprint
 from pipeline.network import ModelSpec
 from pipeline.openvino_engine import OpenVinoEngine, beside_int8
-from pipeline.openvino_graph import quantise
+from pipeline.openvino_graph import GRAPH, quantise
 from pipeline.phantom import render
 from pipeline.runtime import (
     describe,
@@ -110,6 +110,19 @@ def test_int8_is_the_models_own(model: Path, tmp_path: Path) -> None:
     save(model, 2)
     with pytest.raises(EngineError, match="no int8 form of this model"):
         load_engine(model, FASTEST)
+
+
+def test_an_int8_graph_made_anew_or_copied_in_is_loaded_anew(model: Path) -> None:
+    """Which is what labels are then said to depend on."""
+    other, told = save(model.parent / "other", 2), set[str]()
+    for source in (model, other):
+        shutil.rmtree(int8_folder(model), ignore_errors=True)
+        graph = Path(shutil.copytree(fp32_graph(source).parent, int8_folder(model))) / GRAPH  # calibrating takes seconds
+        fresh = OpenVinoEngine(checkpoint.load_spec(model), graph, "fastest")
+        assert (load_engine(model, FASTEST)(WINDOWS) == fresh(WINDOWS)).all()
+        assert load_engine(model, FASTEST) is load_engine(model, FASTEST)
+        told.add(describe(model, FASTEST))
+    assert len(told) == 2
 
 
 def test_auto_becomes_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
