@@ -145,7 +145,7 @@ def load_run_record(folder: Path) -> dict[str, Any]:
 
 def load_ancestry(folder: Path) -> dict[str, Any]:
     """Who made the model in a folder, when and of what, as `save` was told; perhaps nothing. Raises CheckpointError."""
-    _check_files(folder)
+    check_files(folder)
     try:
         found: dict[str, Any] = json.loads((folder / _ANCESTRY).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,11 +160,32 @@ def digest(folder: Path) -> str:
 
     Raises CheckpointError where there is no model.
     """
-    _check_files(folder)
+    check_files(folder)
     total = hashlib.sha256()
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
         total.update(bytes.fromhex(file_digest(path)))
     return total.hexdigest()
+
+
+def check_files(folder: Path) -> None:
+    """Raise CheckpointError where there is no folder with the files of a model."""
+    expected = f"a folder with {_SPEC} and {_WEIGHTS}"
+    if folder.suffix.lower() in _PICKLES and folder.is_file():
+        remedy = "A pickle can run any code when opened, so none is loaded; give the folder that `fullfield train` wrote."
+        raise CheckpointError(str(folder), "a pickle", expected, remedy)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "no such folder"
+        own = folder.is_file() and folder.name in _FILES
+        remedy = f"Give {folder.absolute().parent if own else 'the folder of the model, OUTPUT/model'}."
+        raise CheckpointError(str(folder), found, expected, remedy)
+    missing = [name for name in (_SPEC, _WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        pickles = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in _PICKLES)
+        beside = f", but the pickle {pickles[0]}, which is never loaded" if pickles else ""
+        found = f"no {' and no '.join(missing)}{beside}"
+        inner = next((folder / name for name in ("model", "ensemble") if (folder / name).is_dir()), None)
+        remedy = "Give the folder of the model, OUTPUT/model, whole." if inner is None else f"Give {inner}."
+        raise CheckpointError(str(folder), found, expected, remedy)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
@@ -245,7 +266,7 @@ def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, 
 
 def _read(folder: Path) -> dict[str, Any]:
     """The content of `model.yaml`: all keys that are required, and of the others some."""
-    _check_files(folder)
+    check_files(folder)
     path = folder / _SPEC
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -258,21 +279,3 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(content.get(_RUN_RECORD, {}), dict):
         raise CheckpointError(str(path), f"the lineage {content[_RUN_RECORD]!r}", "keys and values", _AS_WRITTEN)
     return content
-
-
-def _check_files(folder: Path) -> None:
-    expected = f"a folder with {_SPEC} and {_WEIGHTS}"
-    if folder.suffix.lower() in _PICKLES and folder.is_file():
-        remedy = "A pickle can run any code when opened, so none is loaded; give the folder that `fullfield train` wrote."
-        raise CheckpointError(str(folder), "a pickle", expected, remedy)
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "no such folder"
-        raise CheckpointError(str(folder), found, expected, "Give the folder of the model, OUTPUT/model.")
-    missing = [name for name in (_SPEC, _WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        pickles = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in _PICKLES)
-        beside = f", but the pickle {pickles[0]}, which is never loaded" if pickles else ""
-        found = f"no {' and no '.join(missing)}{beside}"
-        inner = next((folder / name for name in ("model", "ensemble") if (folder / name).is_dir()), None)
-        remedy = "Give the folder of the model, OUTPUT/model, whole." if inner is None else f"Give {inner}."
-        raise CheckpointError(str(folder), found, expected, remedy)

@@ -82,11 +82,13 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
     A folder is taken as it is. `runs:/ID`, `runs:/ID/PATH`, `models:/NAME@ALIAS` and `models:/NAME/VERSION` are looked up
     in the store `uri`, else MLFLOW_TRACKING_URI; what lies on this machine is not copied, the rest is downloaded into this
     user's cache, by its digest, where ensembles and workers find it again.
-    Raises TrackingError where there is no such model.
+    Raises TrackingError where there is no such model, and CheckpointError where a file is given in place of its folder.
     """
     if not reference.startswith(("runs:/", "models:/")):
         if reference and Path(reference).is_dir():
             return _checkpoint_in(Path(reference))
+        if Path(reference).is_file():
+            checkpoint.check_files(Path(reference))  # which says what it is instead
         expected = "a model's folder, runs:/ID, models:/NAME@ALIAS or models:/NAME/VERSION"
         raise TrackingError(reference or "--model", "no such folder", expected, "Train a model, or correct the path.")
     store = store_for(reference, uri)

@@ -22,6 +22,7 @@ from pipeline.classes import Class, Classes
 from pipeline.errors import CheckpointError
 from pipeline.graph import GraphNetwork
 from pipeline.network import ModelSpec
+from pipeline.registry import resolve_model
 
 LINEAGE = {"run": "b1946ac9", "epoch": 7, "dice": {"Gland": 0.91}, "place": "Zürich"}
 
@@ -288,6 +289,14 @@ def test_a_pickle_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     for read in (checkpoint.load, checkpoint.load_spec, checkpoint.load_run_record, checkpoint.digest):
         with pytest.raises(CheckpointError, match="found a pickle; .* none is loaded"):
             read(path)
+    with pytest.raises(CheckpointError, match="found a pickle; .* none is loaded"):
+        resolve_model(str(path))
+
+
+def test_of_a_file_of_a_model_the_folder_is_named(saved: Path) -> None:
+    for name in ("model.yaml", "weights.safetensors", "network.json"):
+        with pytest.raises(CheckpointError, match=f"{name}: found a file; .* Give {saved}[.]$"):
+            resolve_model(str(saved / name))
 
 
 def test_a_spec_and_a_digest_need_no_torch(saved: Path) -> None:
