@@ -75,11 +75,14 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
     """The path and the digest of each member of an ensemble."""
     file = folder / _FILE
     try:
-        return [(Path(item["path"]), str(item["digest"])) for item in yaml.safe_load(file.read_text("utf-8"))["members"]]
+        listed = [(Path(item["path"]), str(item["digest"])) for item in yaml.safe_load(file.read_text("utf-8"))["members"]]
+        if not listed:
+            raise ValueError("no members")
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(
             str(file), f"a damaged file ({error})", "members, each with path and digest", _REMEDY
         ) from error
+    return listed
 
 
 def load_spec(model: Path) -> ModelSpec:

@@ -5,7 +5,7 @@ Importing this module imports neither torch nor MONAI.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,9 @@ def _check_numbers(spec: ModelSpec) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise _wrong(key, repr(value), f"a whole number from {least} up", f"Correct `{key}`.")
+    if spec.rest is not None and (type(spec.rest) is not int or not 0 <= spec.rest < len(spec.classes)):
+        expected = f"null, or the index of a class, 0 to {len(spec.classes) - 1}"
+        raise _wrong("rest", repr(spec.rest), expected, "Correct `rest`.")
     low, high = MPP_RANGE
     if not _is_number(spec.mpp) or not low <= spec.mpp <= high:
         raise _wrong("mpp", repr(spec.mpp), f"{low:g} to {high:g} micrometres per pixel", "Correct `mpp`.")
@@ -232,7 +235,7 @@ def _check_classifier(spec: ModelSpec) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _tuple(key: str, value: object) -> tuple[Any, ...]:

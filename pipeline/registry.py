@@ -230,7 +230,10 @@ def _checkpoint_in(folder: Path) -> Path:
     description = folder / "MLmodel"
     if not description.is_file():
         return folder
-    artifacts = yaml.safe_load(description.read_text(encoding="utf-8"))["flavors"]["python_function"].get("artifacts", {})
-    if _CHECKPOINT not in artifacts:
-        raise TrackingError(str(folder), "an MLflow model of another kind", "one that Fullfield stored", "Name another.")
-    return folder / str(artifacts[_CHECKPOINT]["path"])
+    try:
+        flavors = yaml.safe_load(description.read_text(encoding="utf-8"))["flavors"]
+        path: str = flavors["python_function"]["artifacts"][_CHECKPOINT]["path"]
+        return folder / path
+    except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        found = f"an MLflow model of another kind, or a damaged one ({error})"
+        raise TrackingError(str(description), found, "one that Fullfield stored", "Name another.") from error

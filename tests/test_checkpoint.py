@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
         content = yaml.safe_load((folder / "model.yaml").read_text())
         for key, value in changes.items():
             (content["spec"] if key in content["spec"] else content)[key] = value
-        content["spec_sha256"] = hashlib.sha256(json.dumps(content["spec"], sort_keys=True).encode()).hexdigest()
+        content["spec_sha256"] = hashlib.sha256(
+            json.dumps(content["spec"], sort_keys=True, default=str).encode()
+        ).hexdigest()
         (folder / "model.yaml").write_text(yaml.safe_dump(content))
 
     return edit
@@ -251,6 +254,9 @@ def _cut(folder: Path) -> None:
         (_weights(lambda weights: weights["head.conv.bias"].add_(1)), "SHA-256 .*; expected the file of SHA-256"),
         (_edit(lineage=[1]), "the lineage"),
         (_edit(mpp=-1), "`mpp`"),
+        (_edit(mean=[10**400, 1, 1]), "`mean`"),
+        (_edit(rest=7), "`rest`: found 7; expected null, or the index of a class, 0 to 1"),
+        (_edit(rest=date(2020, 1, 1)), "`rest`"),
         (_edit(architecture="vgg"), "written by Fullfield 0"),
         (_edit(spec={"mpp": 1.0}), "no key `architecture`"),
         (_swap("weights.safetensors"), "body.encode.0.conv.weight of 8x3x3x3 float32 for 4x3x3x3 float32; .* more"),

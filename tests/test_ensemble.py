@@ -171,6 +171,7 @@ def test_a_member_that_is_no_longer_what_it_was_is_refused(models: list[Path], t
     shutil.copytree(models[0], copies[1])
     with pytest.raises(CheckpointError, match="Put the members back"):
         ensemble.load_spec(folder)
-    (folder / "ensemble.yaml").write_text("members: 3")
-    with pytest.raises(CheckpointError, match="damaged"):
-        ensemble.members(folder)
+    for damaged in ("members: 3", "members: []", "members: [x]", "x", ""):
+        (folder / "ensemble.yaml").write_text(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            ensemble.members(folder)

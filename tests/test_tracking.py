@@ -553,6 +553,25 @@ def test_a_model_that_is_not_there_is_named(reference, said, start, trained, sha
     assert said in caught.value.found
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "flavors: {spark: {}}",
+        "flavors: {python_function: {artifacts: null}}",
+        "flavors: {python_function: {artifacts: {model: {path: x}}}}",
+        "flavors: {python_function: {artifacts: {checkpoint: {uri: x}}}}",
+        "flavors: {python_function: {artifacts: {checkpoint: {path: 3}}}}",
+        "flavors: {",
+        "3",
+        "",
+    ],
+)
+def test_an_mlflow_model_without_a_checkpoint_is_refused(content, tmp_path):
+    (tmp_path / "MLmodel").write_text(content)
+    with pytest.raises(TrackingError, match="MLmodel: found an MLflow model of another kind, or a damaged one"):
+        resolve_model(str(tmp_path))
+
+
 def test_what_is_no_model_is_refused_before_anything_is_stored(start, trained, tmp_path, shared_store):
     run = start()
     with pytest.raises(CheckpointError):
