@@ -66,14 +66,15 @@ def measure(network: nn.Module) -> Footprint:
 
 
 def assert_exact(network: nn.Module, footprint: Footprint) -> None:
-    """Compare tiles with one forward pass over the whole: at its start, an odd number of strides inside, and at its end.
+    """Compare tiles with one forward pass over the whole: at its start, inside with a window that begins an odd number of
+    strides from the start, and at its end.
 
     This also sees what NaN cannot: layers that replace NaN, that count pixels from the border, or that scale by the image's
     size. The image is noise, and a copy of the network with batch statistics to match, as layers far down would else hardly
     be felt. Raises NetworkError where a probability differs by more than 1e-5.
     """
     halo, stride, scale = footprint.halo, footprint.stride, footprint.output_stride
-    write, inside = 2 * stride, (halo // stride + 2) // 2 * 2 * stride + stride
+    write, inside = 2 * stride, halo + 3 * stride
     length = inside + write + halo + 3 * stride
     differences = []
     with _evaluation(network):

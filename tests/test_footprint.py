@@ -172,7 +172,9 @@ def test_the_last_stride_within_the_halo_matters_and_nothing_beyond(name: str) -
         ([nn.ZeroPad2d((0, 0, 7, 0)), nn.Conv2d(3, 2, (8, 1))], Footprint(7, 1, 1)),  # looks upward only
         ([nn.ZeroPad2d((0, 6, 0, 0)), nn.Conv2d(3, 2, (1, 7))], Footprint(6, 1, 1)),  # looks to the right only
         ([nn.MaxPool2d(2), nn.Conv2d(3, 2, 3, padding=1), nn.Upsample(scale_factor=2)], Footprint(2, 2, 1)),
+        ([nn.ZeroPad2d((1, -1, 3, -3)), nn.Conv2d(3, 2, 1)], Footprint(3, 1, 1)),  # looks up and to the left at once
         ([nn.MaxPool2d((4, 1)), nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=(4, 1))], Footprint(0, 4, 1)),
+        ([nn.MaxPool2d((1, 4)), nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=(1, 4))], Footprint(0, 4, 1)),
         ([nn.AvgPool2d(4), nn.Conv2d(3, 2, 1)], Footprint(0, 4, 4)),
         ([nn.Conv2d(3, 2, 4, stride=4), nn.PixelShuffle(1), nn.Upsample(scale_factor=2)], Footprint(0, 4, 2)),
     ],
@@ -181,6 +183,18 @@ def test_footprints_that_follow_by_hand(layers: list[nn.Module], known: Footprin
     network = nn.Sequential(*layers)
     assert measure(network) == known
     assert_exact(network, known)
+
+
+def test_the_class_that_looks_farthest_counts() -> None:
+    class Apart(nn.Module):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3, 1, size, padding="same") for size in sizes)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.cat([layer(image) for layer in self.layers], dim=1)
+
+    assert measure(Apart(1, 5)) == measure(Apart(5, 1)) == Footprint(2, 1, 1)
 
 
 def test_weights_that_are_zero_do_not_hide_what_a_network_may_look_at() -> None:
@@ -198,13 +212,36 @@ class AddsItsMean(nn.Conv2d):
         return torch.cat([answer[:, :1] + answer.nan_to_num().mean(dim=(2, 3), keepdim=True), answer[:, 1:]], dim=1)
 
 
-class CountsRows(nn.Conv2d):
-    """Adds to one class what depends on the row's number: every eighth row differs."""
+class Counts(nn.Conv2d):
+    """Adds something to one class in the first row (2) or column (3) of every period."""
+
+    def __init__(self, dim: int, period: int, added: float = 1.0, size: int = 3) -> None:
+        super().__init__(3, 2, size, padding="same")
+        self.dim, self.period, self.added = dim, period, added
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         answer = super().forward(image)
-        rows = (torch.arange(answer.shape[2]) % 8 == 0).float()[:, None]
-        return torch.cat([answer[:, :1] + rows, answer[:, 1:]], dim=1)
+        lines = self.added * (torch.arange(answer.shape[self.dim]) % self.period == 0)
+        return torch.cat([answer[:, :1] + (lines[:, None] if self.dim == 2 else lines), answer[:, 1:]], dim=1)
+
+
+class BeginsWithItsLength(nn.Conv2d):
+    """Adds to the first row of one class what depends on how many rows there are."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer = super().forward(image)
+        return torch.cat([answer[:, :1, :1] + image.shape[2] / 100, answer[:, :1, 1:]], dim=2)
+
+
+class SumsUp(nn.Conv2d):
+    """Adds up the rows (2) or columns (3), so that each knows all before it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(3, 2, 1)
+        self.dim = dim
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image).cumsum(self.dim)
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -232,6 +269,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
         lambda: nets.FlexibleUNet(3, 2, "efficientnet-b0", pretrained=False),
         ("encoder._blocks.0.0._se_adaptpool (AdaptiveAvgPool2d)", "and 10 more"),
     ),
+    "sum of rows": (lambda: SumsUp(2), ("mix pixels from all over the image: the network (SumsUp)",)),
+    "sum of columns": (lambda: SumsUp(3), ("mix pixels from all over the image: the network (SumsUp)",)),
     "unpadded": (lambda: nn.Conv2d(3, 2, 3), ("254 x 62 for 256 x 64",)),
     "dense": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 2)), ("no answer for an image of",)),
     "stride 3": (lambda: nn.Sequential(nn.MaxPool2d(3), nn.Conv2d(3, 2, 1)), ("no power of two",)),
@@ -252,9 +291,23 @@ def test_what_is_not_local_is_refused_by_name(name: str) -> None:
     [
         lambda: nets.BasicUNet(2, 3, 2, (8, 8, 8, 8, 8, 8), norm="batch", upsample="nontrainable"),  # corners aligned
         lambda: AddsItsMean(3, 2, 3, padding=1),
-        lambda: CountsRows(3, 2, 3, padding=1),
+        lambda: Counts(2, 8),
+        lambda: Counts(3, 8),
+        lambda: Counts(2, 2),
+        lambda: Counts(3, 2, size=5),
+        lambda: Counts(2, 8, added=4e-4),
+        lambda: BeginsWithItsLength(3, 2, 3, padding=1),
     ],
-    ids=["scales by the image's size", "hides NaN", "counts rows"],
+    ids=[
+        "scales by the image's size",
+        "hides NaN",
+        "rows",
+        "columns",
+        "odd rows",
+        "odd columns",
+        "by little",
+        "at its start",
+    ],
 )
 def test_what_nan_does_not_show_the_cross_check_finds(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
