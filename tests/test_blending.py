@@ -1,7 +1,9 @@
 """Blended windows are MONAI's sliding window, whoever computes which tile; and nothing blended passes for exact."""
 
 import json
+import weakref
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 
 from pipeline import checkpoint
 from pipeline.architectures import build_network
-from pipeline.blending import Windows
+from pipeline.blending import Windows, blend
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.engine import TorchEngine
@@ -21,6 +23,7 @@ from pipeline.exactness import comparisons
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.graph import GraphNetwork
+from pipeline.grid import Grid
 from pipeline.metrics import confusion
 from pipeline.network import ModelSpec
 from pipeline.patches import Source
@@ -143,6 +146,27 @@ def test_a_tile_is_the_same_to_the_bit_whatever_is_computed_beside_it(slides: di
     for index in ((0, 0), (1, 2), grid[grid.shape[0] - 1, grid.shape[1] - 1].index):
         ((_, alone),) = way.predict(slide, grid, [grid[index]], engine)
         assert np.array_equal(alone, together[index])
+
+
+def test_only_answers_that_a_tile_or_the_next_one_needs_are_held(slides: dict) -> None:
+    slide, windows, given = slides[301, 203], Windows(16, 12, 1), list[weakref.ref[np.ndarray]]()
+    held = list[int]()
+
+    class Blank:
+        spec = GLOBAL[0]
+
+        def __call__(self, pixels: np.ndarray) -> np.ndarray:
+            answer = np.zeros((1, 3, *pixels.shape[1:3]), np.float32)
+            given.append(weakref.ref(answer))
+            held.append(sum(each() is not None for each in given))
+            return answer
+
+    grid = Grid(slide.base, 32, 0, 4)
+    needed = [(tile.write_roi.right, set(windows.over(tile.write_roi, slide.base))) for tile in grid]
+    most = max(len({each for each in one if each.right > edge} | other) for (edge, one), (_, other) in pairwise(needed))
+    for _ in blend(slide, grid, grid, Blank(), windows):
+        pass
+    assert max(held) <= most < len(given) / 4
 
 
 def test_an_answer_coarser_than_the_interval_still_lies_on_its_own_pixels() -> None:

@@ -224,21 +224,28 @@ def test_batch_norm_folds_into_every_convolution(kind: type[nn.Conv2d], affine: 
     assert (answer(fused, image().double()) - answer(network, image().double())).abs().max() < 1e-12
 
 
-def test_what_others_read_is_neither_folded_nor_overwritten() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.norm = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
-            self.norm.running_mean.fill_(0.7)  # type: ignore[union-attr]
+class Shared(nn.Module):
+    """A convolution that several read: a sum, or the caller of the network and something that nobody reads."""
 
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            first = self.layer(pixels)
-            return self.norm(first) + functional.relu(first) + self.layer(functional.relu(pixels))
+    def __init__(self, answer: str) -> None:
+        super().__init__()
+        self.layer, self.norm, self.answer = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), answer
+        self.norm.running_mean.fill_(0.7)  # type: ignore[union-attr]
 
-    network = Shared()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        first, other = self.layer(pixels), self.layer(functional.relu(pixels))
+        if self.answer == "sum":
+            return self.norm(first) + functional.relu(first) + other
+        self.norm(first), functional.relu(other)
+        return first if self.answer == "normalised" else other
+
+
+@pytest.mark.parametrize("answer_is", ["sum", "normalised", "rectified"])
+def test_what_others_read_is_neither_folded_nor_overwritten(answer_is: str) -> None:
+    network = Shared(answer_is)
     fused = fuse(GraphNetwork(trace(network, spec()), network.state_dict()))
     ops = Counter(node.op for node in fused.graph.nodes)
-    assert ops["batch_norm"] == 1
+    assert ops["batch_norm"] == (answer_is != "rectified")
     pixels = image()
     assert torch.equal(answer(fused, pixels), answer(network, pixels)) and torch.equal(pixels, image())
 
