@@ -112,6 +112,7 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
                 n_workers=count,
                 threads_per_worker=1,
                 memory_limit=0,
+                security=True,  # keys of this command alone: Dask runs what it is sent, whoever has sent it
                 dashboard_address="127.0.0.1:0",
                 scheduler_kwargs={
                     "dashboard": False,  # to import what draws it takes longer than to import all of Dask

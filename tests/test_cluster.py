@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 import os
 import signal
@@ -63,6 +64,14 @@ def wake_ups_a_second() -> float:
     from distributed import get_worker
 
     return sum(1000 / callback.callback_time for callback in get_worker().periodic_callbacks.values())
+
+
+def listening() -> set[str]:
+    """Where this worker's cluster listens."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    return {worker.address, worker.nanny, worker.scheduler.address}
 
 
 def leave_a_mark(folder: Path) -> None:
@@ -135,6 +144,26 @@ def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.Monke
     assert int(found["environment"]["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
     if sys.platform == "linux":
         assert found["memory"] > 90_000_000
+
+
+@pytest.mark.parametrize("cluster", [2], indirect=True, ids=["workers"])
+def test_workers_of_this_machine_take_orders_from_nobody_else(cluster) -> None:
+    from distributed import Security
+
+    cluster.submit("listening", listening)
+    (outcome,) = cluster
+    assert len(outcome.value) == 3
+    for address in outcome.value:
+        for scheme, keys in (("tcp", Security()), ("tls", Security.temporary())):
+            with pytest.raises(OSError):
+                asyncio.run(ask(f"{scheme}://{address.rpartition('/')[2]}", keys))
+
+
+async def ask(address: str, keys: object) -> None:
+    from distributed import rpc
+
+    async with rpc(address, connection_args=keys.get_connection_args("client"), timeout=0.3) as found:
+        await found.identity()
 
 
 def test_workers_are_left_to_their_work() -> None:
