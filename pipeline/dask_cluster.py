@@ -16,7 +16,7 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ClusterError, CodeError, WorkerError
-from pipeline.machine import keep_memory
+from pipeline.machine import keep_memory, settle_user_name
 from pipeline.origin import source_digest
 from pipeline.progress import console
 from pipeline.tasks import Outcome, Task
@@ -231,10 +231,12 @@ def _tell(topic: str, code: str, function: Callable[..., Iterator[Any]], argumen
 
 def _make_ready(code: str) -> None:
     """Have this worker's allocator keep memory, however the worker was started: Dask has it give back every activation.
+    And have its user a name.
 
     Raises CodeError where it has other code: it may have joined late, or have been replaced after an update.
     """
     keep_memory()
+    settle_user_name()
     if source_digest() != code:
         from distributed import get_worker
 

@@ -1,8 +1,11 @@
-"""What a process may use of this machine: processors, a GPU, memory that its allocator keeps, and a folder for its cache."""
+"""What a process may use of this machine: processors, a GPU, memory that its allocator keeps, and a folder for its cache;
+and by which name its user goes.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import getpass
 import math
 import os
 import re
@@ -112,6 +115,19 @@ def worker_environment(threads: int) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
         "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items()),
     }
+
+
+def user_name() -> str:
+    """The user's name; the number of one who has none, as a container's need not."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def settle_user_name() -> None:
+    """Have every library find it, in this process and in those that it starts: some, as MONAI, fail where there is none."""
+    os.environ["LOGNAME"] = user_name()
 
 
 def cache_folder() -> Path:

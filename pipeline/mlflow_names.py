@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import posixpath
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from pipeline.addresses import without_password
+from pipeline.machine import user_name
 from pipeline.origin import origin
 
 _LONGEST_NAME, _LONGEST_PARAM = 250, 6000  # letters that MLflow takes
@@ -47,16 +47,9 @@ def origin_tags() -> dict[str, str]:
     """Tags that tell by whom, where and with which code a run was made."""
     found = origin()
     tags = {
-        "mlflow.user": _user(),
+        "mlflow.user": user_name(),
         "mlflow.source.name": without_password(shlex.join(sys.argv)),
         "mlflow.source.type": "LOCAL",
         **{f"fullfield.{name}": value for name, value in found.items() if name != "commit"},
     }
     return tags | ({"mlflow.source.git.commit": found["commit"]} if "commit" in found else {})
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return "unknown"

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cluster import connect
 from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
-from pipeline.machine import cores
+from pipeline.machine import cores, user_name
 from pipeline.settings import ClusterSettings
 
 
@@ -187,16 +187,21 @@ def test_a_task_that_kills_its_workers_fails_and_no_other_does() -> None:
         assert int(outcome.value["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30  # of the worker that came last, too
 
 
-def test_an_address_is_used_and_its_workers_keep_their_memory() -> None:
+def test_an_address_is_used_and_its_workers_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep their memory, and know who they work for."""
     from distributed import LocalCluster
 
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
         connect(ClusterSettings(scheduler=local.scheduler_address)) as cluster,
     ):
-        cluster.submit("a", arena_growth)
-        (outcome,) = cluster
-    assert sys.platform != "linux" or outcome.value > 90_000_000
+        cluster.submit("memory", arena_growth)
+        cluster.submit("user", os.getenv, "LOGNAME")
+        found = {outcome.key: outcome.value for outcome in cluster}
+    assert found["user"] == user_name()
+    assert sys.platform != "linux" or found["memory"] > 90_000_000
 
 
 def have_other_code() -> None:

@@ -1,5 +1,7 @@
 """How many workers are started for which slides."""
 
+import getpass
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,6 +14,7 @@ from pipeline.geometry import Mpp
 from pipeline.phantom import make_phantom
 from pipeline.slide import open_slide
 from pipeline.tiling import local_workers
+from workflows.__main__ import main
 
 SCALE = Mpp.square(1.0)
 
@@ -107,3 +110,15 @@ def test_a_gpu_counts_where_torch_was_built_for_it(
 def test_what_torch_was_built_for_is_what_it_says_itself() -> None:
     assert ("cuda" in machine._torch_builds()) == (torch.version.cuda is not None)
     assert ("hip" in machine._torch_builds()) == (torch.version.hip is not None)
+
+
+def test_a_command_s_user_who_has_no_name_goes_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(os, "getuid", lambda: 2_000_000_003)
+    with pytest.raises(KeyError):
+        getpass.getuser()
+    monkeypatch.setattr(sys, "argv", ["fullfield", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert getpass.getuser() == machine.user_name() == "2000000003"

@@ -13,6 +13,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.errors import FullfieldError, refusal
+from pipeline.machine import settle_user_name
 from workflows import options
 from workflows.config_commands import config_app
 from workflows.study_commands import study_app
@@ -236,6 +237,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
+    settle_user_name()
     gc.set_threshold(_OBJECTS)
     atexit.register(gc.freeze)  # else Python looks at all of them once more before it ends, for a third of a second
     try:
