@@ -31,16 +31,26 @@ def cores() -> int:
 
 def _granted() -> float:
     """Processors whose time the control groups that this process is in grant it; infinity where none sets a limit."""
+    return min(map(_quota, _groups("cpu")), default=math.inf)
+
+
+def memory_left() -> float:
+    """Bytes that the control groups that this process is in leave it, as a job's may; infinity where none sets a limit."""
+    return min(map(_unused, _groups("memory")), default=math.inf)
+
+
+def _groups(controller: str) -> set[Path]:
+    """Folders of the control groups that this process is in, as far as they bound what `controller` hands out."""
     try:
         lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        return math.inf
+        return set()
     folders = set[Path]()
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if not controllers or "cpu" in controllers.split(","):  # of version 2, which names none, or of version 1
-            top, own = _GROUPS / "cpu" if controllers else _GROUPS, Path(path.lstrip("/"))
+        if not controllers or controller in controllers.split(","):  # of version 2, which names none, or of version 1
+            top, own = _GROUPS / controller if controllers else _GROUPS, Path(path.lstrip("/"))
             folders |= {top / group for group in (own, *own.parents)}  # a group has no more than those that it is in
-    return min(map(_quota, folders), default=math.inf)
+    return folders
 
 
 def _quota(folder: Path) -> float:
@@ -51,6 +61,24 @@ def _quota(folder: Path) -> float:
             if quota > 0:
                 return quota / period
     return math.inf
+
+
+def _unused(folder: Path) -> float:
+    """Bytes that a control group still has for what is in it, those of cached files too; infinity where it sets no limit."""
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # the latter for `max`
+            left = int((folder / limit).read_text(encoding="utf-8"))
+            with suppress(OSError, ValueError):  # not every kernel tells what is used
+                left -= int((folder / used).read_text(encoding="utf-8"))
+                left += _cached(folder)
+            return left
+    return math.inf
+
+
+def _cached(folder: Path) -> int:
+    """Bytes of files that a control group holds and would give back; of version 1 those of groups within it, too."""
+    told = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+    return sum(int(told.get(f"total_{name}", told.get(name, 0))) for name in ("active_file", "inactive_file"))
 
 
 def threads() -> int:

@@ -22,7 +22,7 @@ from pipeline.blending import TILE_SIZE
 from pipeline.errors import ClusterError, SlideError
 from pipeline.geometry import Lattice, Mpp
 from pipeline.grid import Grid, round_up
-from pipeline.machine import cores, has_gpu, threads
+from pipeline.machine import cores, has_gpu, memory_left, threads
 from pipeline.network import ModelSpec
 from pipeline.probe import PROBE_SIZES, Probe, known_probe, probe
 from pipeline.runtime import EXACT, holds_turned, open_engine, settled
@@ -231,7 +231,7 @@ def free_gib() -> float:
     """Memory that all workers of this machine may take together."""
     from distributed.system import MEMORY_LIMIT  # of the container, where there is one
 
-    return _SHARE * float(min(psutil.virtual_memory().available, MEMORY_LIMIT)) / GIB
+    return _SHARE * float(min(psutil.virtual_memory().available, MEMORY_LIMIT, memory_left())) / GIB
 
 
 def _default_limits(found: Probe) -> list[float]:

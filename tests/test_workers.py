@@ -1,6 +1,7 @@
 """How many workers are started for which slides."""
 
 import getpass
+import math
 import os
 import sys
 from importlib.machinery import ModuleSpec
@@ -13,7 +14,7 @@ from pipeline import machine, tiling
 from pipeline.geometry import Mpp
 from pipeline.phantom import make_phantom
 from pipeline.slide import open_slide
-from pipeline.tiling import local_workers
+from pipeline.tiling import GIB, free_gib, local_workers
 from workflows.__main__ import main
 
 SCALE = Mpp.square(1.0)
@@ -41,6 +42,17 @@ def test_two_where_there_is_work_and_memory_for_two(scan: Path, monkeypatch: pyt
             assert local_workers([(scan, None)] * (few + 1), SCALE) == 1
 
 
+def put_into_groups(folder: Path, monkeypatch: pytest.MonkeyPatch, groups: str | None, files: dict[str, str]) -> None:
+    """Have the control groups of Linux, and this process's among them, told by files in a folder."""
+    if groups is not None:
+        (folder / "own").write_text(groups)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(machine, "_GROUPS", folder)
+    monkeypatch.setattr(machine, "_OWN_GROUPS", folder / "own")
+
+
 @pytest.mark.parametrize(
     ("groups", "files", "expected"),
     [
@@ -58,15 +70,47 @@ def test_two_where_there_is_work_and_memory_for_two(scan: Path, monkeypatch: pyt
 def test_a_container_has_the_processors_that_it_is_granted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str | None, files: dict[str, str], expected: int
 ) -> None:
-    if groups is not None:
-        (tmp_path / "own").write_text(groups)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine, "_GROUPS", tmp_path)
-    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "own")
+    put_into_groups(tmp_path, monkeypatch, groups, files)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: range(64), raising=False)
     assert machine.cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "1000\n"}, 1000),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "900\n"}, math.inf),
+        ("0::/job/step\n", {"job/memory.max": "1400\n", "job/step/memory.max": "max\n"}, 1400),
+        ("0::/job/step\n", {"job/memory.max": "1400\n", "job/memory.current": "500\n", "job/step/memory.max": "950\n"}, 900),
+        (
+            "0::/job\n",
+            {
+                "job/memory.max": "1400\n",
+                "job/memory.current": "1000\n",
+                "job/memory.stat": "anon 300\nfile 700\ninactive_file 600\nactive_file 50\n",
+            },
+            1050,
+        ),
+        (
+            "4:memory:/job/step\n3:cpu:/\n",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/job/memory.limit_in_bytes": "2000\n",
+                "memory/job/memory.usage_in_bytes": "1500\n",
+                "memory/job/memory.stat": "inactive_file 0\ntotal_inactive_file 300\ntotal_active_file 0\n",
+            },
+            800,
+        ),
+        ("3:cpu:/job\n", {"cpu/job/memory.max": "1000\n"}, math.inf),
+        (None, {}, math.inf),
+    ],
+)
+def test_a_job_has_the_memory_that_its_groups_leave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str | None, files: dict[str, str], expected: float
+) -> None:
+    put_into_groups(tmp_path, monkeypatch, groups, files)
+    assert machine.memory_left() == expected
+    assert 0 < free_gib() * GIB <= 0.8 * expected
 
 
 BUILDS = {
