@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.dask_cluster import DaskCluster, lost, other_code
 from pipeline.errors import ClusterError
 from pipeline.forking import METHOD, start_forking, uninterrupted
-from pipeline.machine import cores, keep_memory, worker_environment
+from pipeline.machine import UNBOUND, cores, keep_memory, worker_environment
 from pipeline.origin import source_digest
 from pipeline.progress import console
 from pipeline.settings import ClusterSettings
@@ -112,6 +112,7 @@ def _local_cluster(workers: int | None) -> Iterator[Any]:
                 n_workers=count,
                 threads_per_worker=1,
                 memory_limit=0,
+                env=UNBOUND,  # counts before what this process has, unlike the environments above
                 security=True,  # keys of this command alone: Dask runs what it is sent, whoever has sent it
                 dashboard_address="127.0.0.1:0",
                 scheduler_kwargs={

@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
+UNBOUND = {"OMP_PROC_BIND": "false"}
+"""Environment of a worker, whatever this process has: told to bind threads, all would bind theirs to the same processors."""
+
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
@@ -140,6 +143,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {
         **{name: str(threads) for name in names},
+        **UNBOUND,
         "MALLOC_TRIM_THRESHOLD_": str(_KEEP_BYTES),
         "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in tunables.items()),
     }

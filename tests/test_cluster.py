@@ -1,4 +1,5 @@
 import asyncio
+import ctypes
 import itertools
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,13 @@ def take_a_while(began: Path, ended: Path) -> None:
 
 def environment() -> dict[str, str]:
     return {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_")}
+
+
+def processors_under_openmp() -> set[int]:
+    """Those that this thread may run on once torch's OpenMP is loaded, which may bind it to some."""
+    for library in (Path(find_spec("torch").origin).parent / "lib").glob("libgomp*"):
+        ctypes.CDLL(str(library))
+    return os.sched_getaffinity(0)
 
 
 def arena_growth() -> int:
@@ -136,14 +145,19 @@ def test_a_stream_yields_in_order_and_raises(cluster) -> None:
 
 def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in (("OMP_PROC_BIND", "true"), ("OMP_PLACES", "{0}"), ("GOMP_CPU_AFFINITY", "0")):
+        monkeypatch.setenv(name, value)  # as some clusters do: all workers would be bound to one processor
     with connect(ClusterSettings(workers=1)) as cluster:
         cluster.submit("environment", environment)
         cluster.submit("memory", arena_growth)
+        if sys.platform == "linux":
+            cluster.submit("processors", processors_under_openmp)
         found = {outcome.key: outcome.value for outcome in cluster}
     assert found["environment"]["OMP_NUM_THREADS"] == str(cores())
     assert int(found["environment"]["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
     if sys.platform == "linux":
         assert found["memory"] > 90_000_000
+        assert found["processors"] == os.sched_getaffinity(0)
 
 
 @pytest.mark.parametrize("cluster", [2], indirect=True, ids=["workers"])
