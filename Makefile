@@ -1,6 +1,11 @@
 # Everything is set up in .venv, from nothing but Python 3.11 and make.
 PYTHON ?= python3.11
 BIN := .venv/bin
+IS_COMPLETE := -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))'
+
+# What the caller's own pip and Python are told to do is not for this one.
+export PIP_USER := 0
+unexport PIP_TARGET PIP_PREFIX PYTHONPATH PYTHONHOME
 
 .PHONY: demo test bench lint lock clean
 
@@ -19,9 +24,12 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What an earlier call left half made, or what has another Python, is made anew, unless it lies elsewhere.
 # torch comes first and by itself: with an open range pip may take a build for GPUs that is gigabytes larger.
 .venv/.torch: pyproject.toml requirements.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python $(IS_COMPLETE) 2>/dev/null || test -L .venv || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python $(IS_COMPLETE) 2>/dev/null || \
+		{ echo ".venv is no environment of Python 3.11 with pip: remove it, and say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch==2.13.0
 	touch $@
 

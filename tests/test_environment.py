@@ -1,9 +1,14 @@
 """What is declared, what is locked and what conda is told agree."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
@@ -48,3 +53,33 @@ def test_make_installs_with_the_lock() -> None:
     installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
     assert installs
     assert all("--constraint requirements.lock" in line for line in installs)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_make_makes_anew_what_is_half_made_but_nothing_that_lies_elsewhere(tmp_path: Path, linked: bool) -> None:
+    """By a Python whose environments have no pip, as where a distribution left it out. Nothing is ever installed."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" --without-pip\n')
+    (tmp_path / "python").chmod(0o755)
+    for name in ("pyproject.toml", "requirements.lock"):
+        (tmp_path / name).touch()
+    place = tmp_path / ("elsewhere" if linked else ".venv")
+    subprocess.run([tmp_path / "python", "-m", "venv", place], check=True)
+    (place / "mark").touch()
+    if linked:
+        (tmp_path / ".venv").symlink_to(place)
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_REQUIRE_VIRTUALENV": "1"}
+    command = ["make", "demo", "PYTHON=./python"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(".venv is no environment of Python 3.11 with pip: remove it")
+    assert (place / "mark").exists() == linked
+
+
+def test_what_the_caller_s_pip_and_python_are_told_does_not_reach_make_s(tmp_path: Path) -> None:
+    (tmp_path / "show").write_text("show:\n\t@env\n")
+    told = dict.fromkeys(("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONPATH", "PYTHONHOME"), "/elsewhere")
+    command = ["make", "-f", ROOT / "Makefile", "-f", tmp_path / "show", "show"]
+    found = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=True).stdout
+    assert "PIP_USER=0\n" in found
+    assert "elsewhere" not in found
