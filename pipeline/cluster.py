@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.dask_cluster import DaskCluster, lost, other_code
 from pipeline.errors import ClusterError
-from pipeline.forking import METHOD, start_forking, uninterrupted
+from pipeline.forking import start_forking, uninterrupted
 from pipeline.machine import UNBOUND, cores, keep_memory, worker_environment
 from pipeline.origin import source_digest
 from pipeline.progress import console
@@ -51,7 +51,7 @@ def _cluster(settings: ClusterSettings) -> Iterator[Cluster]:
         yield Here()
         return
     if settings.scheduler is None:
-        start_forking(worker_environment(1))  # its imports go on beside those of this process
+        method = start_forking(worker_environment(1))  # its imports go on beside those of this process
     from distributed import Client
     from distributed.utils import silence_logging_cmgr
 
@@ -60,7 +60,7 @@ def _cluster(settings: ClusterSettings) -> Iterator[Cluster]:
             _meet_workers(client, settings.scheduler)
             yield DaskCluster(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
-    with _local_cluster(settings.workers) as local, Client(local) as client:
+    with _local_cluster(settings.workers, method) as local, Client(local) as client:
         yield DaskCluster(client, f"{len(local.workers)} local Dask worker(s)")
 
 
@@ -94,13 +94,13 @@ def _meet_workers(client: Any, scheduler: str) -> None:
 
 
 @contextmanager
-def _local_cluster(workers: int | None) -> Iterator[Any]:
+def _local_cluster(workers: int | None, method: str) -> Iterator[Any]:
     import dask
     from distributed import LocalCluster
 
     count = workers or 1
     start = {
-        "distributed.worker.multiprocessing-method": METHOD,  # of the first; those that replace them start by themselves
+        "distributed.worker.multiprocessing-method": method,  # of the first; those that replace them start by themselves
         "distributed.nanny.environ": dict(os.environ),  # the fork server may be older than some of it
         "distributed.nanny.pre-spawn-environ": worker_environment(max(cores() // count, 1)),
     }

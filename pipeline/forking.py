@@ -5,7 +5,7 @@
                                       `-- worker ---------->
 
 Started by themselves, workers would import for a second each, once the command is ready for them; forked, they begin with
-it all, and share its memory. Where a fork is not safe (everywhere but on Linux), they are started by themselves.
+it all, and share its memory. Where a fork is not safe (everywhere but on Linux) or fails, they are started by themselves.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-"""How multiprocessing shall start workers."""
 
-
-def start_forking(environment: Mapping[str, str]) -> None:
+def start_forking(environment: Mapping[str, str]) -> str:
     """Start this process's fork server, if it has none, with `environment` in place before its first allocation.
 
     It finds modules where this process does, and not first, as Python by itself would, in the folder in which the command
-    was given: that may have a `pipeline` of its own.
+    was given: that may have a `pipeline` of its own. Returns how multiprocessing shall start workers: `forkserver`, or
+    `spawn` where there is none, or it cannot be reached, as where TMPDIR is too long for the name of a socket.
     """
-    if METHOD == "forkserver":
-        from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
+    if sys.platform != "linux":
+        return "spawn"
+    from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
 
-        set_forkserver_preload(["pipeline.preloaded"])
-        places = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
-        with _set({**environment, **places}), uninterrupted():
-            resource_tracker.ensure_running()  # before, since it lets Ctrl-C through, and the fork server would start it
+    set_forkserver_preload(["pipeline.preloaded"])
+    places = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    with _set({**environment, **places}), uninterrupted():
+        resource_tracker.ensure_running()  # before, since it lets Ctrl-C through, and the fork server would start it
+        try:
             with _held_back():
                 forkserver.ensure_running()
+        except OSError:
+            return "spawn"
+    return "forkserver"
 
 
 @contextmanager

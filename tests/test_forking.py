@@ -38,6 +38,17 @@ def test_workers_are_forked_with_this_code_in_a_folder_that_has_a_package_of_the
     assert done.stderr == ""
 
 
+def test_workers_start_by_themselves_where_the_fork_server_has_no_room_for_its_socket(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(COMMAND)
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(long)}
+    command = [sys.executable, tmp_path / "command.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", source_digest()]
+    assert done.stderr == ""
+
+
 def test_workers_have_the_environment_of_the_moment_in_which_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("one", "two"):
         monkeypatch.setenv("FULLFIELD_TEST", value)
