@@ -21,7 +21,9 @@ UNBOUND = {"OMP_PROC_BIND": "false"}
 _KEEP_BYTES = 1 << 34  # memory that the allocator may keep instead of giving it back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
 _TOP_PAD_BYTES = 1 << 26
-_NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/dxg"))  # its driver's, and that of Linux in Windows
+_NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/dxg"))  # its driver's, and what Linux in Windows has for every GPU
+_CUDA = "libcuda.so.1"  # comes with a driver, and into a container only where that is given a GPU
+_HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last is what Slurm sets for jobs without a GPU
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # the limits of Linux, and whose are this process's
 _AMD = Path("/dev/kfd")  # there for every graphics of theirs, whether torch can use it or not
 
@@ -95,8 +97,16 @@ def has_gpu() -> bool:
     if sys.platform == "darwin":
         return True
     built, shown = _torch_builds(), os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
-    nvidia = "cuda" in built and shown not in ("", "-1") and any(place.exists() for place in _NVIDIA)
+    nvidia = "cuda" in built and shown not in _HIDDEN and any(place.exists() for place in _NVIDIA) and _loads(_CUDA)
     return nvidia or "hip" in built and _AMD.exists()
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _torch_builds() -> list[str]:

@@ -4,6 +4,7 @@ import getpass
 import math
 import os
 import sys
+from ctypes.util import find_library
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -122,22 +123,31 @@ BUILDS = {
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there torch has one GPU, and no drivers to look for")
 @pytest.mark.parametrize(
-    ("build", "driver", "shown", "expected"),
+    ("build", "driver", "library", "shown", "expected"),
     [
-        ("cuda", "nvidia", None, True),
-        ("cuda", "dxg", "0,1", True),
-        ("cuda", "nvidia", "", False),
-        ("cuda", "nvidia", "-1", False),
-        ("cuda", "none", None, False),
-        ("cuda", "kfd", None, False),
-        ("cpu", "nvidia", None, False),
-        ("cpu", "kfd", None, False),
-        ("hip", "kfd", None, True),
-        ("hip", "nvidia", None, False),
+        ("cuda", "nvidia", "there", None, True),
+        ("cuda", "dxg", "there", "0,1", True),
+        ("cuda", "nvidia", "absent", None, False),
+        ("cuda", "dxg", "absent", None, False),
+        ("cuda", "nvidia", "there", "", False),
+        ("cuda", "nvidia", "there", "-1", False),
+        ("cuda", "nvidia", "there", "NoDevFiles", False),
+        ("cuda", "none", "there", None, False),
+        ("cuda", "kfd", "there", None, False),
+        ("cpu", "nvidia", "there", None, False),
+        ("cpu", "kfd", "there", None, False),
+        ("hip", "kfd", "absent", None, True),
+        ("hip", "nvidia", "there", None, False),
     ],
 )
-def test_a_gpu_counts_where_torch_was_built_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: str, driver: str, shown: str | None, expected: bool
+def test_a_gpu_counts_where_torch_was_built_for_it_and_its_driver_is_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: str,
+    driver: str,
+    library: str,
+    shown: str | None,
+    expected: bool,
 ) -> None:
     (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{BUILDS[build]}")
     (tmp_path / driver).mkdir()
@@ -145,6 +155,7 @@ def test_a_gpu_counts_where_torch_was_built_for_it(
     monkeypatch.setattr(machine, "find_spec", lambda name: spec)
     monkeypatch.setattr(machine, "_NVIDIA", (tmp_path / "nvidia", tmp_path / "dxg"))
     monkeypatch.setattr(machine, "_AMD", tmp_path / "kfd")
+    monkeypatch.setattr(machine, "_CUDA", {"there": find_library("c"), "absent": "libabsent.so.1"}[library])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if shown is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
