@@ -21,7 +21,7 @@ from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.inputs import training_facts
 from pipeline.lineage import ancestry, case_facts, ways
-from pipeline.machine import has_gpu, threads
+from pipeline.machine import threads
 from pipeline.metrics import ratios
 from pipeline.network import ModelSpec
 from pipeline.patches import Batch, PatchStream, Source, read_index
@@ -33,6 +33,8 @@ from pipeline.specs import model_spec, rest_index
 from pipeline.validation import validate
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.team import Team
     from pipeline.training import Epoch, Trainer
 
@@ -76,8 +78,8 @@ def _fit(
     opened, normalisation = open_sources(cases, config)
     sources, as_scanned = remembered(opened), left_as_scanned(opened)
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
-    stream = _stream(config, tiles, sources)
     trainer = Trainer(spec, learner, config.training, config.seed, team)
+    stream = _stream(config, tiles, sources, trainer.device)
     rank, size = trainer.team.rank, trainer.team.size
     validating = [case.slide_id for case in cases if case.split == "val"][rank::size]
     seen = [case_facts(case) for case in cases]
@@ -158,11 +160,11 @@ def _run_record(
     }
 
 
-def _stream(config: Config, tiles: Path, sources: Mapping[str, Source]) -> PatchStream:
+def _stream(config: Config, tiles: Path, sources: Mapping[str, Source], device: torch.device) -> PatchStream:
     augmentation = Augmentation(**config.training.augmentation.model_dump())
     index = read_index(tiles, config.class_list.names, "train")
     # One thread keeps up with a step on processors, and would take more from it than it brings.
-    readers = max(threads() // config.training.devices, 1) if has_gpu() else 1
+    readers = max(threads() // config.training.devices, 1) if device.type != "cpu" else 1
     centred = config.network.architecture == "classifier"
     return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers, centred)
 

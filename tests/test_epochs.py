@@ -12,7 +12,7 @@ import tifffile
 import torch
 from pyarrow import parquet
 
-from pipeline import checkpoint, snapshot
+from pipeline import checkpoint, fitting, snapshot
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
@@ -55,9 +55,24 @@ def case(folder: Path, split: str, left: int) -> Case:
 def train(folder: Path, settings: Config, validated: int) -> list[Record]:
     """Train on one slide, and validate on one where Dark is said to begin at column `validated`."""
     cases = [case(folder, "train", WIDTH // 2), case(folder, "val", validated)]
-    cells = {"slide_id": ["train"] * 2, "split": ["train"] * 2, "x": [48, 112], "y": [48, 48], "Light": [1.0, 0.0]}
-    parquet.write_table(pa.table({**cells, "Dark": [0.0, 1.0]}), folder / "tiles.parquet")
-    return list(fit(settings, cases, folder / "tiles.parquet", folder / "model", "inputs"))
+    return list(fit(settings, cases, cells(folder), folder / "model", "inputs"))
+
+
+def cells(folder: Path) -> Path:
+    """What there is to learn from on the slide that trains."""
+    places = {"slide_id": ["train"] * 2, "split": ["train"] * 2, "x": [48, 112], "y": [48, 48]}
+    parquet.write_table(pa.table({**places, "Light": [1.0, 0.0], "Dark": [0.0, 1.0]}), folder / "tiles.parquet")
+    return folder / "tiles.parquet"
+
+
+@pytest.mark.parametrize(("device", "readers"), [("cpu", 1), ("cuda", 6)])
+def test_all_threads_prepare_patches_for_a_gpu_that_trains_and_one_for_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, readers: int
+) -> None:
+    """Whether this machine has a GPU or not: that of a Mac has no part in it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    stream = fitting._stream(config(tmp_path), cells(tmp_path), {}, torch.device(device))
+    assert stream.threads == readers
 
 
 @pytest.mark.parametrize("validated", [WIDTH // 2, 0], ids=["what is right", "what is wrong"])
