@@ -195,8 +195,8 @@ def _file(path: Path) -> Path:
         return path
 
 
-def _alike(name: str) -> str:
-    """What names have in common that people take for one."""
+def alike(name: str) -> str:
+    """What names have in common that people, or some file systems, take for one."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -212,9 +212,9 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     problems = []
     by_id, by_file, by_patient = defaultdict(list), defaultdict(list), defaultdict(list)
     for case in cases:
-        by_id[_alike(case.slide_id)].append(case)
+        by_id[alike(case.slide_id)].append(case)
         by_file[_file(case.slide)].append(case)
-        by_patient[_number(_alike(case.patient))].append(case)
+        by_patient[_number(alike(case.patient))].append(case)
     for file, same in by_file.items():
         if len(same) > 1:
             problems.append(f"slide stands {len(same)} times: {file}")
@@ -225,8 +225,8 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     for same in by_patient.values():
         patient, names = same[0].patient, sorted({case.patient for case in same})
         if len(names) > 1:
-            alike = "in capital letters, spaces, the encoding of accents or zeros alone"
-            problems.append(f"patients {', '.join(map(repr, names))} differ {alike}: write one patient alike")
+            trifles = "capital letters, spaces, the encoding of accents or zeros alone"
+            problems.append(f"patients {', '.join(map(repr, names))} differ in {trifles}: write one patient alike")
         elif len({case.split for case in same}) > 1:
             places = ", ".join(f"{case.slide_id} in {case.split or 'no split'}" for case in same)
             problems.append(f"patient {patient!r} is in two splits: {places}")

@@ -250,6 +250,14 @@ def test_a_name_that_leaves_no_room_for_those_made_of_it_is_refused(models: list
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("one", "other"), [("S1", "S1"), ("S1", "s1"), ("Dr\u00fcse", "Dru\u0308se")])
+def test_slides_that_would_have_one_folder_somewhere_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    """Though this file system may tell them apart: that of a Mac, or of Windows, would not."""
+    slides = [tmp_path / "a" / f"{one}.svs", tmp_path / "b" / f"{other}.svs", tmp_path / "b" / "S2.svs"]
+    with pytest.raises(CohortError, match=f"share the name {', '.join(sorted({one, other}))};"):
+        segment(slides, [], tmp_path / "out", None, None, HERE, TORCH)
+
+
 def test_a_missing_entropy_map_is_made_again(models: list[Path], scan: Path, tmp_path: Path) -> None:
     assert run(scan, models[:2], tmp_path) == 0
     entropy = tmp_path / "slides" / "scan" / "entropy.ome.tif"
