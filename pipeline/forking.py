@@ -43,18 +43,42 @@ def start_forking(environment: Mapping[str, str]) -> str:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of a block, which would leave a half-started cluster that cannot be closed."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that it interrupts
+    """Ctrl-C and SIGTERM wait for the end of a block, which would leave a half-started cluster that cannot be closed."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that they interrupt
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which batch systems send when a job's time is up, raises KeyboardInterrupt in a block of the main thread.
+
+    Raises SystemExit with the code of SIGTERM after it.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
         raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if came:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

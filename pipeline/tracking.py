@@ -39,7 +39,7 @@ _NO_PATH = re.compile(r"[#?%]")  # which MLflow puts into addresses as they are
 
 @dataclass
 class Run:
-    """A run of an MLflow store. As a context manager it is RUNNING, then FINISHED, FAILED or (by Ctrl-C) KILLED.
+    """A run of an MLflow store. As a context manager it is RUNNING, then FINISHED, FAILED or (by Ctrl-C or SIGTERM) KILLED.
 
     Several may be open at once: nothing here touches MLflow's current run, nor its current store. Every method
     raises TrackingError where the store does not do as asked. A `monitored` run records the machine's load.

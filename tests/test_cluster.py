@@ -17,6 +17,7 @@ from pipeline.cluster import connect
 from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
 from pipeline.machine import cores, user_name
 from pipeline.settings import ClusterSettings
+from workflows.__main__ import main
 
 
 def double(value: int) -> int:
@@ -389,3 +390,23 @@ def test_an_interrupted_command_says_so_and_does_not_wait_for_what_its_workers_d
         raise KeyboardInterrupt
     time.sleep(2.5)
     assert not ended.exists()
+
+
+def test_a_command_that_is_told_to_end_stops_as_by_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def time_is_up(*arguments: object) -> None:
+        with connect(ClusterSettings(workers=0)):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("workflows.inspect.inspect", time_is_up)
+    monkeypatch.setattr("sys.argv", ["fullfield", "inspect", "a.tiff"])
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that pytest outlives a command that does not heed it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert capsys.readouterr().out == "Stopping; the same command goes on from what is done\n"

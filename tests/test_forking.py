@@ -86,14 +86,16 @@ def test_ctrl_c_counts_while_the_fork_server_starts() -> None:
     assert done.stderr.count("Traceback") == 1, "of the command, and not of the fork server"
 
 
-def test_ctrl_c_waits_until_workers_are_started() -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 128 + signal.SIGTERM)])
+def test_ctrl_c_and_sigterm_wait_until_workers_are_started(name: str, code: int) -> None:
     lines = (
         "import os, signal",
-        "from pipeline.forking import uninterrupted",
-        "with uninterrupted():",
-        "    os.kill(os.getpid(), signal.SIGINT)",
-        "    print('started', flush=True)",
-        "print('not reached')",
+        "from pipeline.forking import ended_as_by_ctrl_c, uninterrupted",
+        "with ended_as_by_ctrl_c():",
+        "    with uninterrupted():",
+        f"        os.kill(os.getpid(), signal.{name})",
+        "        print('started', flush=True)",
+        "    print('not reached')",
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "started\n")
+    assert (done.returncode, done.stdout) == (code, "started\n")

@@ -13,6 +13,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.errors import FullfieldError, refusal
+from pipeline.forking import ended_as_by_ctrl_c
 from pipeline.machine import settle_user_name
 from workflows import options
 from workflows.config_commands import config_app
@@ -241,7 +242,8 @@ def main() -> None:
     gc.set_threshold(_OBJECTS)
     atexit.register(gc.freeze)  # else Python looks at all of them once more before it ends, for a third of a second
     try:
-        app()
+        with ended_as_by_ctrl_c():
+            app()
     except FullfieldError as error:
         print(f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(1)
