@@ -2,8 +2,7 @@
 
 Parts that several workers can do at once, since none can use more than a processor for most of its time:
 
-    canvas --+--> pyramid --+--> segmentation.ome.tif (--> entropy.ome.tif)
-             |              `--> overlay.png
+    canvas --+--> pyramid --> segmentation.ome.tif (--> entropy.ome.tif) --> overlay.png
              +--> outlines and counts of a band --+
              `--> of the next, ...              --+--> regions.geojson, measurements.csv
     tissue -----> tissue.png
@@ -27,6 +26,7 @@ from pipeline.measurement import count_pixels, measure, write_measurements
 from pipeline.ome_tiff import write_entropy, write_ome_tiff
 from pipeline.open_regions import OpenRegions
 from pipeline.pictures import outlined, overlay, write_png
+from pipeline.pyramid import build_pyramid
 from pipeline.regions import Region, band_regions, joined_regions
 from pipeline.slide import Slide
 from pipeline.tissue import Tissue
@@ -35,15 +35,12 @@ _PARTS = "regions-{}.partial"
 _LEFT = ("features", "npz", "json")  # of a band
 
 
-def write_images(folder: Path, canvas: Canvas, ensemble: bool) -> None:
-    """Write the canvas, whose pyramid is built, as an image; of an `ensemble` its entropy as well."""
+def write_pyramid(folder: Path, slide: Slide, canvas: Canvas, ensemble: bool) -> None:
+    """Build the canvas's pyramid, and write what follows from it; of an `ensemble` its entropy as well."""
+    build_pyramid(canvas)
     write_ome_tiff(canvas, folder / "segmentation.ome.tif")
     if ensemble:
         write_entropy(canvas, folder / "entropy.ome.tif")
-
-
-def write_overlay(folder: Path, slide: Slide, canvas: Canvas) -> None:
-    """Write a picture of the canvas, whose pyramid is built, over its slide."""
     write_png(folder / "overlay.png", overlay(slide, canvas))
 
 

@@ -11,7 +11,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 from pipeline.blending import TILE_SIZE
 from pipeline.errors import CanvasError, FullfieldError, WorkerError, refusal
@@ -144,7 +143,7 @@ class _Active:
         self.tissue_mm2, self.remark, self.over = 0.0, "", False
         self.rows = Counter[int]()  # of tiles, each with how many blocks it waits for
         self.tiles: Mapping[int, int] = {}  # of each row
-        self.bands, self.parts = set[int](), {*get_args(Made)} - {"band"}  # what is to be made, or under way
+        self.bands, self.parts = set[int](), {"tissue", "pyramid", "regions"}  # what is to be made, or under way
         cluster.submit(job.slide_id, plan_slide, job, wait)
 
     def advanced(self, value: Plan | Busy | Segmented | Part | None) -> Step:
@@ -211,14 +210,10 @@ class _Active:
         self.cluster.submit(self.job.slide_id, finish_slide, self.job, Part(made, band), self.tiles)
 
     def _part_done(self, part: Part) -> Step:
-        match part:
-            case Part("band", band):
-                self.bands.remove(band)
-                if not self.bands:
-                    self._make("regions")
-            case Part("pyramid"):
-                self._make("images")
-                self._make("overlay")
+        if part.made == "band":
+            self.bands.remove(part.band)
+            if not self.bands:
+                self._make("regions")
         self.parts.discard(part.made)
         if not self.parts:
             self.cluster.submit(self.job.slide_id, seal_slide, self.job, self.tissue_mm2, self.tiles)

@@ -25,7 +25,7 @@ from pipeline.canvas import Canvas, create_canvas, open_canvas
 from pipeline.files import locked, write_json
 from pipeline.grid import Grid, Tile
 from pipeline.machine import release_memory
-from pipeline.pyramid import CoarseShard, build_pyramid, has_pyramid, remove_coarse
+from pipeline.pyramid import CoarseShard, remove_coarse
 from pipeline.runtime import load_engine, require_ability
 from pipeline.shards import Place
 from pipeline.slide_job import (
@@ -76,13 +76,13 @@ class Segmented:
     megapixels: float
 
 
-Made = Literal["band", "regions", "pyramid", "images", "overlay", "tissue"]
+Made = Literal["band", "regions", "pyramid", "tissue"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is made of a canvas: what is in one `band`, or the `regions` of all bands together; the `pyramid`, its
-    OME-TIFF `images`, the `overlay` over the slide; the picture of the `tissue`.
+    """Something that is made of a canvas: what is in one `band`, or the `regions` of all bands together; the `pyramid` with
+    its pictures; the picture of the `tissue`.
     """
 
     made: Made
@@ -192,8 +192,8 @@ def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:
 def finish_slide(job: SlideJob, part: Part, bands: Mapping[int, int]) -> Part:
     """Make a part of what follows from the canvas, whose rows of tiles have as many tiles as `bands` says.
 
-    A band is for when its tiles are done, the pyramid for when all are, the regions for when all bands are, and images and
-    overlay for when the pyramid is. Raises CanvasError where the file system does not tell of all these tiles.
+    A band is for when its tiles are done, the pyramid for when all are, the regions for when all bands are. Raises
+    CanvasError where the file system does not tell of all these tiles.
     """
     from pipeline import finishing
 
@@ -211,24 +211,12 @@ def finish_slide(job: SlideJob, part: Part, bands: Mapping[int, int]) -> Part:
                     finishing.outline_band(job.folder, opened.slide, canvas, opened.tissue(), rest, smallest, band)
                 finishing.write_regions(job.folder, opened.slide, canvas, rest, smallest)
             case Part("pyramid"):
-                _pyramid(job, canvas, bands, anew=True)
-            case Part("images"):
-                _pyramid(job, canvas, bands)
-                finishing.write_images(job.folder, canvas, len(ensemble.members(job.model)) > 1)
-            case Part("overlay"):
-                _pyramid(job, canvas, bands)
-                finishing.write_overlay(job.folder, opened.slide, canvas)
+                canvas.require(bands)
+                with locked(job.folder.with_name(f"{job.folder.name}.pyramid")):  # another command may be at it
+                    finishing.write_pyramid(job.folder, opened.slide, canvas, len(ensemble.members(job.model)) > 1)
             case Part("tissue"):
                 finishing.write_tissue(job.folder, opened.slide, opened.tissue())
     return part
-
-
-def _pyramid(job: SlideJob, canvas: Canvas, bands: Mapping[int, int], anew: bool = False) -> None:
-    """Build the pyramid, unless all of it is there and it need not be made `anew`; one command at a time."""
-    canvas.require(bands)
-    with locked(job.folder.with_name(f"{job.folder.name}.pyramid")):
-        if anew or not has_pyramid(canvas):
-            build_pyramid(canvas)
 
 
 def seal_slide(job: SlideJob, tissue_mm2: float, bands: Mapping[int, int]) -> None:

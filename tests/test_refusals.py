@@ -369,7 +369,7 @@ def test_what_disk_does_not_tell_of_is_not_taken_for_glass(
     for block in plan.blocks[1:]:
         segment_block(job, block)
     (row, _), *_ = plan.blocks[0]
-    for part in (Part("band", row), Part("regions"), Part("pyramid"), Part("images"), Part("overlay")):
+    for part in (Part("band", row), Part("regions"), Part("pyramid")):
         with pytest.raises(CanvasError, match=f"of the {plan.bands[row]} tiles of row {row}.*run the same command again"):
             finish_slide(job, part, plan.bands)
     with pytest.raises(CanvasError, match=f"of row {row}"):
