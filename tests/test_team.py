@@ -95,7 +95,7 @@ def test_validation_that_does_not_fit_into_memory_is_an_error_that_says_what_to_
     def too_large(*arguments: Any) -> np.ndarray:
         raise MemoryError
 
-    monkeypatch.setattr("pipeline.validation.validate", too_large)
+    monkeypatch.setattr("pipeline.fitting.validate", too_large)
     with open_workspace(load_config(path, [])) as workspace:
         tile_cohort(workspace)
         config, cases, tiles, _, inputs = fit_arguments(workspace)

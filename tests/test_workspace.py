@@ -132,7 +132,7 @@ def test_what_another_command_works_at_is_not_replaced_but_waited_for(
         assert not entered.wait(0.1)
     second.join()
     assert entered.is_set()
-    assert "".join(capsys.readouterr().out.split()) == f"Waitsforanothercommandin{tmp_path / 'out'}"
+    assert "".join(capsys.readouterr().out.split()) == f"Waitingforanothercommandin{tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize(
