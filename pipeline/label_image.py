@@ -167,7 +167,7 @@ def _png_squares(path: Path, stamp: Stamp) -> Squares:
     """All pixels: a PNG can only be decoded from its start."""
     with path.open("rb") as file:
         depth, kind = file.read(_DEPTH_AND_KIND.stop)[_DEPTH_AND_KIND]
-    spread = _SPREAD.get(depth, 1) if kind == 0 else 1
+    spread = np.uint8(_SPREAD.get(depth, 1) if kind == 0 else 1)  # of eight bits: Python's own 1 makes int64 of masks
     with _open_png(path) as image:
         return pack(image.width, image.height, lambda box: np.asarray(image.crop(box)) // spread)
 

@@ -25,6 +25,7 @@ from pipeline.annotations import OutlineTruth, open_truth, with_glass
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import AnnotationError
 from pipeline.geometry import Lattice, Mpp, Roi
+from pipeline.label_image import open_label_image
 from pipeline.label_truth import LabelImageTruth
 from pipeline.tissue import Tissue
 from pipeline.truth import ClassMap, Truth
@@ -377,6 +378,23 @@ def test_windows_of_a_large_png(tmp_path: Path, kind: type[np.generic]) -> None:
     truth = open_truth(tmp_path / "l.png", base, naming(), None)
     for window in (base.roi, Roi(3, 5, 200, 99), Roi(510, 511, 4, 3), Roi(512, 512, 512, 188), Roi(1023, 0, 1, 700)):
         np.testing.assert_array_equal(truth.read(window, base), labels[window.slices()])
+    held = open_label_image(tmp_path / "l.png").sample(np.arange(700), np.arange(1024))
+    assert held.dtype.itemsize == np.dtype(kind).itemsize
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_labels_put_in_the_place_of_others_are_read_anew(tmp_path: Path, suffix: str) -> None:
+    """As large, and changed at the same time, as what copies times along leaves them."""
+    path, other = tmp_path / f"l.{suffix}", tmp_path / f"other.{suffix}"
+    for place, labels in ((path, LABELS), (other, 1 - LABELS.clip(0, 1))):
+        tifffile.imwrite(place, labels) if suffix == "tif" else Image.fromarray(labels).save(place, compress_level=0)
+    image = open_label_image(path)
+    rows, columns = (np.arange(size) for size in LABELS.shape)
+    np.testing.assert_array_equal(image.sample(rows, columns), LABELS)
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    assert other.stat().st_size == path.stat().st_size
+    other.replace(path)
+    np.testing.assert_array_equal(image.sample(rows, columns), 1 - LABELS.clip(0, 1))
 
 
 def test_a_png_is_decoded_once_a_process(tmp_path: Path) -> None:
