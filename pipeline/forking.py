@@ -62,21 +62,25 @@ def uninterrupted() -> Iterator[None]:
 def ended_as_by_ctrl_c() -> Iterator[None]:
     """SIGTERM, which batch systems send when a job's time is up, raises KeyboardInterrupt in a block of the main thread.
 
-    Raises SystemExit with the code of SIGTERM after it.
+    A second one, as where a job's processes get it one by one and together, lets what the first began come to its end. A
+    block that SIGTERM ended raises SystemExit(143).
     """
     came: list[int] = []
 
     def interrupt(number: int, _: object) -> None:
         came.append(number)
-        raise KeyboardInterrupt
+        if len(came) == 1:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        if came:
-            raise SystemExit(128 + signal.SIGTERM) from None
-        raise
+    except BaseException as error:
+        if not came:
+            raise
+        if isinstance(error, Exception):  # else nobody would hear what went wrong as it ended
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -86,6 +86,24 @@ def test_ctrl_c_counts_while_the_fork_server_starts() -> None:
     assert done.stderr.count("Traceback") == 1, "of the command, and not of the fork server"
 
 
+@pytest.mark.parametrize("ending", ["pass", "raise OSError('no room')"])
+def test_a_second_sigterm_lets_what_the_first_began_come_to_its_end(ending: str) -> None:
+    lines = (
+        "import signal",
+        "from pipeline.forking import ended_as_by_ctrl_c",
+        "with ended_as_by_ctrl_c():",
+        "    try:",
+        "        signal.raise_signal(signal.SIGTERM)",
+        "    finally:",
+        "        signal.raise_signal(signal.SIGTERM)",
+        "        print('noted', flush=True)",
+        f"        {ending}",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "noted\n")
+    assert done.stderr == ("" if ending == "pass" else "OSError: no room\n")
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 128 + signal.SIGTERM)])
 def test_ctrl_c_and_sigterm_wait_until_workers_are_started(name: str, code: int) -> None:
     lines = (
