@@ -192,7 +192,7 @@ def estimate(way: Stitching, lattice: Lattice, tissue: Tissue, found: Probe, til
     computed = way.computed(grid)
     return Estimate(
         tile_size=grid.write_size,
-        halo_cost=way.cost(grid.write_size),
+        halo_cost=len(pixels) * computed / sum(pixels) if pixels else way.cost(grid.write_size),
         tiles=len(grid),
         tissue_tiles=len(pixels),
         pixels=sum(pixels),
