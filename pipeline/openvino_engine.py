@@ -45,6 +45,7 @@ class OpenVinoEngine:
 
     def __init__(self, spec: ModelSpec, graph: Path, precision: Precision = "exact", cache: Path | None = None) -> None:
         self._core = import_openvino().Core()
+        self._core.set_property({"ENABLE_MMAP": False})  # a network file system pulls mapped files from under a process
         self.spec, self._cache, self._model = spec, cache, read_graph(self._core, graph)
         self._settings = {
             # Without this hint a processor with bf16 computes in bf16.
