@@ -195,7 +195,7 @@ def _file(path: Path) -> Path:
         return path
 
 
-def alike(name: str) -> str:
+def _alike(name: str) -> str:
     """What names have in common that people, or some file systems, take for one."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
@@ -212,9 +212,9 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
     problems = []
     by_id, by_file, by_patient = defaultdict(list), defaultdict(list), defaultdict(list)
     for case in cases:
-        by_id[alike(case.slide_id)].append(case)
+        by_id[_alike(case.slide_id)].append(case)
         by_file[_file(case.slide)].append(case)
-        by_patient[_number(alike(case.patient))].append(case)
+        by_patient[_number(_alike(case.patient))].append(case)
     for file, same in by_file.items():
         if len(same) > 1:
             problems.append(f"slide stands {len(same)} times: {file}")

@@ -10,6 +10,7 @@ import csv
 import os
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import ensemble
 from pipeline.cluster import connect
-from pipeline.cohort import LONGEST_ID, alike
+from pipeline.cohort import LONGEST_ID
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
@@ -78,16 +79,18 @@ def segment(
 
 
 def _check_names(slides: Sequence[Path]) -> None:
-    """Raise CohortError where two slides would have one folder on some file system, or one a name too long for a folder."""
+    """Raise CohortError where two slides would have one folder on some file system, and where a name is too long for one."""
     ids = [slide.stem for slide in slides]
     if long := [name for name in ids if len(os.fsencode(name)) > LONGEST_ID]:
         expected = f"names of up to {LONGEST_ID} bytes"
         raise CohortError("fullfield segment", f"a slide named {long[0]}", expected, "Link to it by a shorter name.")
-    times = Counter(map(alike, ids))
-    if twice := sorted({name for name in ids if times[alike(name)] > 1}):
+    folders = [unicodedata.normalize("NFC", name).casefold() for name in ids]  # as Macs and Windows tell them apart
+    times = Counter(folders)
+    if twice := sorted({name for name, folder in zip(ids, folders, strict=True) if times[folder] > 1}):
         shared = f"slides that share the name {', '.join(twice)}"
-        expected = "names that differ, and not in capital letters, spaces or the encoding of accents alone"
-        raise CohortError("fullfield segment", shared, expected, "Name each slide once, or use two outputs.")
+        expected = "names that differ, and not in capital letters or the encoding of accents alone"
+        remedy = "Name each slide once, link to one by another name, or use two outputs."
+        raise CohortError("fullfield segment", shared, expected, remedy)
 
 
 def _jobs(
