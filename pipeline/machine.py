@@ -24,6 +24,11 @@ _TOP_PAD_BYTES = 1 << 26
 _NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/dxg"))  # its driver's, and what Linux in Windows has for every GPU
 _CUDA = "libcuda.so.1"  # comes with a driver, and into a container only where that is given a GPU
 _HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last is what Slurm sets for jobs without a GPU
+_MEMORY_LIMITS = (  # of a control group, and what of it is used; at the first, a group is slowed down until it hardly moves
+    ("memory.high", "memory.current"),
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # the limits of Linux, and whose are this process's
 _AMD = Path("/dev/kfd")  # there for every graphics of theirs, whether torch can use it or not
 
@@ -70,14 +75,15 @@ def _quota(folder: Path) -> float:
 
 def _unused(folder: Path) -> float:
     """Bytes that a control group still has for what is in it, those of cached files too; infinity where it sets no limit."""
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+    left = math.inf
+    for limit, used in _MEMORY_LIMITS:
         with suppress(OSError, ValueError):  # the latter for `max`
-            left = int((folder / limit).read_text(encoding="utf-8"))
+            room = int((folder / limit).read_text(encoding="utf-8"))
             with suppress(OSError, ValueError):  # not every kernel tells what is used
-                left -= int((folder / used).read_text(encoding="utf-8"))
-                left += _cached(folder)
-            return left
-    return math.inf
+                room -= int((folder / used).read_text(encoding="utf-8"))
+                room += _cached(folder)
+            left = min(left, room)
+    return left
 
 
 def _cached(folder: Path) -> int:

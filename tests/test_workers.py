@@ -102,6 +102,8 @@ def test_a_container_has_the_processors_that_it_is_granted(
             },
             800,
         ),
+        ("0::/job\n", {"job/memory.max": "max\n", "job/memory.high": "700\n"}, 700),
+        ("0::/job\n", {"job/memory.max": "600\n", "job/memory.high": "700\n"}, 600),
         ("3:cpu:/job\n", {"cpu/job/memory.max": "1000\n"}, math.inf),
         (None, {}, math.inf),
     ],
