@@ -3,11 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 IS_COMPLETE := -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))'
 
+INCOMPLETE := $(shell $(BIN)/python $(IS_COMPLETE) 2>/dev/null || echo anew)
+
 # What the caller's own pip and Python are told to do is not for this one.
 export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PYTHONPATH PYTHONHOME
 
-.PHONY: demo test bench lint lock clean
+.PHONY: demo test bench lint lock clean anew
 
 demo: .venv/.demo
 	$(BIN)/fullfield demo
@@ -24,10 +26,11 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What an earlier call left half made, or what has another Python, is made anew, unless it lies elsewhere.
+# What an earlier call has begun and left half made, or what has lost its Python, is made anew; what somebody else put there is not.
 # torch comes first and by itself: with an open range pip may take a build for GPUs that is gigabytes larger.
-.venv/.torch: pyproject.toml requirements.lock
-	$(BIN)/python $(IS_COMPLETE) 2>/dev/null || test -L .venv || $(PYTHON) -m venv --clear .venv
+.venv/.torch: pyproject.toml requirements.lock $(INCOMPLETE)
+	$(BIN)/python $(IS_COMPLETE) 2>/dev/null || { test -e .venv && test ! -e .venv/.begun; } || \
+		{ rm -rf .venv && mkdir .venv && touch .venv/.begun && $(PYTHON) -m venv .venv; }
 	@$(BIN)/python $(IS_COMPLETE) 2>/dev/null || \
 		{ echo ".venv is no environment of Python 3.11 with pip: remove it, and say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch==2.13.0
