@@ -165,10 +165,11 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
         if not stat.S_ISREG(path.stat().st_mode):
             raise SlideError(str(path), "a folder, or no ordinary file", READABLE, "Name the slide's own file.")
         path.open("rb").close()  # OpenSlide calls a file that may not be read one of no known format
+        stamp = file_stamp(path)
     except OSError as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise SlideError(str(path), found, READABLE, "Correct the path, or give access to it.") from error
-    return _shared_slide(path, mpp, file_stamp(path))
+    return _shared_slide(path, mpp, stamp)
 
 
 def fallback_mpp(path: Path, mpp: float | None) -> float | None:

@@ -1,3 +1,4 @@
+import os
 import pickle
 import re
 from dataclasses import replace
@@ -189,6 +190,18 @@ def test_the_digest_sees_a_change(slide: Slide, image: np.ndarray, tmp_path: Pat
     content[len(content) // 2] ^= 1  # a pixel of the base, at which OpenSlide's own hash does not look
     third.write_bytes(content)
     assert open_slide(third).digest() != slide.digest()
+
+
+def test_a_slide_put_in_the_place_of_another_is_opened_anew(tmp_path: Path) -> None:
+    """As large, and changed at the same time, as what copies times along leaves it."""
+    path, other, pixels = tmp_path / "a.tiff", tmp_path / "b.tiff", np.full((192, 256, 3), 90, np.uint8)
+    for place, shown in ((path, pixels), (other, pixels + 60)):
+        tifffile.imwrite(place, shown, tile=(64, 64), photometric="rgb", metadata=None)
+    assert (open_slide(path, 1.0).read(Roi(0, 0, 9, 9), Lattice(256, 192, Mpp.square(1.0))) == 90).all()
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    assert other.stat().st_size == path.stat().st_size
+    other.replace(path)
+    assert (open_slide(path, 1.0).read(Roi(0, 0, 9, 9), Lattice(256, 192, Mpp.square(1.0))) == 150).all()
 
 
 def test_a_missing_scale_is_refused_and_may_be_given(shared_data: Path) -> None:
