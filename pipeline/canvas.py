@@ -89,7 +89,7 @@ class Canvas:
         return quantised, labels
 
     def store(self, level: int, place: Place, chunks: Iterable[Chunk]) -> None:
-        """Write both shards at a place of a level, probabilities first; chunks that are not given are not examined."""
+        """Write both shards at a place of a level, probabilities first; chunks that are not given count as not examined."""
         probabilities, labels = self.probability_shards(level), self.label_shards(level)
         encoded = {at: (probabilities.encode(one), labels.encode(other)) for at, one, other in chunks}
         probabilities.store(place, {at: payload for at, (payload, _) in encoded.items()})
