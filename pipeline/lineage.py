@@ -99,7 +99,7 @@ def begin_lineage(folder: Path, anew: bool) -> None:
 def write_lineage(folder: Path, facts: Mapping[str, Any]) -> Path:
     """Write `facts` into FOLDER/lineage.json, beside other facts that it has already; returns its path.
 
-    `origins` lists who began it, and each that went on with it by other code or on another machine.
+    `origins` lists who began it, and each that went on with it by other code or on another machine, once.
     """
     with _rewritten(folder) as content:
         content |= facts
@@ -180,7 +180,7 @@ def _rewritten(folder: Path) -> Iterator[dict[str, Any]]:
         content = _written(path)
         yield content
         origins, now = content.get("origins", []), made_here()
-        if not origins or {**origins[-1], "made": now["made"]} != now:
+        if all({**one, "made": now["made"]} != now for one in origins):
             origins = [*origins, now]
         write_json(path, {**content, "origins": origins})
 

@@ -404,6 +404,8 @@ def test_a_lineage_begins_with_who_trains(tmp_path: Path, monkeypatch: pytest.Mo
             begin_lineage(tmp_path, anew=False)
             write_lineage(tmp_path, {"models": [], "slides": []})
             assert [one["code"] for one in read_lineage(tmp_path / "lineage.json")["origins"]] == ["A", "B"]
+            monkeypatch.setattr("pipeline.lineage.origin", lambda: {"code": "A", "version": "1", "machine": "m"})
+            begin_lineage(tmp_path, anew=False)  # whoever comes back is there
         else:  # the model was deleted
             begin_lineage(tmp_path, anew=True)
     found = json.loads((tmp_path / "lineage.json").read_text())
