@@ -8,13 +8,18 @@ import posixpath
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 
 from pipeline.addresses import without_password
 from pipeline.machine import user_name
 from pipeline.origin import origin
 
+LONGEST_TAG = 8000
+"""Letters, at which MLflow cuts the tag of a run; that of a version it refuses, sooner or later by how old it is."""
+
 _LONGEST_NAME, _LONGEST_PARAM = 250, 6000  # letters that MLflow takes
+_FIRST_NAMES = 10  # of a list that is too long for a tag
 _TOLD_APART = 6  # digits of a digest
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in MLflow's names
 
@@ -41,6 +46,11 @@ def allowed(name: str) -> str:
         return key
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:_TOLD_APART]
     return f"{key[: _LONGEST_NAME - _TOLD_APART - 1]}-{digest}"
+
+
+def in_short(names: Collection[str], file: str) -> str:
+    """What a tag says of names that together are too long for it: their number, the file that has all, and the first few."""
+    return f"{len(names)}, all of them in {file}: {', '.join(islice(names, _FIRST_NAMES))}, ..."
 
 
 def origin_tags() -> dict[str, str]:

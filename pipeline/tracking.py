@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,14 +25,13 @@ from typing import Any
 from pipeline.addresses import chosen_address, is_own, own_address, without_password
 from pipeline.errors import TrackingError
 from pipeline.files import write_json
-from pipeline.mlflow_names import allowed, flat, origin_tags
+from pipeline.mlflow_names import LONGEST_TAG, allowed, flat, in_short, origin_tags
 from pipeline.registry import log_model
 from pipeline.store import EARLIER, PARENT, STAGE, Store, open_store
 
 _ERROR = "fullfield.error"
 _MOST_PARAMS, _MOST_METRICS = 100, 1000  # in one call to MLflow
-_LONGEST_TAG, _LONGEST_DIGEST = 8000, 36  # letters that MLflow takes
-_FIRST_NAMES = 10  # of a list that is too long for a tag
+_LONGEST_DIGEST = 36  # letters that MLflow takes
 _NO_PATH = re.compile(r"[#?%]")  # which MLflow puts into addresses as they are
 
 
@@ -148,15 +146,14 @@ class Run:
     def note_names(self, tag: str, names: Collection[str]) -> None:
         """Sets a tag that lists names, or deletes it where there are none.
 
-        MLflow cuts a tag at 8000 letters: where the list is longer, the tag has the number of names and the first few, and
-        the file TAG.txt all, a line each.
+        Where the list is too long for a tag, that has the number of names and the first few, and the file TAG.txt all, a
+        line each.
         """
         listed, file = ", ".join(names), f"{tag}.txt"
-        long = len(listed) > _LONGEST_TAG
+        long = len(listed) > LONGEST_TAG
         if long or self._has(file):  # one of an earlier call would tell of names that are gone
             self.log_text(file, "".join(f"{name}\n" for name in names))
-        first = ", ".join(islice(names, _FIRST_NAMES))
-        self.note(tag, f"{len(names)}, all of them in {file}: {first}, ..." if long else listed)
+        self.note(tag, in_short(names, file) if long else listed)
 
     def _has(self, file: str) -> bool:
         with self.store.conversation():

@@ -16,6 +16,7 @@ from pipeline.architectures import build_network
 from pipeline.checkpoint import save
 from pipeline.classes import Classes
 from pipeline.cohort import read_manifest, write_manifest
+from pipeline.comparison import Difference
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.files import file_digest
 from pipeline.histology import GLASS
@@ -26,7 +27,7 @@ from pipeline.phantom import PHANTOM_CLASSES, make_cohort
 from pipeline.slide import open_slide
 from pipeline.store import open_store
 from pipeline.versions import Version, decide
-from workflows.promote import _strangers, promote
+from workflows.promote import _figures, _strangers, promote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
@@ -131,6 +132,19 @@ def check_basis(home: Path, challenger: str, tags: dict[str, str]) -> None:
     assert path.parent.parent.name.endswith(found["contestants"][1]["digest"][:8])
     assert tags["fullfield.known.lineage"] == file_digest(path)
     assert (tags["fullfield.known.version"], tags["fullfield.known.code"]) == (__version__, origin()["code"])
+
+
+def test_patients_that_are_too_many_for_a_tag_are_told_in_short(
+    store: mlflow.MlflowClient, home: Path, register: Callable[..., str]
+) -> None:
+    """MLflow would refuse the verdict; their names are in the promotion's lineage."""
+    scores = {f"patient {number:020}": 0.5 for number in range(4000)}
+    place, version = open_store(f"sqlite:///{home}/store.db", create=False), Version("tissue", register(), "run", home)
+    for names, told in ((list(scores)[:3], None), (list(scores), "4000, all of them in lineage.json: patient 0")):
+        some = {name: scores[name] for name in names}
+        decide(place, version, "crowd", None, False, _figures(Difference(tuple(some), 0.0, 0.0, 0.0, 1.0), some, some))
+        tag = store.get_model_version("tissue", version.number).tags["fullfield.crowd.patients"]
+        assert len(tag) < 8000 and (tag.startswith(told) if told else json.loads(tag) == names)
 
 
 def facts_of(slide_id: str, patient: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,8 +22,10 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import file_digest
+from pipeline.lineage import FILE as LINEAGE
 from pipeline.lineage import Seen, case_facts, case_of, models_facts, seen_by, write_lineage
 from pipeline.metrics import SlideConfusion
+from pipeline.mlflow_names import LONGEST_TAG, in_short
 from pipeline.origin import origin
 from pipeline.progress import console
 from pipeline.registry import check_alias
@@ -108,7 +111,9 @@ def _contest(
 def _figures(difference: Difference, theirs: Scores, ours: Scores) -> dict[str, object]:
     dice = {"dice": float(np.mean(list(ours.values()))), "dice_of_other": float(np.mean(list(theirs.values())))}
     found = {"difference": difference.mean, "low": difference.low, "high": difference.high}
-    return {**dice, **found, "patients": difference.patients}
+    patients = difference.patients
+    long = len(json.dumps(patients)) > LONGEST_TAG
+    return {**dice, **found, "patients": in_short(patients, LINEAGE) if long else patients}
 
 
 def _check_classes(champion: Version, challenger: Version) -> None:
