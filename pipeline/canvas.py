@@ -42,7 +42,7 @@ class Canvas:
     """The output of one slide, on disk at `path`, in pixels of `lattice`; tiles are squares of `write_size` pixels.
 
     `identity` says what it is made from, and `measured` what was measured on the slide beforehand and holds for every tile,
-    both as `create_canvas` was told.
+    or else is kept from its beginning, both as `create_canvas` was told.
     """
 
     path: Path

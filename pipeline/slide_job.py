@@ -38,7 +38,7 @@ FOUND_TISSUE = "tissue.partial"
 """What a slide has, beside the canvas, until it is finished."""
 
 _COARSER = 1.1  # um/px of a scan, relative to those of the model, up to which it is as good as the same
-_STAINING = "staining"  # of what the canvas says was measured
+_STAINING, _CODE = "staining", "code"  # of what the canvas keeps from its beginning
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,17 @@ def finished_mm2(job: SlideJob) -> float:
     return float(_provenance(job)["tissue_mm2"])
 
 
+def two_codes(job: SlideJob, canvas: Canvas) -> str:
+    """A remark where other code of Fullfield began a canvas than finished it, or goes on with it now; else empty."""
+    finished = _provenance(job).get("code", source_digest())
+    return "" if canvas.measured.get(_CODE, finished) == finished else "begun and finished with different code of Fullfield"
+
+
 def _provenance(job: SlideJob) -> dict[str, Any]:
     """What the provenance says; nothing where there is none, or a damaged one, which vouches for nothing."""
     try:
         found = json.loads((job.folder / PROVENANCE).read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("identity", "min_region_um2", "tiles", "tissue_mm2")}
+        return {name: found[name] for name in ("code", "identity", "min_region_um2", "tiles", "tissue_mm2")}
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return {}
 
@@ -161,12 +167,15 @@ class OpenedJob:
             return self.find_tissue()
 
     def measured(self, tissue: Tissue) -> dict[str, object]:
-        """What is measured once on the slide, and then holds for every tile, whichever worker segments it."""
+        """What the canvas keeps from its beginning: with which code that was, and of a slide that is normalised the stain.
+
+        This then holds for every tile, whichever worker segments it.
+        """
         if self.spec.normalisation is None:
-            return {}
+            return {_CODE: source_digest()}
         from pipeline.normalised import estimate
 
-        return {_STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
+        return {_CODE: source_digest(), _STAINING: estimate(self.slide, tissue, self.spec.normalisation.method).to_dict()}
 
     def problem(self, canvas: Canvas) -> str:
         """Why the slide's stain could not be told; empty where it could, or need not be."""
@@ -196,6 +205,7 @@ class OpenedJob:
 
     def provenance(self, canvas: Canvas, tissue_mm2: float) -> dict[str, object]:
         """Where this output comes from."""
+        begun = canvas.measured.get(_CODE)
         return {
             "slide_path": str(self.job.slide.resolve()),
             "model_path": str(self.job.model.resolve()),
@@ -203,6 +213,7 @@ class OpenedJob:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "identity": self.identity(),
             "code": source_digest(),
+            **({} if begun in (None, source_digest()) else {"begun_with_code": begun}),
             "exact": self.stitching.exact and self.job.engine.precision == "exact",
             "stitching": str(self.stitching),
             "model_spec": self.spec.to_dict(),

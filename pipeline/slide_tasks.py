@@ -40,6 +40,7 @@ from pipeline.slide_job import (
     is_finished,
     job_engine,
     too_coarse,
+    two_codes,
 )
 
 if TYPE_CHECKING:
@@ -160,11 +161,14 @@ def _with_tissue(grid: Grid, tissue: Tissue) -> Iterator[Place]:
 
 
 def _remark(opened: OpenedJob, canvas: Canvas, tissue_mm2: float) -> str:
-    """What nobody should overlook: that nothing was looked at, or that the slide is not as the model knows slides."""
+    """What nobody should overlook: that nothing was looked at, that the slide is not as the model knows slides, or that it
+    is segmented partly with other code.
+    """
     nothing = "" if tissue_mm2 else "no tissue was found, and nothing examined"
     coarse = too_coarse(opened.slide.base.mpp, opened.spec.mpp)
     problem = opened.problem(canvas)
-    return "; ".join(filter(None, (nothing, coarse, problem and f"the stain is left as scanned: {problem}")))
+    stain = problem and f"the stain is left as scanned: {problem}"
+    return "; ".join(filter(None, (nothing, coarse, stain, two_codes(opened.job, canvas))))
 
 
 def segment_block(job: SlideJob, block: Sequence[tuple[int, int]]) -> Segmented:

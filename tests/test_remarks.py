@@ -1,6 +1,7 @@
 """What commands say, to files as well, so that nobody overlooks it."""
 
 import csv
+import json
 import re
 import shutil
 from collections import Counter
@@ -64,6 +65,28 @@ def test_glass_and_a_stain_that_cannot_be_told_are_told_of(tmp_path: Path, capsy
     assert segment(slides, [str(tmp_path / "model")], tmp_path / "out", None, 128, where, EXACT) == 0
     assert reason in (tmp_path / "out" / "slides.csv").read_text()
     assert f"done: glass: {reason}" in capsys.readouterr().out
+
+
+def test_who_goes_on_with_newer_code_finds_both_in_the_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_slide(render(3, 401, 303, 1.0, spread=3)[0], tmp_path / "a.tiff", 1.0)
+    spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=64, width=4, depth=2)
+    network = build_network(spec).eval()
+    save(tmp_path / "model", with_footprint(spec, network), network)
+    provenance, where = tmp_path / "out" / "slides" / "a" / "provenance.json", ClusterSettings(workers=0)
+
+    def codes_and_reason(code: str) -> tuple[str, str | None, str]:
+        monkeypatch.setattr("pipeline.slide_job.source_digest", lambda: code)
+        assert segment([tmp_path / "a.tiff"], [str(tmp_path / "model")], tmp_path / "out", None, 128, where, EXACT) == 0
+        with (tmp_path / "out" / "slides.csv").open(newline="") as file:
+            (row,) = csv.DictReader(file)
+        found = json.loads(provenance.read_text())
+        return found["code"], found.get("begun_with_code"), row["reason"]
+
+    assert codes_and_reason("old") == codes_and_reason("new") == ("old", None, "")  # what is finished is skipped
+    provenance.unlink()  # as where the command was killed
+    assert codes_and_reason("new") == ("new", "old", "begun and finished with different code of Fullfield")
+    provenance.unlink()
+    assert codes_and_reason("old") == ("old", None, "")
 
 
 def test_a_slide_that_takes_the_place_of_another_has_a_row_of_its_own(tmp_path: Path) -> None:
