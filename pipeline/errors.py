@@ -44,6 +44,13 @@ def refused(error: OSError, place: object) -> tuple[str, str, str, str] | None:
     return subject, repr(error.strerror or str(error)), *NO_ROOM
 
 
+def why(error: BaseException, place: object) -> str:
+    """Why a task came to nothing, in words; `place` is named where a disk refused something and names no file."""
+    if isinstance(error, OSError) and (told := refusal(error, place)):
+        return told
+    return str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
+
+
 def unread(error: Exception) -> str:
     """What is wrong with a file of JSON that cannot be read, in words."""
     if isinstance(error, OSError):

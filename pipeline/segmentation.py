@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.blending import TILE_SIZE
-from pipeline.errors import CanvasError, FullfieldError, WorkerError, refusal
+from pipeline.errors import CanvasError, WorkerError, why
 from pipeline.slide_job import SlideJob, job_tile_size
 from pipeline.slide_tasks import (
     Busy,
@@ -170,11 +170,8 @@ class _Active:
         return self._ended("failed", self._reason(error))
 
     def _reason(self, error: BaseException) -> str:
-        if isinstance(error, OSError) and (told := refusal(error, self.job.folder)):
-            return told
-        if isinstance(error, WorkerError):
-            return f"{error} {_SMALLER_TILES}"
-        return str(error) if isinstance(error, FullfieldError) else f"{type(error).__name__}: {error}"
+        told = why(error, self.job.folder)
+        return f"{told} {_SMALLER_TILES}" if isinstance(error, WorkerError) else told
 
     def _planned(self, plan: Plan) -> Step:
         if plan.finished:

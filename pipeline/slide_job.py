@@ -30,8 +30,8 @@ CANVAS, PROVENANCE = "segmentation.ome.zarr", "provenance.json"
 MADE = ("segmentation.ome.tif", "regions.geojson", "measurements.csv", "overlay.png", "tissue.png")
 """The files that a finished slide has besides its canvas and its provenance."""
 
-ENTROPY = "entropy.ome.tif"
-MADE_OF_SOME = (ENTROPY, "truth.png")
+ENTROPY, TRUTH, ASSESSMENT = "entropy.ome.tif", "truth.png", "assessment.json"
+MADE_OF_SOME = (ENTROPY, TRUTH, ASSESSMENT)
 """Those that some finished slides have: of ensembles, and evaluated ones."""
 
 FOUND_TISSUE = "tissue.partial"

@@ -10,7 +10,7 @@ import pytest
 from pipeline import assessment, fields
 from pipeline.annotations import open_truth
 from pipeline.assessment import SHAPE_SCORES, Rules, SlideAssessment, assess, extended, overall_error
-from pipeline.assessment_file import read_assessments, write_assessments
+from pipeline.assessment_file import read_assessment, read_assessments, write_assessment, write_assessments
 from pipeline.boundaries import hd95, measure_boundaries, surface_dice
 from pipeline.canvas import create_canvas
 from pipeline.classes import IGNORED, Class, Classes
@@ -174,6 +174,11 @@ def test_a_phantom_predicted_perfectly(tmp_path):
     assert pooled["Stroma"]["lesions"] is None
 
 
+def extended_by(row):
+    """The report of a slide alone."""
+    return extended(report([row.pixels], PAIR, Mpp(1.0, 1.0), 0), [row], PAIR, 0)
+
+
 def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
     shape = (600, 800)
     truth, labels = discs(shape, (200, 250, 150)), discs(shape, (210, 250, 140), (500, 700, 60))
@@ -194,6 +199,14 @@ def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
     again = read_assessments(tmp_path / "assessments.json", pixels)
     assert extended(report(pixels, PAIR, Mpp(1.0, 1.0), 0), again, PAIR, 0)["test"] == scores
     assert overall_error(again, 99, 0) == overall_error(rows, 99, 0)
+    for row in rows:
+        write_assessment(tmp_path / "assessment.json", row.found, {"rules": "these"})
+        one = read_assessment(tmp_path / "assessment.json", {"rules": "these"})
+        assert one is not None and one.truth == row.found.truth
+        assert extended_by(SlideAssessment(row.slide_id, row.slide_id, "test", one)) == extended_by(row)
+        assert read_assessment(tmp_path / "assessment.json", {"rules": "others"}) is None
+    (tmp_path / "assessment.json").write_text('{"made_from": {"rules": "these"}}')
+    assert read_assessment(tmp_path / "assessment.json", {"rules": "these"}) is None
     (tmp_path / "assessments.json").write_text('{"slides": {"a": {}}}')
     for counted in (pixels, pixels[1:]):
         with pytest.raises(CohortError, match=r"assessments\.json.*Call `fullfield evaluate`"):

@@ -45,6 +45,7 @@ from pipeline.tally import find_tally
 from pipeline.tasks import Cluster
 from pipeline.workspace import open_workspace, slide_job
 from workflows.__main__ import main
+from workflows.evaluate import assess_case
 from workflows.train import train, train_model
 
 FULLFIELD = [sys.executable, "-m", "workflows"]
@@ -127,8 +128,11 @@ def test_a_run_leaves_everything(project: Path) -> None:
         assert (project / "out" / name).is_file(), name
     model = {path.name for path in (project / "out" / "model").iterdir()}
     assert model == {"model.yaml", "network.json", "weights.safetensors", "ancestry.json"}
-    expected = "segmentation.ome.zarr segmentation.ome.tif regions.geojson measurements.csv overlay.png tissue.png truth.png"
-    assert {path.name for path in slide_folder(project).iterdir()} == {*expected.split(), "provenance.json"}
+    expected = "segmentation.ome.zarr segmentation.ome.tif regions.geojson measurements.csv overlay.png tissue.png"
+    assert {path.name for path in slide_folder(project).iterdir()} == {
+        *expected.split(),
+        *("provenance.json", "truth.png", "assessment.json"),
+    }
     assert not list((project / "out").rglob("*.partial"))
     assert not list((project / "out").rglob("*.pkl"))
     assert "mlflow ui" in (project / "log.txt").read_text()
@@ -295,11 +299,12 @@ def test_other_results_are_not_mixed_in(project: Path, tmp_path: Path) -> None:
     assert re.search(rf"found slide [0-9a-f]+; expected slide {digest}\.", log.replace("\n", " "))
     folder, model = tmp_path / "o" / "slides" / "slide", project / "out" / "model"
     shutil.rmtree(folder / "segmentation.ome.zarr")
+    (folder / "assessment.json").touch()
     job = SlideJob(
         "slide", tmp_path / "slide.tiff", None, model, folder, SegmentationSettings(tile_size=512), TissueSettings()
     )
     assert not plan_slide(job).finished
-    assert not is_finished(job)
+    assert not is_finished(job) and not (folder / "assessment.json").exists()
     assert not plan_slide(job).finished  # the old provenance does not vouch for the new canvas
 
 
@@ -334,7 +339,42 @@ def test_a_slide_that_was_damaged_later_is_left_out_of_the_figures(project: Path
     broken = next(case for case in read_manifest(cohort / "cohort.csv") if case.split == "test")
     broken.slide.write_bytes(broken.slide.read_bytes()[:5000])
     overrides = (f"output={output}", f"cohort.manifest={cohort / 'cohort.csv'}")
-    assert f"left out {broken.slide_id}: " in fullfield("evaluate", project / "config.yaml", *overrides, code=1)
+    (other,) = (case for case in read_manifest(cohort / "cohort.csv") if case.split == "val")
+    picture = output / "slides" / other.slide_id / "truth.png"
+    picture.unlink()
+    picture.mkdir()
+    log = fullfield("evaluate", project / "config.yaml", *overrides, code=1)
+    assert f"left out {broken.slide_id}: " in log
+    assert f"left out {other.slide_id}: {picture}: found 'Is a directory'" in log.replace("\n", " ")
+
+
+def test_what_was_counted_on_a_slide_is_taken_until_anything_changes_on_which_it_depends(
+    project: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(project / "out", tmp_path / "out"))
+    (case,) = (case for case in read_manifest(output / "cohort.csv") if case.split == "test")
+    annotation = Path(shutil.copy(case.annotation, tmp_path))
+    case, folder = replace(case, annotation=annotation), output / "slides" / case.slide_id
+    kept, truth, provenance = folder / "assessment.json", annotation.read_text(), (folder / "provenance.json").read_text()
+
+    def is_counted(*overrides: str) -> bool:
+        """Whether a slide is counted anew, of which a false count is kept; else that is what is taken."""
+        before = json.loads(kept.read_text())
+        kept.write_text(json.dumps({**before, "truth": "kept"}))
+        config = load_config(project / "out" / "config.yaml", [f"output={output}", *overrides])
+        found = assess_case(case, config)
+        anew = found.truth != "kept"
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "truth": before["truth"]}))
+        return anew
+
+    assert not is_counted() and not is_counted("evaluation.bootstrap_samples=7", "training.epochs=99", "seed=1")
+    for changed in ("evaluation.boundary_tolerance_um=9", "annotations.unnamed=Gland"):
+        assert is_counted(changed) and not is_counted(changed)
+    for file, text in ((annotation, truth), (folder / "provenance.json", provenance)):
+        file.write_text(text + "\n")
+        assert is_counted(changed)
+    (folder / "truth.png").unlink()
+    assert is_counted(changed) and (folder / "truth.png").exists() and not is_counted(changed)
 
 
 def test_a_table_of_other_tiles_is_not_trained_on(project: Path, tmp_path: Path) -> None:

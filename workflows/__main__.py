@@ -165,8 +165,9 @@ def evaluate(config: options.Config, overrides: options.Overrides = None) -> Non
     """Hold the segmented slides of a run against their annotations.
 
     Reads OUTPUT/slides; writes metrics.json, metrics.csv, confusions.json, assessments.json, calibration.csv and
-    reliability.png into OUTPUT, and pictures of truth beside prediction. The exit code is 1 where a slide could not be
-    evaluated, or none is annotated.
+    reliability.png into OUTPUT, and truth.png and assessment.json into the folder of each slide; called again, it counts
+    only on those that have changed, or whose annotations have. The exit code is 1 where a slide could not be evaluated, or
+    none is annotated.
 
     Example: `fullfield evaluate workflows/configs/glas.yaml`
     """

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from pipeline import __version__
 from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment, assess, extended, overall_error
 from pipeline.assessment_file import FILE as ASSESSMENTS
-from pipeline.assessment_file import write_assessments
+from pipeline.assessment_file import read_assessment, write_assessment, write_assessments
 from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.errors import AnnotationError, CanvasError, SlideError, WorkerError
-from pipeline.files import put_aside, write_csv, write_json
+from pipeline.errors import CanvasError, why
+from pipeline.files import file_digest, put_aside, write_csv, write_json
 from pipeline.folder import require_output
 from pipeline.geometry import Mpp
 from pipeline.lineage import cases_facts, note_used
@@ -26,7 +28,7 @@ from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress, show
 from pipeline.settings import SPLITS
 from pipeline.slide import open_slide
-from pipeline.slide_job import CANVAS, is_segmented
+from pipeline.slide_job import ASSESSMENT, CANVAS, PROVENANCE, TRUTH, SlideJob, is_segmented
 from pipeline.sources import case_truth
 from pipeline.specs import read_config, rest_index
 from pipeline.tally import FILE as TALLY
@@ -89,14 +91,12 @@ def evaluate_cohort(workspace: Workspace) -> int:
         workspace.cluster.submit(case, assess_case, case, config)
     with progress("evaluate: slides", len(cases)) as bar:
         for outcome in workspace.cluster:
-            if isinstance(outcome.error, CanvasError | AnnotationError | SlideError | WorkerError):
-                console.print(f"evaluate: left out {outcome.key.slide_id}: {outcome.error}")
-                left_out.append(outcome.key.slide_id)
-            elif outcome.error is not None:
-                raise outcome.error
-            else:
-                case = outcome.key
+            case = outcome.key
+            if outcome.error is None:
                 rows.append(SlideAssessment(case.slide_id, case.patient, case.split, outcome.value))
+            else:
+                console.print(f"evaluate: left out {case.slide_id}: {why(outcome.error, slide_job(case, config).folder)}")
+                left_out.append(case.slide_id)
             bar.advance()
     workspace.run.note_names(LEFT_OUT, sorted(left_out))
     if rows:
@@ -104,7 +104,7 @@ def evaluate_cohort(workspace: Workspace) -> int:
     else:
         _put_aside(workspace)
         which = f"of {', '.join(config.segmentation.splits)} (segmentation.splits)"
-        found = f"no annotated slide {which} is segmented" if cases else f"no slide {which} is annotated"
+        found = f"no annotated slide {which} could be evaluated" if cases else f"no slide {which} is annotated"
         console.print(f"evaluate: nothing to compare: {found}")
     return 1 if left_out else 0
 
@@ -122,7 +122,10 @@ def _put_aside(workspace: Workspace) -> None:
 
 
 def assess_case(case: Case, config: Config) -> Assessment:
-    """Write a slide's truth.png, and count all that is scored. Raises CanvasError where the slide is not segmented."""
+    """Write a slide's truth.png, and count all that is scored, but where an earlier call has done both from the same.
+
+    Raises CanvasError where the slide is not segmented.
+    """
     job = slide_job(case, config)
     if not is_segmented(job):
         expected = "the finished segmentation of this slide by this model"
@@ -130,9 +133,27 @@ def assess_case(case: Case, config: Config) -> Assessment:
             "Run `fullfield run` with this configuration; where it says `made by another run`, delete this folder first."
         )
         raise CanvasError(str(job.folder), "none", expected, remedy)
-    canvas, truth = open_canvas(job.folder / CANVAS), case_truth(case, config)
-    write_png(job.folder / "truth.png", _picture(case, canvas, truth))
-    return assess(canvas, truth, _rules(config))
+    kept, picture, made_from = job.folder / ASSESSMENT, job.folder / TRUTH, _made_from(case, config, job)
+    found = read_assessment(kept, made_from) if picture.is_file() else None
+    if found is None:
+        kept.unlink(missing_ok=True)  # the picture beside it is now drawn anew
+        canvas, truth = open_canvas(job.folder / CANVAS), case_truth(case, config)
+        write_png(picture, _picture(case, canvas, truth))
+        found = assess(canvas, truth, _rules(config))
+        write_assessment(kept, found, made_from)
+    return found
+
+
+def _made_from(case: Case, config: Config, job: SlideJob) -> dict[str, str]:
+    """All that a segmented slide's assessment depends on, by name; the provenance has the identity of its canvas."""
+    sections = config.model_dump(mode="json", include={"classes", "annotations"})
+    return {
+        "fullfield": __version__,
+        "provenance": file_digest(job.folder / PROVENANCE),
+        "annotation": "" if case.annotation is None else file_digest(case.annotation),
+        "rules": json.dumps(asdict(_rules(config))),
+        **{name: json.dumps(section) for name, section in sections.items()},
+    }
 
 
 def _picture(case: Case, canvas: Canvas, truth: Truth) -> np.ndarray:
@@ -160,7 +181,7 @@ def _publish(workspace: Workspace, rows: Sequence[SlideAssessment]) -> None:
         for name in FIGURES:
             run.log_file(output / name)
         for row in rows:
-            run.log_file(output / "slides" / row.slide_id / "truth.png", f"slides/{row.slide_id}")
+            run.log_file(output / "slides" / row.slide_id / TRUTH, f"slides/{row.slide_id}")
     assessed = {row.slide_id for row in rows}
     used = [case for case in workspace.cases if case.slide_id in assessed]
     workspace.run.log_file(note_used(output, cases_facts(used, workspace.cluster)))
