@@ -25,6 +25,7 @@ from pipeline.config_file import load_config
 from pipeline.ensemble import members
 from pipeline.errors import AnnotationError, CheckpointError, CohortError, TrackingError, TrainingError
 from pipeline.files import file_digest
+from pipeline.fitting import fit
 from pipeline.geometry import Mpp, Roi
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
@@ -87,7 +88,9 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, begun = tmp_path / "cv", time.monotonic()
-    assert crossval(config, [f"output={output}"], 3) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.tasks.Here.workers", lambda _: 2)
+        assert crossval(config, [f"output={output}"], 3) == 0
     given = {case.slide_id: case for case in read_manifest(config.parent / "cohort" / "cohort.csv")}
     held_back = {case.patient for case in given.values() if case.split == "test"}
     assert f"held back, as the manifest names them as test: {', '.join(held_back)}" in capsys.readouterr().out
@@ -114,6 +117,7 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
     assert [load_config(output / fold / "config.yaml").tracking.alias for fold in folds] == [f"cv-{fold}" for fold in folds]
     assert nested(output) == {"": ["cv"], "cv": sorted([*folds, "tile"]), **dict.fromkeys(folds, STAGES)}
     check_lineage(output, folds, begun)
+    check_side_by_side(output, tmp_path / "alone")
     check_resumption(config, output, capsys)
     check_refusals(config, output)
     check_ensemble(output, tmp_path / "segmented", monkeypatch)
@@ -159,6 +163,20 @@ def check_lineage(output: Path, parts: Collection[str], begun: float) -> None:
             assert slide["annotation_digest"] == file_digest(cases[slide["slide_id"]].annotation)
         assert part["models"] == [{"path": str(output / name / "model"), "digest": digest(output / name / "model")}]
         assert part["origins"][0]["lock"] and 0 <= part["training"]["minutes"] <= elapsed
+
+
+def check_side_by_side(output: Path, alone: Path) -> None:
+    """All folds have begun to train before any has ended, and each became what it becomes by itself."""
+    record = json.loads((output / "run.json").read_text())
+    client = open_store(f"sqlite:///{output / 'mlflow.db'}", create=False).client
+    trainings = [run for run in client.search_runs([record["experiment_id"]]) if run.info.run_name == "train"]
+    assert max(run.info.start_time for run in trainings) < min(run.info.end_time for run in trainings)
+    assert [len(client.get_metric_history(run.info.run_id, "loss")) for run in trainings] == [2, 2, 2]
+    part = load_config(output / "fold-2" / "config.yaml")
+    cases = [case for case in read_manifest(part.cohort.manifest) if case.split != "test"]
+    epochs = list(fit(part, sorted(cases, key=lambda case: case.slide_id), part.output / "tiles.parquet", alone, ""))
+    assert len(epochs) == 2
+    assert (alone / "weights.safetensors").read_bytes() == (part.output / "model" / "weights.safetensors").read_bytes()
 
 
 def check_refusals(config: Path, output: Path) -> None:
@@ -233,8 +251,14 @@ def test_a_slide_that_cannot_be_read_is_left_out_of_the_folds(
     broken = next(case for case in cases if patients.count(case.patient) == 1)
     broken.slide.write_bytes(broken.slide.read_bytes()[:5000])
     overrides = [f"output={tmp_path / 'cv'}", f"cohort.manifest={cohort / 'cohort.csv'}"]
-    assert crossval(config, [*overrides, "cohort.fractions={train: 1, val: 0, test: 0}"], 2) == 1
-    assert f"left out, as they have no tiles: {broken.slide_id}" in capsys.readouterr().out
+    trouble = {tmp_path / "cv" / "fold-1": TrainingError("training", "no memory for it", "enough", "Take smaller batches.")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.tasks.Here.workers", lambda _: 2)
+        patch.setattr("workflows.crossval.train_parts", lambda *_: trouble)  # as where two have one GPU
+        assert crossval(config, [*overrides, "cohort.fractions={train: 1, val: 0, test: 0}"], 2) == 1
+    said = capsys.readouterr().out
+    assert "fold-1 failed beside the others, and is tried again by itself: training: found no memory for it" in said
+    assert f"left out, as they have no tiles: {broken.slide_id}" in said
     found = {row.patient for row in find_tally(str(tmp_path / "cv")).rows}
     assert found == set(patients) - {broken.patient}
     assert (tmp_path / "cv" / "metrics.json").exists()

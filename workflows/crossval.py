@@ -34,6 +34,7 @@ from pipeline.tally import read_tally
 from pipeline.workspace import Workspace, adopt_tiles, open_within, open_workspace
 from workflows.evaluate import FIGURES, LEFT_OUT, figure_text, interval_text, show_shapes, write_figures
 from workflows.run import run_stages
+from workflows.sweep import train_parts
 from workflows.tile import tile_cohort
 
 Content = Mapping[str, npt.NDArray[np.float64]]
@@ -51,6 +52,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
         failures = [tile_cohort(workspace)]
         parts = _write_folds(workspace, folds)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
+        _train_ahead(workspace, parts)
         for part in parts:
             console.print(f"\n{part.output.name} of {folds}")
             with open_within(workspace, part) as fold:
@@ -62,6 +64,17 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
         command = workspace.run.open_command()
     console.print(f"\nResults are in {config.output.absolute()}. The record opens with\n  {command}")
     return 1 if any(failures) else 0
+
+
+def _train_ahead(workspace: Workspace, parts: Sequence[Config]) -> None:
+    """Train the folds side by side where there are several workers, and each can train one by itself.
+
+    One that fails beside others, perhaps for want of memory, goes on in its turn; failing again, it ends the command.
+    """
+    untrained = [part for part in parts if not (part.output / "model").exists()]
+    if workspace.cluster.workers() > 1 and workspace.config.training.processes == 1:
+        for folder, error in train_parts(workspace, untrained, "crossval").items():
+            console.print(f"{folder.name} failed beside the others, and is tried again by itself: {error}")
 
 
 def _write_folds(workspace: Workspace, folds: int) -> list[Config]:

@@ -23,7 +23,9 @@ def crossval(
     Patients that the manifest names as test are held back. Of the others that are not in a fold, some validate and the rest
     train, by `cohort.fractions`; with val 0 there, the last epoch is kept. Writes OUTPUT/folds.csv before anything is
     trained, then OUTPUT/fold-1 and so on, each of which `fullfield run OUTPUT/fold-1/config.yaml` continues alone, and last
-    lineage.json and the figures of all patients that were held out, as `fullfield evaluate` writes them of a run.
+    lineage.json and the figures of all patients that were held out, as `fullfield evaluate` writes them of a run. Folds
+    train side by side with cluster.workers=N, or on a scheduler's workers, unless training.devices or training.nodes
+    share out each training; else one after the other.
 
     Example: `fullfield crossval my.yaml output=runs/cv --folds 5`
     """

@@ -49,7 +49,7 @@ def sweep(path: Path, overrides: Sequence[str]) -> int:
         if not (workspace.output / _FILES[0]).exists():  # whose output this is, should the sweep be interrupted
             write_scoreboard(workspace.output, [Entry(item.name, item.values, {}, UNSCORED) for item in combinations])
         failures = [tile_cohort(workspace)]
-        failed = _train(workspace, parts)
+        failed = train_parts(workspace, parts, "sweep")
         entries = []
         for combination, part in zip(combinations, parts, strict=True):
             console.print(f"\n{combination.name}")
@@ -77,7 +77,7 @@ def _part(whole: Config, combination: Combination, config: Config) -> Config:
     return config.model_copy(update={"output": output, "cohort": cohort, "segmentation": segmentation})
 
 
-def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldError]:
+def train_parts(whole: Workspace, parts: Sequence[Config], command: str) -> dict[Path, FullfieldError]:
     """Train all that have no model, as many at once as there are workers; returns why some failed, by output folder.
 
     What is trained waits as an interrupted training that has no epoch left to do; its epochs are told at once.
@@ -94,14 +94,16 @@ def _train(whole: Workspace, parts: Sequence[Config]) -> dict[Path, FullfieldErr
                     waiting.append((part, fit_arguments(part)))
             except FullfieldError as error:
                 failed[part.output] = error
-        return failed | _watch(waiting, whole.cluster)
+        return failed | _watch(waiting, whole.cluster, command)
 
 
-def _watch(waiting: Sequence[tuple[Workspace, tuple[Any, ...]]], cluster: Cluster) -> dict[Path, FullfieldError]:
+def _watch(
+    waiting: Sequence[tuple[Workspace, tuple[Any, ...]]], cluster: Cluster, command: str
+) -> dict[Path, FullfieldError]:
     """Train parts, each with what `fit` is called with, and log their epochs; returns why some failed."""
     tasks = {part.output: (fit, arguments) for part, arguments in waiting}
     failed, planned = dict[Path, FullfieldError](), {part.output: part.config.training.epochs for part, _ in waiting}
-    with ExitStack() as stack, progress("sweep: epochs of all", sum(planned.values())) as bar:
+    with ExitStack() as stack, progress(f"{command}: epochs of all", sum(planned.values())) as bar:
         ends = {part.output: stack.enter_context(ExitStack()) for part, _ in waiting}
         runs = {part.output: ends[part.output].enter_context(begin(part, not part.is_interrupted())) for part, _ in waiting}
         logged = {output: run.steps("loss") for output, run in runs.items()}
