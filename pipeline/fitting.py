@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,10 @@ from pipeline.patches import Batch, PatchStream, Source, read_index
 from pipeline.processes import together
 from pipeline.remembered import remembered
 from pipeline.snapshot import Record, Standing
-from pipeline.sources import left_as_scanned, open_sources
+from pipeline.sources import case_tissue, left_as_scanned, open_sources
 from pipeline.specs import model_spec, rest_index
-from pipeline.validation import validate
+from pipeline.tissue import Tissue
+from pipeline.validation import Validation, plan_validation, validate
 
 if TYPE_CHECKING:
     import torch
@@ -78,21 +80,21 @@ def _fit(
     opened, normalisation = open_sources(cases, config)
     sources, as_scanned = remembered(opened), left_as_scanned(opened)
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
+    validation = _validation(config, cases, sources, spec, team)
     trainer = Trainer(spec, learner, config.training, config.seed, team)
     stream = _stream(config, tiles, sources, trainer.device)
     rank, size = trainer.team.rank, trainer.team.size
-    validating = [case.slide_id for case in cases if case.split == "val"][rank::size]
     seen = [case_facts(case) for case in cases]
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
         with memory_sufficing("validation"):
             averaged = for_slides(trainer.averaged())
-            counts, unread = validate({name: sources[name] for name in validating}, TorchEngine(spec, averaged))
+            counts, unread = validate(validation, TorchEngine(spec, averaged))
         dice = _dice(trainer.team.total(counts), spec, rest_index(config))
         metrics, passed_over = _metrics(epoch, dice), _of_all(trainer.team, cases, stream.unread | unread)
         best = not dice or metrics["dice"] > standing.best
-        record = Record(epoch.number, metrics, best, trainer.planned, passed_over)
+        record = Record(epoch.number, metrics, best, trainer.planned, passed_over, validation.remark)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
             origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
@@ -102,6 +104,20 @@ def _fit(
             snapshot.save(state, standing, tensors)
             checkpoint.let_go(folder)  # now the state tells of this epoch
         yield record
+
+
+def _validation(
+    config: Config, cases: Sequence[Case], sources: Mapping[str, Source], spec: ModelSpec, team: Team | None
+) -> Validation:
+    """What is looked at after every epoch: of the slides that validate no more than an epoch learns from."""
+    from pipeline.team import Alone
+
+    def opened(case: Case) -> tuple[Source, Tissue]:
+        return sources[case.slide_id], case_tissue(case, config)
+
+    slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
+    learned = config.training.patches_per_epoch * config.tiles.patch_size**2
+    return plan_validation(slides, spec, learned, config.seed, team or Alone())
 
 
 def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, first_read, patch_roi
 from pipeline.stitching import usual
 from pipeline.tissue import Tissue
-from pipeline.validation import KNOWN_TILE, known_tiles
+from pipeline.validation import KNOWN_TILE, Opened, known_tiles
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 _PATCHES = 100  # for calibration: figures no longer change with more
 
 
-def measure_deviation(
-    exact: Engine, other: Engine, slides: Mapping[str, Callable[[], tuple[Source, Tissue]]]
-) -> tuple[Deviation, list[str]]:
+def measure_deviation(exact: Engine, other: Engine, slides: Mapping[str, Opened]) -> tuple[Deviation, list[str]]:
     """Run both engines over all tissue of the slides of which something is known, each opened in its turn, and compare.
 
     A pixel for which one of them has no number has changed, and infinitely. Returns also the slides that cannot be read, of

@@ -139,6 +139,9 @@ class AugmentationSettings(Section):
 class TrainingSettings(Section):
     """The optimisation. An epoch is `patches_per_epoch` patches, not a pass over the cohort.
 
+    After every epoch validation looks at no more pixels than these patches have: where more is known of the slides that
+    validate, at tiles of it that are drawn once, by the seed, evenly over slides.
+
     `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1. Pixels
     within 3 px of another class count 1 + `boundary_weight` times as much.
 

@@ -29,7 +29,8 @@ _SHOWN = 4  # differences that are named
 class Record:
     """What an epoch achieved, and how many are `planned`; `best` says that its network was kept.
 
-    `unread` names the slides of which something could not be read, and was passed over, up to then.
+    `unread` names the slides of which something could not be read, and was passed over, up to then. `remark` is what to tell
+    of the validation.
     """
 
     epoch: int
@@ -37,6 +38,7 @@ class Record:
     best: bool
     planned: int
     unread: Sequence[str] = ()
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ def case_truth(case: Case, config: Config) -> Truth:
     return open_truth(case.annotation, slide.base, class_map(config), config.annotations.label_mpp, slide.shown)
 
 
+def case_tissue(case: Case, config: Config) -> Tissue:
+    """The tissue of a case. Raises SlideError."""
+    return find_tissue(open_slide(case.slide, case.mpp), config.tissue)
+
+
 def open_source(case: Case, config: Config, normalisation: Normalisation | None = None) -> Source:
     """The slide and the truth of an annotated case, on the lattice of the model, as a model with the normalisation sees it.
 

@@ -18,9 +18,8 @@ from pipeline.patches import Source, read_index
 from pipeline.precision import calibration_patches, measure_deviation
 from pipeline.runtime import fp32_graph, int8_folder, is_calibrated, load_engine, open_engine, settled
 from pipeline.settings import EngineSettings
-from pipeline.slide import open_slide
-from pipeline.sources import open_source
-from pipeline.tissue import Tissue, find_tissue
+from pipeline.sources import case_tissue, open_source
+from pipeline.tissue import Tissue
 
 
 def approve_engine(
@@ -40,8 +39,7 @@ def approve_engine(
         normalisation = checkpoint.load_spec(model).normalisation
 
         def opened(case: Case) -> tuple[Source, Tissue]:
-            tissue = find_tissue(open_slide(case.slide, case.mpp), config.tissue)
-            return open_source(case, config, normalisation), tissue
+            return open_source(case, config, normalisation), case_tissue(case, config)
 
         slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
         exact = open_engine(model, settled(EngineSettings(flips=engine.flips)))

@@ -31,9 +31,10 @@ from pipeline.phantom import render, write_slide
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import Slide, open_slide
 from pipeline.stitching import stitching, usual
+from pipeline.team import Alone
 from pipeline.tiling import choose, foresee
 from pipeline.tissue import Tissue
-from pipeline.validation import validate
+from pipeline.validation import plan_validation, validate
 from workflows.plan import plan
 from workflows.segment import segment
 from workflows.verify import verify
@@ -239,7 +240,9 @@ def test_a_network_that_is_not_local_is_validated_as_it_is_used(slides: dict) ->
     slide, engine = slides[301, 203], ENGINES["instance"]
     truth = Drawn(slide.base, np.random.default_rng(0).integers(0, 3, slide.base.shape).astype(np.uint8))
     expected = confusion(truth.mask, by_monai(slide, engine).argmax(axis=0).astype(np.uint8), 3)
-    found, unread = validate({"slide": Source(slide, truth, slide.base)}, engine)
+    tissue = Tissue(np.ones(slide.base.shape, bool), slide.base)
+    opened = {"slide": lambda: (Source(slide, truth, slide.base), tissue)}
+    found, unread = validate(plan_validation(opened, engine.spec, slide.base.roi.area, 0, Alone()), engine)
     assert (found == expected).all() and not unread
 
 

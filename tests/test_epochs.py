@@ -32,6 +32,7 @@ def config(folder: Path, **training: object) -> Config:
         "classes": [{"name": "Light", "color": "#ffffff"}, {"name": "Dark", "color": "#000000"}],
         "annotations": {"rest": "Light"},
         "network": {"mpp": 1.0, "architecture": "fcn", "width": 4, "depth": 2},
+        "tissue": {"min_area_um2": 0},
         "tiles": {"patch_size": 32},
         "training": {"patches_per_epoch": 32, "weight_average": 0.5, **training},
     }
@@ -146,7 +147,7 @@ def test_what_cannot_be_read_is_passed_over_and_named(tmp_path: Path) -> None:
     bad = [damaged(one, f"bad {one.split}") for one in good]
     cells = {"slide_id": ["train", "bad train"], "split": ["train"] * 2, "x": [80] * 2, "y": [48] * 2, "Light": [1.0] * 2}
     parquet.write_table(pa.table({**cells, "Dark": [1.0] * 2}), tmp_path / "tiles.parquet")
-    settings = config(tmp_path, epochs=2, patches_per_epoch=16)
+    settings = config(tmp_path, epochs=2)
     without, found = (
         list(fit(settings, cases, tmp_path / "tiles.parquet", tmp_path / str(len(cases)) / "model", "inputs"))
         for cases in ([*good, bad[0]], [*good, *bad])

@@ -93,7 +93,9 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
         assert crossval(config, [f"output={output}"], 3) == 0
     given = {case.slide_id: case for case in read_manifest(config.parent / "cohort" / "cohort.csv")}
     held_back = {case.patient for case in given.values() if case.split == "test"}
-    assert f"held back, as the manifest names them as test: {', '.join(held_back)}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"held back, as the manifest names them as test: {', '.join(held_back)}" in said
+    assert said.count("train: validation looks at 0.05 of 0.10 Mpx") == 1, "two slides, of which one is enough"
     pooled, counts = find_tally(str(output)), dict[str, np.ndarray]()
     for number in (1, 2, 3):
         cases = read_manifest(output / f"fold-{number}" / "cohort.csv")

@@ -166,6 +166,8 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
                 run.log_metrics(record.metrics, step=record.epoch)
                 logged.add(record.epoch)
             bar.grow(record.planned - bar.total)
+            if record.remark and not records:
+                console.print(f"train: {record.remark}")
             if record.epoch > done and record.epoch not in records:  # who takes over from a dead worker tells all again
                 bar.advance(note=_note(record))
             records[record.epoch] = record
