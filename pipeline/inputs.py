@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,10 @@ from pipeline.errors import CheckpointError, ConfigError, SlideError
 from pipeline.files import as_unicode, file_digest, file_stamp
 from pipeline.slide import open_slide
 
-TILE_STAMP, TILE_COMPLETE = b"fullfield.inputs", b"fullfield.complete"
-"""Keys of the metadata of the table of tiles."""
-
 TILED = ("classes", "annotations", "tissue", "tiles")
 """Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
 
+_INPUTS, _LEFT_OUT = b"fullfield.inputs", b"fullfield.left_out"  # keys of the metadata of the table of tiles
 _SLIDE = "slide "  # begins the names of facts that are slides
 _DIGITS = 8  # of a digest that people read
 _SHOWN = 60  # letters of a value that an error tells
@@ -39,8 +37,37 @@ def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
     return _sha256([sections, config.network.mpp, _stamps(cases)])
 
 
-def read_stamp(tiles: Path) -> tuple[str, bool] | None:
-    """What a table of tiles was made from, and whether from all slides; None where there is no table, or a damaged one."""
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a slide could not be read, and what told its `file` from others by then; empty where it is to be tried again."""
+
+    why: str
+    file: str
+
+
+@dataclass(frozen=True)
+class TileFacts:
+    """What a table of tiles was made from, as `tile_inputs` tells it, and the slides that it leaves out, by slide_id."""
+
+    inputs: str
+    left_out: Mapping[str, LeftOut]
+
+    def metadata(self) -> dict[bytes, str]:
+        """The same as the table keeps it."""
+        left_out = {name: [slide.why, slide.file] for name, slide in self.left_out.items()}
+        return {_INPUTS: self.inputs, _LEFT_OUT: json.dumps(left_out, sort_keys=True)}
+
+
+def told_file(path: Path) -> str:
+    """What tells a file from another that takes its place, without reading it."""
+    try:
+        return str(file_stamp(path))
+    except FileNotFoundError:
+        return "missing"
+
+
+def read_tile_facts(tiles: Path) -> TileFacts | None:
+    """What a table of tiles tells of itself; None where there is no table, or a damaged one."""
     try:
         metadata = parquet.read_schema(tiles).metadata or {}
     except (FileNotFoundError, ArrowInvalid):
@@ -49,7 +76,28 @@ def read_stamp(tiles: Path) -> tuple[str, bool] | None:
         if error.errno is None:  # what is damaged where pyarrow does not look for it
             return None
         raise
-    return metadata.get(TILE_STAMP, b"").decode(), metadata.get(TILE_COMPLETE) == b"True"
+    try:
+        left_out = {name: LeftOut(*told) for name, told in json.loads(metadata[_LEFT_OUT]).items()}
+        return TileFacts(metadata[_INPUTS].decode(), left_out)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def tiled_already(tiles: Path, inputs: str, cases: Sequence[Case]) -> TileFacts | None:
+    """What a table tells of itself, if it was made from such inputs, and those of the cases that it leaves out have not
+    changed since; else None.
+    """
+    found = read_tile_facts(tiles)
+    if found is None or found.inputs != inputs:
+        return None
+    absent = [case for case in cases if case.slide_id in found.left_out]
+    return found if all(told_file(case.slide) == found.left_out[case.slide_id].file for case in absent) else None
+
+
+def are_among(cases: Sequence[Case], others: Sequence[Case]) -> bool:
+    """Whether each case is one of the others, whatever their splits: the same slide, annotation, scale and patient."""
+    own, known = ({json.dumps(_case_stamp(replace(case, split="train"))) for case in group} for group in (cases, others))
+    return own <= known
 
 
 def training_inputs(config: Config, cases: Sequence[Case]) -> str:

@@ -18,7 +18,7 @@ from pipeline.cohort import Case, deal_out, read_manifest
 from pipeline.config import Config
 from pipeline.files import replacing
 from pipeline.folder import alone, check_files, check_owner, write_setup
-from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, TILED, check_output, read_stamp, tile_inputs
+from pipeline.inputs import TILED, TileFacts, are_among, check_output, tile_inputs, tiled_already
 from pipeline.progress import console
 from pipeline.settings import ALIAS, RESERVED_ALIAS
 from pipeline.slide_job import SlideJob
@@ -147,20 +147,24 @@ def slide_job(case: Case, config: Config) -> SlideJob:
     return SlideJob(case.slide_id, case.slide, case.mpp, model, folder, config.segmentation, config.tissue, config.engine)
 
 
-def adopt_tiles(workspace: Workspace, tiles: Path, whole: Config) -> None:
-    """Write the table of tiles as the tile stage would, from one of the same slides with other splits, where there is one.
+def adopt_tiles(workspace: Workspace, whole: Workspace) -> None:
+    """Write the table of tiles as the tile stage would, from that of a whole with these slides and others, in any splits.
 
-    `whole` is the configuration with which `tiles` was made; nothing is written where it divides slides otherwise, or where
-    slides are missing from it, or where the workspace has its own table already.
+    Nothing is written where the whole divides slides otherwise, where it lacks a slide, or one that it left out has changed
+    since, or where the workspace has its own table already.
     """
-    config, found = workspace.config, read_stamp(tiles)
-    same = all(getattr(config, name) == getattr(whole, name) for name in TILED) and config.network.mpp == whole.network.mpp
-    if workspace.tiles.exists() or not same or found is None or not found[1]:
+    config, cases = workspace.config, workspace.cases
+    same = all(getattr(config, name) == getattr(whole.config, name) for name in TILED)
+    if workspace.tiles.exists() or not same or config.network.mpp != whole.config.network.mpp:
         return
-    table, splits = parquet.read_table(tiles), {case.slide_id: case.split for case in workspace.cases}
+    found = tiled_already(whole.tiles, tile_inputs(whole.config, whole.cases), cases)
+    if found is None or not are_among(cases, whole.cases):
+        return
+    table, splits = parquet.read_table(whole.tiles), {case.slide_id: case.split for case in cases}
     table = table.filter(compute.is_in(table["slide_id"], pa.array(splits)))
     column = pa.array(splits.values()).take(compute.index_in(table["slide_id"], pa.array(splits)))
     table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), column)
-    metadata = {TILE_STAMP: tile_inputs(config, workspace.cases), TILE_COMPLETE: "True"}
+    left_out = {name: slide for name, slide in found.left_out.items() if name in splits}
+    facts = TileFacts(tile_inputs(config, cases), left_out)
     with replacing(workspace.tiles) as partial:
-        parquet.write_table(table.replace_schema_metadata(metadata), partial)
+        parquet.write_table(table.replace_schema_metadata(facts.metadata()), partial)

@@ -27,6 +27,7 @@ from pipeline.errors import AnnotationError, CheckpointError, CohortError, Track
 from pipeline.files import file_digest
 from pipeline.fitting import fit
 from pipeline.geometry import Mpp, Roi
+from pipeline.inputs import tile_inputs, tiled_already
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.registry import fold_references, resolve_model
@@ -446,8 +447,43 @@ def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path,
         check_tiles(whole.tiles, whole_config, sorted(whole.cases, key=lambda case: case.slide_id))
         other = load_config(config, [f"output={tmp_path / 'part'}", "tiles.patch_size=96"])
         with open_within(whole, other) as part:
-            adopt_tiles(part, whole.tiles, whole.config)
+            adopt_tiles(part, whole)
             assert not part.tiles.exists()
+
+
+def test_tiles_are_adopted_with_what_was_left_out(config: Path, tmp_path: Path) -> None:
+    from pipeline.workspace import adopt_tiles
+
+    cases = list(read_manifest(config.parent / "cohort" / "cohort.csv"))
+    broken = replace(cases[0], slide_id="broken", patient="broken", slide=tmp_path / "broken.svs", annotation=None)
+    broken.slide.write_bytes(b"no slide")
+    write_manifest(tmp_path / "cohort.csv", [*cases, broken])
+    overrides = [f"output={tmp_path / 'whole'}", f"cohort.manifest={tmp_path / 'cohort.csv'}"]
+    with open_workspace(load_config(config, overrides)) as whole:
+        assert tile_cohort(whole) == 1
+    good = [case for case in whole.cases if case.slide_id != "broken"]
+    dealt = [replace(case, split="test" if case.split == "train" else "train") for case in good[1:]]
+    strangers = [replace(good[0], slide_id="stranger"), replace(good[0], mpp=2.0), replace(good[0], annotation=None)]
+
+    def adopted(name: str, cases: Sequence[Case]) -> tuple[set[tuple[str, str]], set[str]] | None:
+        """The slides with their splits in the table that a part adopts, and those that it leaves out."""
+        part = replace(whole, config=whole.config.model_copy(update={"output": tmp_path / name}), cases=tuple(cases))
+        adopt_tiles(part, whole)
+        facts = tiled_already(part.tiles, tile_inputs(part.config, part.cases), part.cases)
+        if facts is None:
+            assert not part.tiles.exists()
+            return None
+        table = parquet.read_table(part.tiles)
+        return set(zip(table["slide_id"].to_pylist(), table["split"].to_pylist(), strict=True)), set(facts.left_out)
+
+    assert adopted("same", whole.cases) == ({(case.slide_id, case.split) for case in good}, {"broken"})
+    fold = {(case.slide_id, case.split) for case in dealt}
+    assert adopted("fold", dealt) == (fold, set())
+    for number, stranger in enumerate(strangers):
+        assert adopted(f"stranger {number}", [*good[1:], stranger]) is None
+    broken.slide.write_bytes(b"NO SLIDE")
+    assert adopted("later", whole.cases) is None
+    assert adopted("later fold", dealt) == (fold, set())
 
 
 def test_one_scan_is_not_learned_from_and_examined_on(config: Path, tmp_path: Path) -> None:

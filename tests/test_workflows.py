@@ -328,8 +328,12 @@ def test_a_damaged_slide_of_a_cohort_is_left_out_and_told(project: Path, tmp_pat
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     (tmp_path / "cohort.csv").write_text(manifest + f"{tmp_path / 'broken.svs'},broken,,P9,train,\n")
     overrides = (f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}")
-    log = fullfield("tile", project / "config.yaml", *overrides, code=1)
-    assert "left out broken" in log
+    for state in ("new", "unchanged", "changed"):
+        if state == "changed":
+            (tmp_path / "broken.svs").write_bytes(b"no slide either")
+        log = fullfield("tile", project / "config.yaml", *overrides, code=1)
+        assert "left out broken" in log
+        assert ("tile: done already" in log) == ("to try again what was left out" in log) == (state == "unchanged")
     assert (tmp_path / "out" / "tiles.parquet").exists()
 
 

@@ -56,7 +56,7 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
         for part in parts:
             console.print(f"\n{part.output.name} of {folds}")
             with open_within(workspace, part) as fold:
-                adopt_tiles(fold, workspace.tiles, workspace.config)
+                adopt_tiles(fold, workspace)
                 failures.append(run_stages(fold))
         outputs = [part.output for part in parts]
         workspace.run.log_file(write_parts(workspace.output, workspace.config, outputs))

@@ -85,7 +85,7 @@ def train_parts(whole: Workspace, parts: Sequence[Config], command: str) -> dict
     with ExitStack() as stack:
         opened = [stack.enter_context(open_within(whole, part)) for part in parts]
         for part in opened:
-            adopt_tiles(part, whole.tiles, whole.config)
+            adopt_tiles(part, whole)
             tile_cohort(part)
         waiting, failed = list[tuple[Workspace, tuple[Any, ...]]](), dict[Path, FullfieldError]()
         for part in opened:

@@ -17,7 +17,7 @@ from pipeline.errors import AnnotationError, CohortError, SlideError, WorkerErro
 from pipeline.files import replacing
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
-from pipeline.inputs import TILE_COMPLETE, TILE_STAMP, read_stamp, tile_inputs
+from pipeline.inputs import LeftOut, TileFacts, tile_inputs, tiled_already, told_file
 from pipeline.label_truth import LabelImageTruth
 from pipeline.progress import console, new_table, progress
 from pipeline.settings import SPLITS, TILE_COLUMNS
@@ -49,32 +49,35 @@ def tile(path: Path, overrides: Sequence[str]) -> int:
 def tile_cohort(workspace: Workspace) -> int:
     """Write tiles.parquet, one row per cell, and show what there is to learn from, unless it is there already.
 
-    A slide that cannot be read is named and left out; returns 1 where there was one, else 0. Raises AnnotationError where
-    annotations cannot be used, all of them in one message.
+    A slide that cannot be read is named and left out, and not tried again until its file changes; returns 1 where there is
+    one, else 0. Raises AnnotationError where annotations cannot be used, all of them in one message.
     """
-    config, stamp = workspace.config, tile_inputs(workspace.config, workspace.cases)
-    unreadable, done = list[str](), read_stamp(workspace.tiles) == (stamp, True)
+    config, inputs = workspace.config, tile_inputs(workspace.config, workspace.cases)
+    facts = tiled_already(workspace.tiles, inputs, workspace.cases)
+    done = facts is not None
     with workspace.run.child("tile") as run:
-        if not done:
-            cells, unreadable = _count(workspace, run)
+        if facts is None:
+            cells, left_out = _count(workspace, run)
+            facts = TileFacts(inputs, left_out)
             with replacing(workspace.tiles) as partial:
-                metadata = {TILE_STAMP: stamp, TILE_COMPLETE: str(not unreadable)}
-                parquet.write_table(cells.replace_schema_metadata(metadata), partial)
+                parquet.write_table(cells.replace_schema_metadata(facts.metadata()), partial)
         areas = _areas(workspace.tiles, config)
         run.log_metrics({f"mm2 {split} {name}": area for (split, name), area in areas.items()})
         run.log_file(workspace.tiles)
-    for message in unreadable:
-        console.print(f"tile: left out {message}")
+    for name, slide in sorted(facts.left_out.items()):
+        console.print(f"tile: left out {name}: {slide.why}")
     console.print("tile: done already" if done else _area_table(areas, config))
-    return 1 if unreadable else 0
+    if done and facts.left_out:
+        console.print(f"tile: delete {workspace.tiles} to try again what was left out")
+    return 1 if facts.left_out else 0
 
 
-def _count(workspace: Workspace, run: Run) -> tuple[pa.Table, list[str]]:
+def _count(workspace: Workspace, run: Run) -> tuple[pa.Table, dict[str, LeftOut]]:
     """The rows of all slides, which are logged as the run's data, and what is wrong with slides that have none.
 
-    Rows are sorted by slide_id, y and x.
+    Rows are sorted by slide_id, y and x. A slide whose worker died is to be tried again: memory may suffice another time.
     """
-    cells, unreadable, unusable, scans = dict[str, pa.Table](), list[str](), list[str](), dict[str, Case]()
+    cells, left_out, unusable, scans = dict[str, pa.Table](), dict[str, LeftOut](), list[str](), dict[str, Case]()
     for case in workspace.cases:
         workspace.cluster.submit(case, tile_case, case, workspace.config)
     with progress("tile: slides", len(workspace.cases)) as bar:
@@ -87,7 +90,8 @@ def _count(workspace: Workspace, run: Run) -> tuple[pa.Table, list[str]]:
                 for remark in found.remarks:
                     console.print(f"tile: {case.slide_id}: {remark}")
             elif isinstance(outcome.error, SlideError | WorkerError):
-                unreadable.append(f"{outcome.key.slide_id}: {outcome.error}")
+                file = told_file(outcome.key.slide) if isinstance(outcome.error, SlideError) else ""
+                left_out[outcome.key.slide_id] = LeftOut(str(outcome.error), file)
             elif isinstance(outcome.error, AnnotationError):
                 unusable.append(str(outcome.error))
             else:
@@ -97,7 +101,7 @@ def _count(workspace: Workspace, run: Run) -> tuple[pa.Table, list[str]]:
         found = "\n  - ".join(["these problems:", *sorted(unusable)])
         raise AnnotationError(str(workspace.config.cohort.manifest), found, "annotations that can be read", "Correct them.")
     empty = _schema(workspace.config).empty_table()
-    return pa.concat_tables([empty, *(cells[name] for name in sorted(cells))]), unreadable
+    return pa.concat_tables([empty, *(cells[name] for name in sorted(cells))]), left_out
 
 
 def _check_twin(case: Case, other: Case, config: Config) -> None:
