@@ -32,9 +32,9 @@ _SHOWN = 60  # letters of a value that an error tells
 
 
 def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
-    """A SHA-256 over all that the table of tiles depends on."""
+    """A SHA-256 over all that the table of tiles depends on, and which Fullfield counts it."""
     sections = config.model_dump(mode="json", include=set(TILED))
-    return _sha256([sections, config.network.mpp, _stamps(cases)])
+    return _sha256([__version__, sections, config.network.mpp, _stamps(cases)])
 
 
 @dataclass(frozen=True)

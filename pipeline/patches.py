@@ -149,7 +149,8 @@ def patch_roi(shown: Shown, source: Source, size: int, rng: np.random.Generator,
     pixels = np.flatnonzero(source.truth.read(cell, source.lattice) == shown.class_index)
     if not len(pixels):
         found = f"no pixel of class {shown.class_index} in the tile at {cell.x}, {cell.y}"
-        raise _index_error(shown.slide_id, found, "one, as the table of tiles has it")
+        remedy = "Delete `tiles.parquet` in the output, then tile again: it was counted of other annotations, or otherwise."
+        raise TrainingError(shown.slide_id, found, "one, as the table of tiles has it", remedy)
     row, column = divmod(int(rng.choice(pixels)), cell.width)
     left, top = (size // 2, size // 2) if centred else rng.integers(size, size=2).tolist()
     roi = Roi(cell.x + column - left, cell.y + row - top, size, size)

@@ -181,7 +181,7 @@ def test_a_centred_patch_has_each_pixel_of_its_class_as_often_in_the_middle(spec
 
 
 def test_a_cell_without_what_the_table_says_is_told(speck: Source) -> None:
-    with pytest.raises(TrainingError, match=r"s: found no pixel of class 1 in the tile at 0, 64.*table of tiles"):
+    with pytest.raises(TrainingError, match=r"s: found no pixel of class 1 in the tile at 0, 64.*Delete `tiles.parquet`"):
         patch_roi(replace(SPECK, cell=Roi(0, 64, SIZE, SIZE)), speck, SIZE, np.random.default_rng(0))
 
 

@@ -515,6 +515,14 @@ def test_the_order_of_a_manifest_tells_nothing(scan: Path, tmp_path: Path) -> No
     assert training_inputs(config, [*cases, unknown]) == training_inputs(config, cases), "nothing is learned from it"
 
 
+def test_cells_are_counted_anew_by_another_version(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml")
+    cases = [Case("a", "a", scan, scan, "train")]
+    before = tile_inputs(config, cases), training_inputs(config, cases)
+    monkeypatch.setattr("pipeline.inputs.__version__", "0.0.1")
+    assert tile_inputs(config, cases) != before[0] and training_inputs(config, cases) == before[1]
+
+
 def test_it_is_said_where_a_model_hands_on_another_way_than_a_run_has_now(models: list[Path], tmp_path: Path) -> None:
     model = Path(shutil.copytree(models[0], tmp_path / "model"))
     content = yaml.safe_load((model / "model.yaml").read_text())

@@ -386,7 +386,7 @@ def test_a_table_of_other_tiles_is_not_trained_on(project: Path, tmp_path: Path)
     assert "Run `fullfield tile` first" in fullfield("train", project / "config.yaml", output, code=1)
     fullfield("tile", project / "config.yaml", output)
     log = fullfield("train", project / "config.yaml", output, "network.mpp=3.0", code=1)
-    assert "another cohort or configuration" in log
+    assert "another cohort, configuration or version" in log
 
 
 def test_a_killed_segmentation_is_finished_alike(project: Path, tmp_path: Path) -> None:

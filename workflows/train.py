@@ -112,7 +112,7 @@ def begin(workspace: Workspace, anew: bool) -> Run:
 def _check_tiles(workspace: Workspace) -> None:
     found = read_tile_facts(workspace.tiles)
     if found is None or found.inputs != tile_inputs(workspace.config, workspace.cases):
-        was = "no such file" if found is None else "a table of another cohort or configuration"
+        was = "no such file" if found is None else "a table of another cohort, configuration or version"
         raise TrainingError(str(workspace.tiles), was, "the table of these tiles", "Run `fullfield tile` first.")
 
 
