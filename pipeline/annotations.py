@@ -26,7 +26,7 @@ from pipeline.stencil import Stencil
 from pipeline.truth import ClassMap, Truth, centres
 
 if TYPE_CHECKING:
-    from pipeline.tissue import Tissue
+    from pipeline.tissue import PackedTissue
 
 _NO_NAME = "(no name)"
 _LEAST_ON_SLIDE = 0.5  # of a slide's own outlines
@@ -58,7 +58,7 @@ class OutlineTruth:
     path: Path
     base: Lattice
     class_map: ClassMap
-    tissue: Tissue | None = field(default=None, compare=False, repr=False)
+    tissue: PackedTissue | None = field(default=None, compare=False, repr=False)
     corner: tuple[int, int] = (0, 0)
 
     @cached_property
@@ -127,7 +127,7 @@ class OutlineTruth:
         return truth
 
 
-def with_glass(truth: Truth, tissue: Tissue) -> Truth:
+def with_glass(truth: Truth, tissue: PackedTissue) -> Truth:
     """A truth that knows glass for `rest` outside the known outlines as well; a label image says itself what is known."""
     return replace(truth, tissue=tissue) if isinstance(truth, OutlineTruth) else truth
 

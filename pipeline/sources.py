@@ -19,7 +19,7 @@ from pipeline.slide import Slide, open_slide
 from pipeline.specs import class_map
 from pipeline.staining import Normalisation, Staining
 from pipeline.stains import reference
-from pipeline.tissue import Tissue, find_tissue
+from pipeline.tissue import PackedTissue, Tissue, find_tissue
 from pipeline.truth import Truth
 
 
@@ -93,7 +93,7 @@ def _taught(case: Case, config: Config) -> tuple[Source, Staining | None]:
         return source, None
     slide = open_slide(case.slide, case.mpp)
     tissue = find_tissue(slide, config.tissue)
-    taught = replace(source, truth=with_glass(source.truth, tissue)) if teaches_glass else source
+    taught = replace(source, truth=with_glass(source.truth, PackedTissue.of(tissue))) if teaches_glass else source
     return taught, None if method == "none" else _staining(slide, tissue, method)
 
 

@@ -50,12 +50,8 @@ class Tissue:
 
         A pixel outside the slide is as the nearest one inside.
         """
-        x_scale, y_scale = lattice.scale_to(self.lattice)
-        columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
-        rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
-        height, width = self.mask.shape
-        lines, times = np.unique(np.clip(rows, 0, height - 1), return_counts=True)
-        return np.repeat(self.mask[np.ix_(lines, np.clip(columns, 0, width - 1))], times, axis=0)
+        lines, times, columns = _nearest(roi, lattice, self.lattice)
+        return np.repeat(self.mask[np.ix_(lines, columns)], times, axis=0)
 
     def save(self, path: Path) -> None:
         """Write it as an NPZ file, whole or not at all; eight pixels take a byte."""
@@ -78,6 +74,38 @@ class Tissue:
         past_y = self.lattice.height * mpp.y - base.height * base.mpp.y
         widths = np.count_nonzero(self.mask, axis=1) * mpp.x - self.mask[:, -1] * past_x
         return float(widths.sum() * mpp.y - widths[-1] * past_y)
+
+
+@dataclass(frozen=True)
+class PackedTissue:
+    """Tissue of one of many slides that are held at once: in `bits`, (rows, columns / 8, rounded up) uint8, eight pixels
+    take a byte.
+    """
+
+    bits: np.ndarray
+    lattice: Lattice
+
+    @classmethod
+    def of(cls, tissue: Tissue) -> PackedTissue:
+        """The same tissue, packed."""
+        return cls(np.packbits(tissue.mask, axis=1), tissue.lattice)
+
+    def sampled(self, roi: Roi, lattice: Lattice) -> np.ndarray:
+        """See `Tissue.sampled`."""
+        lines, times, columns = _nearest(roi, lattice, self.lattice)
+        rows = np.unpackbits(self.bits[lines], axis=1).view(bool)
+        return np.repeat(rows[:, columns], times, axis=0)
+
+
+def _nearest(roi: Roi, lattice: Lattice, mask: Lattice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of a mask in which the pixels of a rectangle of another lattice lie, how many of its rows in each, and the
+    column of each of its columns.
+    """
+    x_scale, y_scale = lattice.scale_to(mask)
+    columns = ((np.arange(roi.x, roi.right) + 0.5) * x_scale).astype(np.int64)
+    rows = ((np.arange(roi.y, roi.bottom) + 0.5) * y_scale).astype(np.int64)
+    lines, times = np.unique(np.clip(rows, 0, mask.height - 1), return_counts=True)
+    return lines, times, np.clip(columns, 0, mask.width - 1)
 
 
 def find_tissue(slide: Slide, settings: TissueSettings) -> Tissue:

@@ -27,7 +27,7 @@ from pipeline.errors import AnnotationError
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.label_image import open_label_image
 from pipeline.label_truth import LabelImageTruth
-from pipeline.tissue import Tissue
+from pipeline.tissue import PackedTissue, Tissue
 from pipeline.truth import ClassMap, Truth
 
 CLASSES = Classes((Class("Other", (200, 200, 200)), Class("Gland", (0, 120, 0)), Class("Tumour", (200, 0, 0))))
@@ -103,13 +103,14 @@ def test_glass_outside_the_known_is_rest_to_training(tmp_path: Path) -> None:
     mask = np.zeros((23, 37), bool)
     mask[:, 7:11] = True
     plain = drawn(tmp_path, naming(known=("Region*",), ignored=("Ignore*",)), *outlines, ignored)
-    truth = with_glass(plain, Tissue(mask, BASE))
+    tissue = PackedTissue.of(Tissue(mask, BASE))
+    truth = with_glass(plain, tissue)
     expected = [X, 0, 0, 0, 0, 1, 1, 0, 0, X, X, X, 0, X, X, 0]
     for seen in (truth, pickle.loads(pickle.dumps(truth))):
         assert seen.read(Roi(-1, 5, 16, 1), BASE).tolist() == [expected]
     assert plain.read(Roi(-1, 5, 16, 1), BASE).tolist() == [[X] * 5 + [1, 1, 0, 0] + [X] * 7]
     nameless = drawn(tmp_path, naming(known=("Region*",), ignored=("Ignore*",), rest=None), *outlines, ignored)
-    assert (with_glass(nameless, Tissue(mask, BASE)).read(BASE.roi, BASE) == nameless.read(BASE.roi, BASE)).all()
+    assert (with_glass(nameless, tissue).read(BASE.roi, BASE) == nameless.read(BASE.roi, BASE)).all()
 
 
 def test_without_rest_only_outlines_are_known(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.histology import GLASS
 from pipeline.phantom import render, write_slide
 from pipeline.settings import TissueSettings
 from pipeline.slide import open_slide
-from pipeline.tissue import Tissue, _bands_at_once, find_tissue
+from pipeline.tissue import PackedTissue, Tissue, _bands_at_once, find_tissue
 
 MPP = 2.0
 BLUE, GREEN, BLACK = (35, 60, 170), (30, 140, 70), (25, 25, 28)
@@ -194,3 +194,12 @@ def test_a_sample_goes_past_every_edge() -> None:
     whole = tissue.sampled(Roi(-100, -90, 300, 300), fine)
     assert (whole[90:98, 100:112] == mask.repeat(2, 0).repeat(2, 1)).all()
     assert whole[:92, :102].all() and whole[96:, 110:].all() and not whole[:92, 102:].any()
+
+
+def test_packed_tissue_is_the_same_in_an_eighth_of_the_memory() -> None:
+    rng, lattice = np.random.default_rng(2), Lattice(1003, 599, Mpp.square(8))
+    tissue, fine = Tissue(rng.random(lattice.shape) < 0.5, lattice), Lattice(7000, 4700, Mpp(1.13, 1.01))
+    packed = PackedTissue.of(tissue)
+    assert packed.bits.nbytes < tissue.mask.nbytes / 7.9
+    for roi in (Roi(-90, -40, 300, 200), Roi(3001, 2002, 257, 129), Roi(6900, 4650, 300, 200), Roi(5, 5, 0, 7)):
+        assert (packed.sampled(roi, fine) == tissue.sampled(roi, fine)).all()
