@@ -151,11 +151,12 @@ def adopt_tiles(workspace: Workspace, whole: Workspace) -> None:
     """Write the table of tiles as the tile stage would, from that of a whole with these slides and others, in any splits.
 
     Nothing is written where the whole divides slides otherwise, where it lacks a slide, or one that it left out has changed
-    since, or where the workspace has its own table already.
+    since, or where the workspace has its own table of these slides already.
     """
     config, cases = workspace.config, workspace.cases
+    inputs = tile_inputs(config, cases)
     same = all(getattr(config, name) == getattr(whole.config, name) for name in TILED)
-    if workspace.tiles.exists() or not same or config.network.mpp != whole.config.network.mpp:
+    if not same or config.network.mpp != whole.config.network.mpp or tiled_already(workspace.tiles, inputs, cases):
         return
     found = tiled_already(whole.tiles, tile_inputs(whole.config, whole.cases), cases)
     if found is None or not are_among(cases, whole.cases):
@@ -165,6 +166,6 @@ def adopt_tiles(workspace: Workspace, whole: Workspace) -> None:
     column = pa.array(splits.values()).take(compute.index_in(table["slide_id"], pa.array(splits)))
     table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), column)
     left_out = {name: slide for name, slide in found.left_out.items() if name in splits}
-    facts = TileFacts(tile_inputs(config, cases), left_out)
+    facts = TileFacts(inputs, left_out)
     with replacing(workspace.tiles) as partial:
         parquet.write_table(table.replace_schema_metadata(facts.metadata()), partial)
