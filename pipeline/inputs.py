@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def _case_stamp(case: Case) -> list[object]:
     return [case.slide_id, case.patient, case.split, case.mpp, slide, annotation]
 
 
-@lru_cache(maxsize=4096)
+@cache
 def _slide_digest(path: Path, size: int, *_stamp: int) -> str:
     """A slide's digest; of a file that cannot be opened, which is told where it is read, its size."""
     try:
