@@ -15,6 +15,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ import yaml
 
 from pipeline import __version__
 from pipeline.errors import CheckpointError, NetworkError
-from pipeline.files import file_digest, name_file
+from pipeline.files import file_digest, file_stamp, name_file
 from pipeline.network import ModelSpec
 from pipeline.weights import TOGETHER, check_fit, load_weights
 
@@ -140,7 +142,7 @@ def load_spec(folder: Path) -> ModelSpec:
 
 def load_run_record(folder: Path) -> dict[str, Any]:
     """The `run_record` that `save` was given, perhaps empty. Raises CheckpointError."""
-    return dict(_read(folder).get(_RUN_RECORD, {}))
+    return dict(deepcopy(_read(folder).get(_RUN_RECORD, {})))
 
 
 def load_ancestry(folder: Path) -> dict[str, Any]:
@@ -264,10 +266,15 @@ def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, 
     return network
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The content of `model.yaml`: all keys that are required, and of the others some."""
+def _read(folder: Path) -> Mapping[str, Any]:
+    """The content of `model.yaml`, to be left as it is, which a process parses but once while it is unchanged."""
     check_files(folder)
-    path = folder / _SPEC
+    return _stamped_content(folder / _SPEC, *file_stamp(folder / _SPEC))
+
+
+@lru_cache(maxsize=64)
+def _stamped_content(path: Path, *stamp: int) -> Mapping[str, Any]:
+    """What a `model.yaml` says: all keys that are required, and of the others some."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

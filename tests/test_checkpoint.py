@@ -104,6 +104,17 @@ def test_lineage_comes_back_and_may_be_absent(saved: Path, tmp_path: Path) -> No
     assert checkpoint.load_run_record(tmp_path / "other") == {}
 
 
+def test_a_description_is_parsed_once_and_again_when_it_has_changed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, safe_load = [], yaml.safe_load
+    monkeypatch.setattr(yaml, "safe_load", lambda text: parsed.append(text) or safe_load(text))
+    assert {checkpoint.load_spec(saved) for _ in range(3)} == {spec()}
+    checkpoint.load_run_record(saved)["dice"]["Gland"] = 0.0  # whoever has it may do what he likes
+    assert checkpoint.load_run_record(saved) == LINEAGE
+    assert len(parsed) == 1
+    _edit(lineage={"run": "another"})(saved)
+    assert checkpoint.load_run_record(saved) == {"run": "another"} and checkpoint.load_spec(saved) == spec()
+
+
 def test_the_digest_is_that_of_the_content(saved: Path, tmp_path: Path) -> None:
     first = checkpoint.digest(saved)
     assert len(first) == 64
