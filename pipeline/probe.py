@@ -101,19 +101,19 @@ def probe(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stit
 def known_probe(slide: Slide, model: Path, settings: EngineSettings, way: Stitching) -> Probe:
     """What is kept of an earlier probe in the middle of such a slide, else a new one, which is then kept.
 
-    What a process holds already differs from one to the next, and is not kept. Raises SlideError, and EngineError where the
-    model cannot be run in that way here.
+    What a process holds already, and what others leave of a GPU, differs from one time to the next, and is not kept. Raises
+    SlideError, and EngineError where the model cannot be run in that way here.
     """
     held, spec = _start_measuring(), ensemble.load_spec(model)
     path = kept_probe(slide, spec, model, settings)
     with suppress(OSError, ValueError, TypeError):
         kept = Probe(**json.loads(path.read_text(encoding="utf-8")))
-        return replace(kept, base_bytes=kept.base_bytes + held)
+        return replace(kept, base_bytes=kept.base_bytes + held, gpu_free_bytes=_free_on_gpu())
     lattice, chosen = slide.base.at(Mpp.square(spec.mpp)), settled(settings)
     middle = Roi(lattice.width // 2, lattice.height // 2, 1, 1)
     found = probe(slide, lattice, open_engine(model, chosen), middle, way, holds_turned(chosen))
     with suppress(OSError):
-        write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held))))
+        write_text(path, json.dumps(asdict(replace(found, base_bytes=found.base_bytes - held, gpu_free_bytes=0.0))))
     return found
 
 

@@ -285,6 +285,7 @@ class Card:
 
     def __init__(self) -> None:
         self.reserved = self.peak = 3_000_000
+        self.others = 0
 
     def run(self, windows: np.ndarray) -> None:
         self.reserved = max(self.reserved, 3_000_000 + 1000 * windows[..., 0].size)  # and kept for the next window
@@ -303,18 +304,24 @@ class Card:
         return self.reserved
 
     def mem_get_info(self) -> tuple[int, int]:
-        return 8 * GIB - self.reserved, 10 * GIB
+        return 8 * GIB - self.others - self.reserved, 10 * GIB
+
+
+class OnCard(Held):
+    """An engine that holds memory of a GPU, too."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__(1)
+        self.card = card
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        self.card.run(windows)
+        return super().__call__(windows)
 
 
 def test_the_memory_of_a_gpu_is_measured_by_itself(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card, slide = Card(), open_slide(scan)
-
-    class OnCard(Held):
-        def __call__(self, windows: np.ndarray) -> np.ndarray:
-            card.run(windows)
-            return super().__call__(windows)
-
-    engine = OnCard(1)
+    engine = OnCard(card)
     way, place = stitching(engine.spec, blended=False), Roi(600, 400, 1, 1)
     found = probe(slide, slide.base, engine, place, way)
     assert (found.gpu_base_bytes, found.gpu_bytes_per_pixel, found.gpu_free_bytes) == (0, 0, 0)
@@ -322,6 +329,30 @@ def test_the_memory_of_a_gpu_is_measured_by_itself(scan: Path, monkeypatch: pyte
     card.run(np.zeros((1, 3000, 3000, 3), np.uint8))  # of which nothing is left
     found = probe(slide, slide.base, engine, place, way)
     assert (found.gpu_base_bytes, found.gpu_bytes_per_pixel, found.gpu_free_bytes) == (3_000_000, 1000, 8 * GIB)
+
+
+def test_a_gpu_that_was_busy_once_is_not_taken_to_be_busy_for_ever(
+    scan: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card, on_gpu = Card(), EngineSettings(backend="torch")
+    engine = OnCard(card)
+    monkeypatch.setattr("pipeline.probe._cuda", lambda: card)
+    monkeypatch.setattr("pipeline.probe.open_engine", lambda *_: engine)
+    monkeypatch.setattr("pipeline.probe.has_gpu", lambda: True)
+    monkeypatch.setattr("pipeline.engine.device_name", lambda: "A100")
+
+    def size(taken: float) -> int:
+        card.others = round(taken * GIB)
+        return tile_size_for([(scan, None)], model, 3.0, TissueSettings(), on_gpu)
+
+    with pytest.raises(ClusterError, match=r"the GPU: found 0\.0. GiB"):
+        size(7.97)
+    tried = len(engine.windows)
+    assert size(0.0) > size(7.5)
+    with pytest.raises(ClusterError, match=r"the GPU: found 0\.0. GiB"):
+        size(7.97)
+    assert len(engine.windows) == tried > 0  # only what is free is asked anew
 
 
 PROBED = """
