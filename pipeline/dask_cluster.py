@@ -38,8 +38,10 @@ class DaskCluster:
         self._client = client
         self._tasks: dict[Any, Task] = {}  # by their futures
         self._preparing: list[Any] = []  # futures, which would be dropped if nobody held them
-        self._suspects: deque[Task] = deque()
-        self._ended = Queue[Any]()
+        self._suspects: deque[Task] = deque()  # each to be tried alone
+        self._alone: Any = None  # the future of the one that was last tried so
+        self._held: list[Task] = []  # what waits until no suspect is left
+        self._ended = Queue[tuple[Any, list[Any]]]()  # futures and values
         self._looked = time.monotonic()  # for workers, the last time
         self._missed: float | None = None  # since when there is none
         self._told = False  # of that
@@ -53,7 +55,11 @@ class DaskCluster:
 
     def submit(self, key: Any, function: Callable[..., Any], *arguments: Any) -> None:
         """See Cluster."""
-        self._start((key, function, arguments))
+        task = key, function, arguments
+        if self._suspects or self._held or self._alone in self._tasks:
+            self._held.append(task)
+        else:
+            self._start(task)
 
     def prepare(self, function: Callable[..., Any], *arguments: Any) -> None:
         """See Cluster."""
@@ -68,23 +74,44 @@ class DaskCluster:
         for future in futures:
             del self._tasks[future]
         self._suspects = deque(task for task in self._suspects if task[0] != key)
+        self._held = [task for task in self._held if task[0] != key]
         self._client.cancel(futures)
 
     def __iter__(self) -> Iterator[Outcome]:
-        alone = None  # the future of a suspect that runs while nothing else does
-        while self._tasks or self._suspects:
+        while self._tasks or self._suspects or self._held:
             if not self._tasks:
-                alone = self._start(self._suspects.popleft())
-            future = self._next_ended()
+                self._go_on()
+            future, values = self._next_ended()
             if future not in self._tasks:
                 continue
             task = self._tasks.pop(future)
-            outcome = self._outcome(task[0], future, _FEWER_WORKERS)
-            if isinstance(outcome.error, WorkerError) and future is not alone:
-                # Dask blames all tasks that a dead worker had, so those that it gives up are tried again one by one.
+            outcome = Outcome(task[0], values[0]) if values else self._outcome(task[0], future, _FEWER_WORKERS)
+            if isinstance(outcome.error, WorkerError) and future is not self._alone:
+                # Dask blames all tasks that a dead worker had, so those that it gives up are tried again one by one: soon,
+                # since others of the same key may kill workers as well, and their slide is under way in place of another.
                 self._suspects.append(task)
+                self._hold()
             else:
                 yield outcome
+
+    def _hold(self) -> None:
+        """Take back what has not begun; what begins at this very moment is run twice, as after the death of a worker."""
+        try:
+            begun = {key for keys in self._client.processing().values() for key in keys}
+            waiting = [future for future in self._tasks if future.key not in begun and not future.done()]
+            self._client.cancel(waiting)
+        except OSError as error:
+            raise lost(self.description) from error
+        self._held += [self._tasks.pop(future) for future in waiting]
+
+    def _go_on(self) -> None:
+        """Try the next suspect, while nothing else is under way; where none is left, start all that was held."""
+        if self._suspects:
+            self._alone = self._start(self._suspects.popleft())
+            return
+        held, self._held = self._held, []
+        for task in held:
+            self._start(task)
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         """See Cluster."""
@@ -131,11 +158,24 @@ class DaskCluster:
         key = f"{function.__name__}-{uuid.uuid4().hex}"
         future = self._client.submit(_run, source_digest(), function, arguments, key=key)
         self._tasks[future] = task
-        future.add_done_callback(self._ended.put)
+        self._client.loop.add_callback(self._fetch, future)
         return future
 
-    def _next_ended(self) -> Any:
-        """The next future that is done. Raises ClusterError where the scheduler is lost, since then none ever is."""
+    async def _fetch(self, future: Any) -> None:
+        """Put a future among those that are done, with the value if it has one.
+
+        Where a worker dies before its value is here, the task waits among others to be run again, and nobody for it.
+        """
+        values: list[Any] = []
+        with suppress(Exception):  # which `_outcome` meets again
+            values = await self._client.gather([future], errors="skip", asynchronous=True)
+        self._ended.put((future, values))
+
+    def _next_ended(self) -> tuple[Any, list[Any]]:
+        """The next future that is done, and its value; none of a task that failed.
+
+        Raises ClusterError where the scheduler is lost, since then none ever is.
+        """
         while True:
             try:
                 return self._ended.get(timeout=_POLL_SECONDS)

@@ -17,6 +17,7 @@ from pipeline.cluster import connect
 from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
 from pipeline.machine import cores, user_name
 from pipeline.settings import ClusterSettings
+from pipeline.tasks import Outcome
 from workflows.__main__ import main
 
 
@@ -40,6 +41,11 @@ def count_for_ever() -> Iterator[int]:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_a_mark_and_die(folder: Path) -> None:
+    leave_a_mark(folder)
+    die()
 
 
 def take_a_while(began: Path, ended: Path) -> None:
@@ -188,18 +194,27 @@ def test_workers_are_left_to_their_work() -> None:
     assert 0 < outcome.value < 10
 
 
-def test_a_task_that_kills_its_workers_fails_and_no_other_does() -> None:
+def test_a_task_that_kills_its_workers_fails_and_no_other_does(tmp_path: Path) -> None:
+    """And it does so soon, before others end, and before most others of its key have killed workers as well."""
     with connect(ClusterSettings(workers=1)) as cluster:
-        cluster.submit("deadly", die)
-        for value in range(3):
+        for _ in range(4):
+            cluster.submit("deadly", leave_a_mark_and_die, tmp_path)
+        for value in range(4):
             cluster.submit(value, double, value)
-        outcomes = {outcome.key: outcome for outcome in cluster}
-        assert [outcomes[value].value for value in range(3)] == [0, 2, 4]
-        assert isinstance(outcomes["deadly"].error, WorkerError)
-        assert "cluster.workers" in str(outcomes["deadly"].error)
-        cluster.submit("environment", environment)
-        (outcome,) = cluster
-        assert int(outcome.value["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30  # of the worker that came last, too
+        outcomes = list[Outcome]()
+        for outcome in cluster:
+            outcomes.append(outcome)
+            if outcome.error is not None:
+                cluster.cancel(outcome.key)
+                cluster.submit("environment", environment)
+        keys, found = [outcome.key for outcome in outcomes], {outcome.key: outcome for outcome in outcomes}
+        assert keys.index("deadly") < 4 and len(keys) == len(found)
+        assert len(list(tmp_path.iterdir())) <= 4 + 2  # deaths, until one is suspected, and alone
+        assert [found[value].value for value in range(4)] == [0, 2, 4, 6]
+        assert isinstance(found["deadly"].error, WorkerError)
+        assert "cluster.workers" in str(found["deadly"].error)
+        environment_later = found["environment"].value  # of the worker that came last
+        assert int(environment_later["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
 
 
 def test_an_address_is_used_and_its_workers_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
