@@ -61,7 +61,7 @@ def _cluster(settings: ClusterSettings) -> Iterator[Cluster]:
             yield DaskCluster(client, f"Dask at {settings.scheduler}, dashboard {client.dashboard_link}")
         return
     with _local_cluster(settings.workers, method) as local, Client(local) as client:
-        yield DaskCluster(client, f"{len(local.workers)} local Dask worker(s)")
+        yield DaskCluster(client, f"{len(local.workers)} local Dask worker(s)", own=True)
 
 
 def _client(scheduler: str) -> Any:

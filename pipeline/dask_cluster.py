@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS, _LONELY_SECONDS = 5.0, 30.0  # from one look for workers to the next; without one, before it is told
+_OVER_SECONDS = 300.0  # without a worker of this machine, which are started again within seconds, and by nobody else
 _FEWER_WORKERS = "start fewer workers (`cluster.workers`), or some with more memory, and run again"
 _SMALLER_TRAINING = "lower training.batch_size, tiles.patch_size or network.width, and run again"
 
 
 class DaskCluster:
-    """Runs tasks on the workers of a Dask scheduler; see Cluster."""
+    """Runs tasks on the workers of a Dask scheduler; see Cluster. To the command's `own` nobody else adds workers."""
 
-    def __init__(self, client: Any, description: str) -> None:
-        self.description = description
+    def __init__(self, client: Any, description: str, own: bool = False) -> None:
+        self.description, self._own = description, own
         self._client = client
         self._tasks: dict[Any, Task] = {}  # by their futures
         self._preparing: list[Any] = []  # futures, which would be dropped if nobody held them
@@ -206,7 +207,10 @@ class DaskCluster:
             raise lost(self.description)
 
     def _look_for_workers(self) -> None:
-        """Say so where there has been no worker for a while: it is waited for. Raises ClusterError as `_check` does."""
+        """Say so where there has been no worker for a while: it is waited for.
+
+        Raises ClusterError as `_check` does, and where the command's own workers do not come back.
+        """
         self._check()
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
@@ -219,12 +223,15 @@ class DaskCluster:
         elif not self._told and now - self._missed >= _LONELY_SECONDS:
             self._told = True
             console.print(f"No worker is left: {self.description}. Waiting for one")
+        elif self._own and now - self._missed >= _OVER_SECONDS:
+            remedy = "Run the same command again: it goes on from what is done."
+            raise ClusterError(self.description, "no worker that could be started again", "one that is", remedy)
 
 
 def lost(description: str) -> ClusterError:
     """The error for a scheduler that is gone."""
     remedy = "Start a scheduler and workers, and run the same command again: it goes on from what is done."
-    return ClusterError(description, "a scheduler that no longer answers", "one that lives on", remedy)
+    return ClusterError(description, "a scheduler that no longer answers", "one that keeps running", remedy)
 
 
 def other_code(workers: list[str]) -> CodeError:
@@ -238,7 +245,7 @@ def _deadly(error: KilledWorker, remedy: str) -> WorkerError:
     return WorkerError(
         f"{task} on {error.last_worker.address}",
         f"{tries} worker processes that died of it, one after the other",
-        "one that lives on",
+        "one that keeps running",
         f"Most often memory ran out: {remedy}. Otherwise the worker's log may say why.",
     )
 

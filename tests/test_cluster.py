@@ -275,6 +275,18 @@ def test_a_worker_that_joins_late_with_other_code_ends_the_command() -> None:
             list(cluster.streams(dict.fromkeys(range(2), (count_slowly, ()))))
 
 
+def test_a_command_whose_own_workers_do_not_come_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("_LOOK_SECONDS", 0.1), ("_LONELY_SECONDS", 0.3), ("_OVER_SECONDS", 0.6)):
+        monkeypatch.setattr(f"pipeline.dask_cluster.{name}", seconds)
+    with connect(ClusterSettings(workers=1)) as cluster:
+        cluster._client.cluster.scale(0)
+        while cluster.workers():
+            time.sleep(0.05)
+        cluster.submit("a", nap, 3)
+        with pytest.raises(ClusterError, match="no worker that could be started again.*same command again"):
+            list(cluster)
+
+
 def test_who_is_left_without_workers_says_so_and_waits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
