@@ -1,5 +1,4 @@
-"""How large the tiles of a run are, what a slide will take, and how many workers it needs: from what a few tiles took
-(probe.py), not by assumption.
+"""How large tiles are and what a slide will take, from what a few tiles took (probe.py); and how many workers are started.
 
 A tile of t pixels reads a window of t + 2 h, so that the halo costs (1 + 2 h / t)^2: larger tiles spend less on halos, more
 on glass round the tissue, and hold more memory. No window is larger than its slide. The tissue is found in a coarse view.

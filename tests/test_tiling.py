@@ -37,7 +37,7 @@ from pipeline.slide_job import SlideJob, is_finished, job_tile_size
 from pipeline.slide_tasks import plan_slide
 from pipeline.stitching import stitching
 from pipeline.tasks import Outcome
-from pipeline.tiling import GIB, choose, estimate, tile_size_for
+from pipeline.tiling import GIB, choose, estimate, local_workers, tile_size_for
 from pipeline.tissue import Tissue
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Gland", (0, 128, 0))))
@@ -239,6 +239,21 @@ def test_workers_share_the_memory_as_they_share_the_cores(monkeypatch: pytest.Mo
         sizes.append(choose(spec(32), [full(vast)], MODEST, None))
         assert MODEST.peak_bytes((sizes[-1] + 64) ** 2) <= 2 * GIB * threads / 4
     assert sizes[0] < sizes[1]
+
+
+def test_there_are_two_workers_where_there_is_work_and_memory_for_two(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "cores", lambda: 8)
+    monkeypatch.setattr(tiling, "has_gpu", lambda: False)
+    monkeypatch.setattr(tiling, "free_gib", lambda: 8.0)
+    few = int(30e6 // open_slide(scan).base.roi.area)
+    damaged = (scan.with_name("none.tiff"), None)
+    assert local_workers([(scan, None)] * few, Mpp.square(1.0)) == 1
+    assert local_workers([damaged] + [(scan, None)] * (few + 1), Mpp.square(1.0)) == 2
+    assert local_workers([(scan, None)] * (few + 1), Mpp.square(4.0)) == 1
+    for name, value in (("free_gib", 3.0), ("has_gpu", True), ("cores", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiling, name, lambda own=value: own)
+            assert local_workers([(scan, None)] * (few + 1), Mpp.square(1.0)) == 1
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_it_takes() -> None:
