@@ -70,9 +70,14 @@ def imported() -> set[str]:
     return set(sys.modules)
 
 
+HEEDING = ("import signal", "signal.signal(signal.SIGINT, signal.default_int_handler)")
+"""What a shell starts in its background is told to ignore Ctrl-C."""
+
+
 def test_ctrl_c_counts_while_the_fork_server_starts() -> None:
     lines = (
-        "import os, signal",
+        *HEEDING,
+        "import os",
         "from multiprocessing import forkserver",
         "from pipeline.forking import start_forking",
         "start = forkserver.ensure_running",
@@ -107,7 +112,8 @@ def test_a_second_sigterm_lets_what_the_first_began_come_to_its_end(ending: str)
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 128 + signal.SIGTERM)])
 def test_ctrl_c_and_sigterm_wait_until_workers_are_started(name: str, code: int) -> None:
     lines = (
-        "import os, signal",
+        *HEEDING,
+        "import os",
         "from pipeline.forking import ended_as_by_ctrl_c, uninterrupted",
         "with ended_as_by_ctrl_c():",
         "    with uninterrupted():",
