@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 IS_COMPLETE := -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))'
-
 INCOMPLETE := $(shell $(BIN)/python $(IS_COMPLETE) 2>/dev/null || echo anew)
 
 # What the caller's own pip and Python are told to do is not for this one.
@@ -26,7 +25,7 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What an earlier call has begun and left half made, or what has lost its Python, is made anew; what somebody else put there is not.
+# What an earlier call began and left half made, or has lost its Python, is made anew; not so what somebody else put there.
 # torch comes first and by itself: with an open range pip may take a build for GPUs that is gigabytes larger.
 .venv/.torch: pyproject.toml requirements.lock $(INCOMPLETE)
 	$(BIN)/python $(IS_COMPLETE) 2>/dev/null || { test -e .venv && test ! -e .venv/.begun; } || \

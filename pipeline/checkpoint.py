@@ -38,7 +38,6 @@ _WEIGHTS = "weights.safetensors"
 _GRAPH = "network.json"
 _FILES = (_SPEC, _WEIGHTS, _GRAPH)
 _ANCESTRY = "ancestry.json"
-_BESIDE = (_ANCESTRY, "ensemble.yaml", "MLmodel")  # of models of any kind
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _RUN_RECORD = "lineage"  # its key in model.yaml
 _SEAL, _WEIGHTS_DIGEST = "spec_sha256", "weights_sha256"
@@ -178,8 +177,8 @@ def check_files(folder: Path) -> None:
         raise CheckpointError(str(folder), "a pickle", expected, remedy)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
-        own = folder.is_file() and folder.name in (*_FILES, *_BESIDE)
-        remedy = f"Give {folder.absolute().parent if own else 'the folder of the model, OUTPUT/model'}."
+        own = folder.is_file() and folder.name in (*_FILES, _ANCESTRY)
+        remedy = f"Give {folder.absolute().parent if own else 'the folder of the model, such as OUTPUT/model'}."
         raise CheckpointError(str(folder), found, expected, remedy)
     missing = [name for name in (_SPEC, _WEIGHTS) if not (folder / name).is_file()]
     if missing:

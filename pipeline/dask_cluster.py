@@ -278,7 +278,7 @@ def _tell(topic: str, code: str, function: Callable[..., Iterator[Any]], argumen
 
 def _make_ready(code: str) -> None:
     """Have this worker's allocator keep memory, however the worker was started: Dask has it give back every activation.
-    And have its user a name.
+    Give its user a name, too.
 
     Raises CodeError where it has other code: it may have joined late, or have been replaced after an update.
     """

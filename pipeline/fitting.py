@@ -51,7 +51,9 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     if training.processes > 1:
         yield from together(_fit_share, arguments, training.devices, training.nodes)
     else:
-        yield from _fit(None, *arguments)
+        from pipeline.team import Alone
+
+        yield from _fit(Alone(), *arguments)
 
 
 def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
@@ -64,9 +66,7 @@ def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
     team.close()
 
 
-def _fit(
-    team: Team | None, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str
-) -> Iterator[Record]:
+def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
     import torch
 
@@ -83,7 +83,7 @@ def _fit(
     validation = _validation(config, cases, sources, spec, team)
     trainer = Trainer(spec, learner, config.training, config.seed, team)
     stream = _stream(config, tiles, sources, trainer.device)
-    rank, size = trainer.team.rank, trainer.team.size
+    rank, size = team.rank, team.size
     seen = [case_facts(case) for case in cases]
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
     yield from standing.records
@@ -91,8 +91,8 @@ def _fit(
         with memory_sufficing("validation"):
             averaged = for_slides(trainer.averaged())
             counts, unread = validate(validation, TorchEngine(spec, averaged))
-        dice = _dice(trainer.team.total(counts), spec, rest_index(config))
-        metrics, passed_over = _metrics(epoch, dice), _of_all(trainer.team, cases, stream.unread | unread)
+        dice = _dice(team.total(counts), spec, rest_index(config))
+        metrics, passed_over = _metrics(epoch, dice), _of_all(team, cases, stream.unread | unread)
         best = not dice or metrics["dice"] > standing.best
         record = Record(epoch.number, metrics, best, trainer.planned, passed_over, validation.remark)
         if record.best and rank == 0:
@@ -107,17 +107,16 @@ def _fit(
 
 
 def _validation(
-    config: Config, cases: Sequence[Case], sources: Mapping[str, Source], spec: ModelSpec, team: Team | None
+    config: Config, cases: Sequence[Case], sources: Mapping[str, Source], spec: ModelSpec, team: Team
 ) -> Validation:
     """What is looked at after every epoch: of the slides that validate no more than an epoch learns from."""
-    from pipeline.team import Alone
 
     def opened(case: Case) -> tuple[Source, Tissue]:
         return sources[case.slide_id], case_tissue(case, config)
 
     slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
     learned = config.training.patches_per_epoch * config.tiles.patch_size**2
-    return plan_validation(slides, spec, learned, config.seed, team or Alone())
+    return plan_validation(slides, spec, learned, config.seed, team)
 
 
 def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:

@@ -62,7 +62,7 @@ def told_file(path: Path) -> str:
     """What tells a file from another that takes its place, without reading it."""
     try:
         return str(file_stamp(path))
-    except FileNotFoundError:
+    except OSError:
         return "missing"
 
 

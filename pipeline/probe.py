@@ -53,8 +53,8 @@ class Probe:
     The process held `base_bytes`, and `bytes_per_pixel` for each pixel that the network computes for a tile; it computed
     `pixels_per_second` of these. `output_bytes` is on disk for each pixel of a tile, probabilities and labels together.
     `gpu_base_bytes` and `gpu_bytes_per_pixel` are the same of a GPU, `gpu_free_bytes` how many this process could have of
-    it; all 0 where there is none. `turned` says that a window takes as much again for its quarter turn
-    where it is not square; those of a probe are.
+    it; all 0 where there is none. `turned` says that a window that is not square takes as much again for its quarter turn;
+    the windows of a probe are square.
     """
 
     base_bytes: float

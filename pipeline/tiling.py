@@ -51,9 +51,9 @@ _WORK_FOR_TWO = 30_000_000  # pixels; below, starting a second worker costs more
 class Estimate:
     """What segmenting a slide will take. `pixels` counts those of tiles with tissue, at the model's scale.
 
-    `halo_cost` is the pixels computed for each that is written: (1 + 2 h / t)^2, or what overlapping windows cost. `seconds`
-    leaves out starting up and what is made of a finished canvas; `peak_bytes` is of each worker. `output_bytes` is the
-    canvas with its pyramid, at the rate at which the probe's tiles were compressed.
+    `halo_cost` is the pixels computed for each that is written, on this slide, whose border cuts windows and tiles.
+    `seconds` leaves out starting up and what is made of a finished canvas; `peak_bytes` is of each worker. `output_bytes` is
+    the canvas with its pyramid, at the rate at which the probe's tiles were compressed.
     """
 
     tile_size: int
@@ -147,8 +147,8 @@ def choose(
     memory_gib: float | None,
     others: Sequence[Lattice] = (),
 ) -> int:
-    """The tile size, in pixels, with which the tissue of these slides is read least, within the memory of a worker, which
-    windows of `others` fit as well.
+    """The tile size, in pixels, with which the tissue of these slides is read least, such that their windows and those of
+    `others` fit into the memory of a worker.
 
     Sizes at which the halo costs more than a fifth are taken only where all others read a tenth more: so large slides and
     small ones, which differ in how much glass lies in their tiles, get tiles of one size, and take as much memory.

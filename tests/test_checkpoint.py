@@ -311,11 +311,12 @@ def test_a_pickle_is_refused_before_it_is_opened(tmp_path: Path) -> None:
 
 
 def test_of_a_file_of_a_model_the_folder_is_named(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "ensemble.yaml").touch()
-    own = [saved / name for name in ("model.yaml", "weights.safetensors", "network.json")]
-    for path in (*own, tmp_path / "ensemble.yaml"):
-        with pytest.raises(CheckpointError, match=f"{path.name}: found a file; .* Give {path.parent}[.]$"):
-            resolve_model(str(path))
+    for name in ("model.yaml", "weights.safetensors", "network.json"):
+        with pytest.raises(CheckpointError, match=f"{name}: found a file; .* Give {saved}[.]$"):
+            resolve_model(str(saved / name))
+    (tmp_path / "other").touch()
+    with pytest.raises(CheckpointError, match=r"other: found a file; .* such as OUTPUT/model[.]$"):
+        resolve_model(str(tmp_path / "other"))
 
 
 def test_a_spec_and_a_digest_need_no_torch(saved: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import CheckpointError, CohortError, ConfigError
 from pipeline.folder import alone, write_setup
 from pipeline.geometry import Roi
 from pipeline.histology import GLASS
-from pipeline.inputs import LeftOut, TileFacts, check_output, read_tile_facts, training_inputs
+from pipeline.inputs import LeftOut, TileFacts, check_output, read_tile_facts, told_file, training_inputs
 from pipeline.phantom import make_phantom
 from pipeline.registry import check_alias
 from pipeline.sources import open_sources
@@ -188,6 +188,11 @@ def test_a_damaged_table_of_tiles_is_none(tmp_path: Path) -> None:
         read_tile_facts(path)  # whatever it finds, it does not fail
     path.write_bytes(b"PAR1")
     assert read_tile_facts(path) is None
+
+
+def test_a_file_out_of_reach_is_told_as_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert told_file(tmp_path / "none.svs") == told_file(tmp_path / "file" / "below.svs") == "missing" != told_file(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from pipeline import __version__
 from pipeline.assessment import SHAPE_SCORES, Assessment, Rules, SlideAssessment, assess, extended, overall_error
 from pipeline.assessment_file import FILE as ASSESSMENTS
 from pipeline.assessment_file import read_assessment, write_assessment, write_assessments
@@ -24,6 +23,7 @@ from pipeline.folder import require_output
 from pipeline.geometry import Mpp
 from pipeline.lineage import cases_facts, note_used
 from pipeline.metrics import POOLED, Report, few_patients, report, table
+from pipeline.origin import source_digest
 from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress, show
 from pipeline.settings import SPLITS
@@ -148,7 +148,7 @@ def _made_from(case: Case, config: Config, job: SlideJob) -> dict[str, str]:
     """All that a segmented slide's assessment depends on, by name; the provenance has the identity of its canvas."""
     sections = config.model_dump(mode="json", include={"classes", "annotations"})
     return {
-        "fullfield": __version__,
+        "code": source_digest(),
         "provenance": file_digest(job.folder / PROVENANCE),
         "annotation": "" if case.annotation is None else file_digest(case.annotation),
         "rules": json.dumps(asdict(_rules(config))),
