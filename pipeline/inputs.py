@@ -1,4 +1,4 @@
-"""What the table of tiles, a training and a model are made from, told by digests, so that none is taken for another's."""
+"""What a training and a model are made from, told by digests, so that none is taken for another's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from pyarrow import ArrowInvalid, parquet
 
 from pipeline import __version__, checkpoint, snapshot
 from pipeline.cohort import Case, manifest_text
@@ -25,85 +23,15 @@ from pipeline.slide import open_slide
 TILED = ("classes", "annotations", "tissue", "tiles")
 """Sections of a configuration on which the table of tiles depends, besides the network's mpp."""
 
-_INPUTS, _LEFT_OUT = b"fullfield.inputs", b"fullfield.left_out"  # keys of the metadata of the table of tiles
 _SLIDE = "slide "  # begins the names of facts that are slides
 _DIGITS = 8  # of a digest that people read
 _SHOWN = 60  # letters of a value that an error tells
 
 
-def tile_inputs(config: Config, cases: Sequence[Case]) -> str:
-    """A SHA-256 over all that the table of tiles depends on, and which Fullfield counts it."""
-    sections = config.model_dump(mode="json", include=set(TILED))
-    return _sha256([__version__, sections, config.network.mpp, _stamps(cases)])
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Why a slide could not be read, and what told its `file` from others by then; empty where it is to be tried again."""
-
-    why: str
-    file: str
-
-
-@dataclass(frozen=True)
-class TileFacts:
-    """What a table of tiles was made from, as `tile_inputs` tells it, and the slides that it leaves out, by slide_id."""
-
-    inputs: str
-    left_out: Mapping[str, LeftOut]
-
-    def metadata(self) -> dict[bytes, str]:
-        """The same as the table keeps it."""
-        left_out = {name: [slide.why, slide.file] for name, slide in self.left_out.items()}
-        return {_INPUTS: self.inputs, _LEFT_OUT: json.dumps(left_out, sort_keys=True)}
-
-
-def told_file(path: Path) -> str:
-    """What tells a file from another that takes its place, without reading it."""
-    try:
-        return str(file_stamp(path))
-    except OSError:
-        return "missing"
-
-
-def read_tile_facts(tiles: Path) -> TileFacts | None:
-    """What a table of tiles tells of itself; None where there is no table, or a damaged one."""
-    try:
-        metadata = parquet.read_schema(tiles).metadata or {}
-    except (FileNotFoundError, ArrowInvalid):
-        return None
-    except OSError as error:
-        if error.errno is None:  # what is damaged where pyarrow does not look for it
-            return None
-        raise
-    try:
-        left_out = {name: LeftOut(*told) for name, told in json.loads(metadata[_LEFT_OUT]).items()}
-        return TileFacts(metadata[_INPUTS].decode(), left_out)
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return None
-
-
-def tiled_already(tiles: Path, inputs: str, cases: Sequence[Case]) -> TileFacts | None:
-    """What a table tells of itself, if it was made from such inputs, and those of the cases that it leaves out have not
-    changed since; else None.
-    """
-    found = read_tile_facts(tiles)
-    if found is None or found.inputs != inputs:
-        return None
-    absent = [case for case in cases if case.slide_id in found.left_out]
-    return found if all(told_file(case.slide) == found.left_out[case.slide_id].file for case in absent) else None
-
-
-def are_among(cases: Sequence[Case], others: Sequence[Case]) -> bool:
-    """Whether each case is one of the others, whatever their splits: the same slide, annotation, scale and patient."""
-    own, known = ({json.dumps(_case_stamp(replace(case, split="train"))) for case in group} for group in (cases, others))
-    return own <= known
-
-
 def training_inputs(config: Config, cases: Sequence[Case]) -> str:
     """A SHA-256 over all that a trained model depends on: what is only tested on, or has no annotation, may change."""
     learned = [case for case in cases if case.split in ("train", "val") and case.annotation is not None]
-    return _sha256([_training_sections(config), _stamps(learned)])
+    return digest_of([_training_sections(config), _stamps(learned)])
 
 
 def training_facts(config: Config, cases: Sequence[Case]) -> dict[str, str]:
@@ -201,6 +129,16 @@ def _check_interrupted(config: Config) -> None:
         raise snapshot.of_another(snapshot.beside(unfinished), changed)
 
 
+def content_stamp(case: Case) -> str:
+    """A SHA-256 over what a case is read from, at which scale: whose it is and in which split may change."""
+    return digest_of(_case_stamp(replace(case, slide_id="", patient="", split="")))
+
+
+def digest_of(content: object) -> str:
+    """A SHA-256 over what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _stamps(cases: Sequence[Case]) -> list[list[object]]:
     """The stamps of cases by id: in which order a manifest names them tells nothing."""
     return [_case_stamp(case) for case in sorted(cases, key=lambda case: case.slide_id)]
@@ -209,18 +147,17 @@ def _stamps(cases: Sequence[Case]) -> list[list[object]]:
 def _case_stamp(case: Case) -> list[object]:
     """What tells a case from another: ids, scale, and digests of the slide and of the annotation."""
     annotation = "" if case.annotation is None else file_digest(case.annotation)
-    slide = _slide_digest(case.slide, *file_stamp(case.slide))
+    slide = slide_digest(case.slide) or f"{case.slide.stat().st_size} bytes"
     return [case.slide_id, case.patient, case.split, case.mpp, slide, annotation]
 
 
+def slide_digest(path: Path) -> str | None:
+    """That of `Slide.digest`; None where the file cannot be opened, which is told where it is read."""
+    return _digest_of_slide(path, *file_stamp(path))
+
+
 @cache
-def _slide_digest(path: Path, size: int, *_stamp: int) -> str:
-    """A slide's digest; of a file that cannot be opened, which is told where it is read, its size."""
-    try:
+def _digest_of_slide(path: Path, *_stamp: int) -> str | None:
+    with suppress(SlideError):
         return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one
-    except SlideError:
-        return f"{size} bytes"
-
-
-def _sha256(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return None

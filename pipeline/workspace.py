@@ -8,22 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow as pa
-from pyarrow import compute, parquet
+from pyarrow import parquet
 
 from pipeline import snapshot
 from pipeline.addresses import chosen_address, own_address
 from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, read_manifest
 from pipeline.config import Config
-from pipeline.files import replacing
 from pipeline.folder import alone, check_files, check_owner, write_setup
-from pipeline.inputs import TILED, TileFacts, are_among, check_output, tile_inputs, tiled_already
+from pipeline.inputs import check_output
 from pipeline.progress import console
 from pipeline.settings import ALIAS, RESERVED_ALIAS
 from pipeline.slide_job import SlideJob
 from pipeline.specs import model_spec
 from pipeline.tasks import Cluster
+from pipeline.tile_table import TileTable, read_facts
 from pipeline.tracking import Run
 
 _LONGEST_ALIAS = 255  # letters that MLflow takes
@@ -148,24 +147,11 @@ def slide_job(case: Case, config: Config) -> SlideJob:
 
 
 def adopt_tiles(workspace: Workspace, whole: Workspace) -> None:
-    """Write the table of tiles as the tile stage would, from that of a whole with these slides and others, in any splits.
+    """Take what the table of tiles of a whole has of these slides, in whatever splits, as if they had been counted here.
 
-    Nothing is written where the whole divides slides otherwise, where it lacks a slide, or one that it left out has changed
-    since, or where the workspace has its own table of these slides already.
+    Nothing is written where it has none that counts here, or the workspace has its own table of these slides already.
     """
     config, cases = workspace.config, workspace.cases
-    inputs = tile_inputs(config, cases)
-    same = all(getattr(config, name) == getattr(whole.config, name) for name in TILED)
-    if not same or config.network.mpp != whole.config.network.mpp or tiled_already(workspace.tiles, inputs, cases):
-        return
-    found = tiled_already(whole.tiles, tile_inputs(whole.config, whole.cases), cases)
-    if found is None or not are_among(cases, whole.cases):
-        return
-    table, splits = parquet.read_table(whole.tiles), {case.slide_id: case.split for case in cases}
-    table = table.filter(compute.is_in(table["slide_id"], pa.array(splits)))
-    column = pa.array(splits.values()).take(compute.index_in(table["slide_id"], pa.array(splits)))
-    table = table.set_column(table.schema.get_field_index("split"), table.schema.field("split"), column)
-    left_out = {name: slide for name, slide in found.left_out.items() if name in splits}
-    facts = TileFacts(inputs, left_out)
-    with replacing(workspace.tiles) as partial:
-        parquet.write_table(table.replace_schema_metadata(facts.metadata()), partial)
+    own, adopted = read_facts(workspace.tiles), TileTable(whole.tiles, config, cases)
+    if adopted.facts.counted and not (own and own.is_of(config, cases)):
+        adopted.write(workspace.tiles)

@@ -27,7 +27,6 @@ from pipeline.errors import AnnotationError, CheckpointError, CohortError, Track
 from pipeline.files import file_digest
 from pipeline.fitting import fit
 from pipeline.geometry import Mpp, Roi
-from pipeline.inputs import tile_inputs, tiled_already
 from pipeline.metrics import POOLED, ratios
 from pipeline.phantom import make_cohort, write_slide
 from pipeline.registry import fold_references, resolve_model
@@ -37,6 +36,7 @@ from pipeline.slide import open_slide
 from pipeline.sources import case_truth
 from pipeline.store import open_store
 from pipeline.tally import Tally, find_tally, write_tally
+from pipeline.tile_table import read_facts
 from pipeline.tissue import find_tissue
 from pipeline.workspace import open_workspace
 from workflows.crossval import _content, crossval
@@ -451,7 +451,7 @@ def test_tiles_of_another_division_are_not_adopted(config: Path, tmp_path: Path,
             assert not part.tiles.exists()
 
 
-def test_tiles_are_adopted_with_what_was_left_out(config: Path, tmp_path: Path) -> None:
+def test_tiles_are_adopted_slide_by_slide(config: Path, tmp_path: Path) -> None:
     from pipeline.workspace import adopt_tiles
 
     cases = list(read_manifest(config.parent / "cohort" / "cohort.csv"))
@@ -465,25 +465,52 @@ def test_tiles_are_adopted_with_what_was_left_out(config: Path, tmp_path: Path) 
     dealt = [replace(case, split="test" if case.split == "train" else "train") for case in good[1:]]
     strangers = [replace(good[0], slide_id="stranger"), replace(good[0], mpp=2.0), replace(good[0], annotation=None)]
 
-    def adopted(name: str, cases: Sequence[Case]) -> tuple[set[tuple[str, str]], set[str]] | None:
-        """The slides with their splits in the table that a part adopts, and those that it leaves out."""
+    def adopted(name: str, cases: Sequence[Case]) -> tuple[set[tuple[str, str]], set[str], list[Case]]:
+        """The slides with their splits in the table that a part adopts, those that it leaves out, and what is to count."""
         part = replace(whole, config=whole.config.model_copy(update={"output": tmp_path / name}), cases=tuple(cases))
         adopt_tiles(part, whole)
-        facts = tiled_already(part.tiles, tile_inputs(part.config, part.cases), part.cases)
-        if facts is None:
-            assert not part.tiles.exists()
-            return None
-        table = parquet.read_table(part.tiles)
-        return set(zip(table["slide_id"].to_pylist(), table["split"].to_pylist(), strict=True)), set(facts.left_out)
+        table, facts = parquet.read_table(part.tiles), read_facts(part.tiles)
+        rows = set(zip(table["slide_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+        return rows, set(facts.left_out), facts.to_count(cases)
 
-    assert adopted("same", whole.cases) == ({(case.slide_id, case.split) for case in good}, {"broken"})
+    assert adopted("same", whole.cases) == ({(case.slide_id, case.split) for case in good}, {"broken"}, [])
     fold = {(case.slide_id, case.split) for case in dealt}
-    assert adopted("fold", dealt[1:]) != adopted("fold", dealt) == (fold, set()), "in the place of one that no longer serves"
+    assert adopted("fold", dealt[1:]) != adopted("fold", dealt) == (fold, set(), []), "in place of one that no longer serves"
     for number, stranger in enumerate(strangers):
-        assert adopted(f"stranger {number}", [*good[1:], stranger]) is None
+        rows, _, missing = adopted(f"stranger {number}", [*good[1:], stranger])
+        assert rows == {(case.slide_id, case.split) for case in good[1:]} and missing == [stranger]
     broken.slide.write_bytes(b"NO SLIDE")
-    assert adopted("later", whole.cases) is None
-    assert adopted("later fold", dealt) == (fold, set())
+    assert adopted("later", whole.cases)[1:] == (set(), [case for case in whole.cases if case.slide_id == "broken"])
+    assert adopted("later fold", dealt) == (fold, set(), [])
+
+
+def test_only_what_has_changed_is_tiled_again(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = Path(shutil.copytree(config.parent / "cohort", tmp_path / "cohort"))
+    cases, counted = list(read_manifest(cohort / "cohort.csv")), list[str]()
+
+    def noted(case: Case, own: Config) -> Any:
+        counted.append(case.slide_id)
+        return tile_case(case, own)
+
+    def tiled(cases: Sequence[Case], name: str = "out") -> pa.Table:
+        write_manifest(cohort / "cohort.csv", cases)
+        overrides = [f"output={tmp_path / name}", f"cohort.manifest={cohort / 'cohort.csv'}"]
+        with open_workspace(load_config(config, overrides)) as workspace:
+            tile_cohort(workspace)
+            return parquet.read_table(workspace.tiles)
+
+    monkeypatch.setattr("workflows.tile.tile_case", noted)
+    first, annotation = cases[0], cases[0].annotation
+    outlines = annotation.read_bytes()
+    annotation.write_text("[")
+    with pytest.raises(AnnotationError):
+        tiled(cases[:-1])
+    assert sorted(counted) == sorted(case.slide_id for case in cases[:-1])
+    counted.clear()
+    annotation.write_bytes(outlines)
+    table = tiled(cases)
+    assert sorted(counted) == sorted([first.slide_id, cases[-1].slide_id])
+    assert tiled(cases, "anew").equals(table)
 
 
 def test_one_scan_is_not_learned_from_and_examined_on(config: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.config_file import load_config
 from pipeline.errors import CanvasError, CheckpointError, CohortError, SlideError
 from pipeline.files import locked
 from pipeline.footprint import with_footprint
-from pipeline.inputs import tile_inputs, training_facts, training_inputs
+from pipeline.inputs import training_facts, training_inputs
 from pipeline.lineage import other_ways
 from pipeline.network import ModelSpec
 from pipeline.phantom import make_phantom
@@ -509,18 +509,9 @@ def test_the_order_of_a_manifest_tells_nothing(scan: Path, tmp_path: Path) -> No
     example = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
     config = load_config(example)
     cases = [Case(name, name, scan, scan, "train") for name in ("a", "b")]
-    for inputs in (tile_inputs, training_inputs):
-        assert inputs(config, cases) == inputs(config, cases[::-1]) != inputs(config, cases[:1])
+    assert training_inputs(config, cases) == training_inputs(config, cases[::-1]) != training_inputs(config, cases[:1])
     unknown = replace(cases[0], slide_id="c", patient="c", annotation=None)
     assert training_inputs(config, [*cases, unknown]) == training_inputs(config, cases), "nothing is learned from it"
-
-
-def test_cells_are_counted_anew_by_another_version(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml")
-    cases = [Case("a", "a", scan, scan, "train")]
-    before = tile_inputs(config, cases), training_inputs(config, cases)
-    monkeypatch.setattr("pipeline.inputs.__version__", "0.0.1")
-    assert tile_inputs(config, cases) != before[0] and training_inputs(config, cases) == before[1]
 
 
 def test_it_is_said_where_a_model_hands_on_another_way_than_a_run_has_now(models: list[Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import CheckpointError, CohortError, ConfigError
 from pipeline.folder import alone, write_setup
 from pipeline.geometry import Roi
 from pipeline.histology import GLASS
-from pipeline.inputs import LeftOut, TileFacts, check_output, read_tile_facts, told_file, training_inputs
+from pipeline.inputs import check_output, training_inputs
 from pipeline.phantom import make_phantom
 from pipeline.registry import check_alias
 from pipeline.sources import open_sources
@@ -174,25 +174,6 @@ def test_slides_without_cells_are_not_learned_from(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"slide_id": ["b", "b"]}), tmp_path / "tiles.parquet")
     workspace = Workspace(config(tmp_path), cases, Here(), None)
     assert [case.slide_id for case in workspace.tiled(("val",))] == ["b"]
-
-
-def test_a_damaged_table_of_tiles_is_none(tmp_path: Path) -> None:
-    path = tmp_path / "tiles.parquet"
-    table = pa.table({"slide_id": [str(number) for number in range(50)]})
-    facts = TileFacts("inputs", {"7": LeftOut("found nothing", "missing")})
-    parquet.write_table(table.replace_schema_metadata(facts.metadata()), path)
-    assert read_tile_facts(path) == facts
-    whole, rng = path.read_bytes(), np.random.default_rng(7)
-    for place in len(whole) - rng.integers(9, min(600, len(whole)), 60):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        read_tile_facts(path)  # whatever it finds, it does not fail
-    path.write_bytes(b"PAR1")
-    assert read_tile_facts(path) is None
-
-
-def test_a_file_out_of_reach_is_told_as_a_missing_one(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert told_file(tmp_path / "none.svs") == told_file(tmp_path / "file" / "below.svs") == "missing" != told_file(tmp_path)
 
 
 @pytest.fixture(scope="module")

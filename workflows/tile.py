@@ -14,17 +14,17 @@ from rich.table import Table
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import AnnotationError, CohortError, SlideError, WorkerError
-from pipeline.files import replacing
 from pipeline.geometry import Mpp
 from pipeline.grid import Grid
-from pipeline.inputs import LeftOut, TileFacts, tile_inputs, tiled_already, told_file
+from pipeline.inputs import slide_digest
 from pipeline.label_truth import LabelImageTruth
 from pipeline.progress import console, new_table, progress
-from pipeline.settings import SPLITS, TILE_COLUMNS
+from pipeline.settings import SPLITS
 from pipeline.slide import open_slide
 from pipeline.slide_job import too_coarse
 from pipeline.sources import case_truth
 from pipeline.specs import read_config
+from pipeline.tile_table import TileFacts, TileTable, columns, read_facts
 from pipeline.tissue import find_tissue
 from pipeline.tracking import Run
 from pipeline.workspace import Workspace, log_inputs, open_workspace
@@ -47,20 +47,19 @@ def tile(path: Path, overrides: Sequence[str]) -> int:
 
 
 def tile_cohort(workspace: Workspace) -> int:
-    """Write tiles.parquet, one row per cell, and show what there is to learn from, unless it is there already.
+    """Write tiles.parquet, one row per cell, of slides that are not counted there yet, and show what there is to learn from.
 
     A slide that cannot be read is named and left out, and not tried again until its file changes; returns 1 where there is
-    one, else 0. Raises AnnotationError where annotations cannot be used, all of them in one message.
+    one, else 0. Raises AnnotationError where annotations cannot be used, all of them in one message, and CohortError where
+    one scan is in two splits or of two patients. What was counted by then need not be counted again.
     """
-    config, inputs = workspace.config, tile_inputs(workspace.config, workspace.cases)
-    facts = tiled_already(workspace.tiles, inputs, workspace.cases)
-    done = facts is not None
+    config, cases = workspace.config, workspace.cases
+    facts = read_facts(workspace.tiles)
+    done = facts is not None and facts.is_of(config, cases) and not facts.to_count(cases)
     with workspace.run.child("tile") as run:
-        if facts is None:
-            cells, left_out = _count(workspace, run)
-            facts = TileFacts(inputs, left_out)
-            with replacing(workspace.tiles) as partial:
-                parquet.write_table(cells.replace_schema_metadata(facts.metadata()), partial)
+        if facts is None or not done:
+            _check_twins(cases, config)
+            facts = _count(workspace, run)
         areas = _areas(workspace.tiles, config)
         run.log_metrics({f"mm2 {split} {name}": area for (split, name), area in areas.items()})
         run.log_file(workspace.tiles)
@@ -72,44 +71,47 @@ def tile_cohort(workspace: Workspace) -> int:
     return 1 if facts.left_out else 0
 
 
-def _count(workspace: Workspace, run: Run) -> tuple[pa.Table, dict[str, LeftOut]]:
-    """The rows of all slides, which are logged as the run's data, and what is wrong with slides that have none.
-
-    Rows are sorted by slide_id, y and x. A slide whose worker died is to be tried again: memory may suffice another time.
-    """
-    cells, left_out, unusable, scans = dict[str, pa.Table](), dict[str, LeftOut](), list[str](), dict[str, Case]()
-    for case in workspace.cases:
+def _count(workspace: Workspace, run: Run) -> TileFacts:
+    """Count what is not counted yet, log those slides as the run's data, and write the table, even where this fails."""
+    table, unusable = TileTable(workspace.tiles, workspace.config, workspace.cases), list[str]()
+    waiting = table.facts.to_count(workspace.cases)
+    for case in waiting:
         workspace.cluster.submit(case, tile_case, case, workspace.config)
-    with progress("tile: slides", len(workspace.cases)) as bar:
-        for outcome in workspace.cluster:
-            if outcome.error is None:
-                case, found = outcome.key, outcome.value
-                cells[case.slide_id] = found.cells
-                _check_twin(case, scans.setdefault(found.digest, case), workspace.config)
-                run.log_dataset(case.slide_id, found.digest, case.slide, case.split)
-                for remark in found.remarks:
-                    console.print(f"tile: {case.slide_id}: {remark}")
-            elif isinstance(outcome.error, SlideError | WorkerError):
-                file = told_file(outcome.key.slide) if isinstance(outcome.error, SlideError) else ""
-                left_out[outcome.key.slide_id] = LeftOut(str(outcome.error), file)
-            elif isinstance(outcome.error, AnnotationError):
-                unusable.append(str(outcome.error))
-            else:
-                raise outcome.error
-            bar.advance()
+    try:
+        with progress("tile: slides", len(waiting)) as bar:
+            for outcome in workspace.cluster:
+                case = outcome.key
+                if outcome.error is None:
+                    found = outcome.value
+                    table.add(case, found.cells)
+                    run.log_dataset(case.slide_id, found.digest, case.slide, case.split)
+                    for remark in found.remarks:
+                        console.print(f"tile: {case.slide_id}: {remark}")
+                elif isinstance(outcome.error, SlideError | WorkerError):
+                    table.leave_out(case, outcome.error)
+                elif isinstance(outcome.error, AnnotationError):
+                    unusable.append(str(outcome.error))
+                else:
+                    raise outcome.error
+                bar.advance()
+    finally:
+        table.write(workspace.tiles)
     if unusable:
-        found = "\n  - ".join(["these problems:", *sorted(unusable)])
-        raise AnnotationError(str(workspace.config.cohort.manifest), found, "annotations that can be read", "Correct them.")
-    empty = _schema(workspace.config).empty_table()
-    return pa.concat_tables([empty, *(cells[name] for name in sorted(cells))]), left_out
+        problems, manifest = "\n  - ".join(["these problems:", *sorted(unusable)]), str(workspace.config.cohort.manifest)
+        raise AnnotationError(manifest, problems, "annotations that can be read", "Correct them.")
+    return table.facts
 
 
-def _check_twin(case: Case, other: Case, config: Config) -> None:
+def _check_twins(cases: Sequence[Case], config: Config) -> None:
     """Raise CohortError where two cases are one scan that would be learned from and examined on."""
-    if (case.patient, case.split) != (other.patient, other.split):
-        names = [f"{one.slide_id} (patient {one.patient}, {one.split})" for one in (other, case)]
-        found, remedy = f"one scan as {' and as '.join(names)}", "Delete one of the rows, or give both one patient."
-        raise CohortError(str(config.cohort.manifest), found, "a scan in one split, of one patient", remedy)
+    scans = dict[str, Case]()
+    for case in cases:
+        digest = slide_digest(case.slide)
+        other = scans.setdefault(digest, case) if digest is not None else case
+        if (case.patient, case.split) != (other.patient, other.split):
+            names = [f"{one.slide_id} (patient {one.patient}, {one.split})" for one in (other, case)]
+            found, remedy = f"one scan as {' and as '.join(names)}", "Delete one of the rows, or give both one patient."
+            raise CohortError(str(config.cohort.manifest), found, "a scan in one split, of one patient", remedy)
 
 
 def tile_case(case: Case, config: Config) -> Found:
@@ -148,14 +150,7 @@ def _table(
     x, y = ([corner[axis] for corner in corners] for axis in (0, 1))
     classes = [[float(shares[index]) for shares in fractions] for index in range(len(config.class_list.names))]
     known = [sum(shares.tolist()) for shares in fractions]
-    return pa.table([*ids, x, y, tissue, known, *classes], schema=_schema(config))
-
-
-def _schema(config: Config) -> pa.Schema:
-    """The columns of the table of tiles."""
-    kinds = {"slide_id": pa.string(), "patient": pa.string(), "split": pa.string(), "x": pa.int64(), "y": pa.int64()}
-    names = (*TILE_COLUMNS, *config.class_list.names)
-    return pa.schema([pa.field(name, kinds.get(name, pa.float64())) for name in names])
+    return pa.table([*ids, x, y, tissue, known, *classes], schema=columns(config))
 
 
 def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:

@@ -15,11 +15,12 @@ from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.fitting import fit
 from pipeline.folder import require_output
-from pipeline.inputs import read_tile_facts, tile_inputs, training_facts, training_inputs
+from pipeline.inputs import training_facts, training_inputs
 from pipeline.lineage import as_used, begin_lineage, cases_facts, models_facts, other_ways, write_lineage
 from pipeline.progress import console, progress
 from pipeline.snapshot import Record
 from pipeline.specs import read_config
+from pipeline.tile_table import read_facts
 from pipeline.workspace import Workspace, log_inputs, open_workspace
 
 _FEW_EPOCHS = 3  # with less, hardly any of them has a small learning rate
@@ -110,8 +111,8 @@ def begin(workspace: Workspace, anew: bool) -> Run:
 
 
 def _check_tiles(workspace: Workspace) -> None:
-    found = read_tile_facts(workspace.tiles)
-    if found is None or found.inputs != tile_inputs(workspace.config, workspace.cases):
+    found = read_facts(workspace.tiles)
+    if found is None or not found.is_of(workspace.config, workspace.cases):
         was = "no such file" if found is None else "a table of another cohort, configuration or version"
         raise TrainingError(str(workspace.tiles), was, "the table of these tiles", "Run `fullfield tile` first.")
 
