@@ -44,7 +44,8 @@ _SHARE = 0.8  # of the free memory of the machine or the GPU, or of all that a c
 _SAMPLED = 4  # slides at most whose tissue is looked for, the largest among them, by this many um/px or more
 _COARSE_MPP = 32.0
 _PYRAMID = 4 / 3  # pixels of all levels, relative to the finest
-_WORK_FOR_TWO = 30_000_000  # pixels; below, starting a second worker costs more than it saves
+_LEAST_WORK = 15_000_000  # pixels for each of several workers; with less, starting one costs more than it saves
+_THREADS = 4  # of a worker on a machine of many processors, where what one thread does, such as outlines, weighs more
 
 
 @dataclass(frozen=True)
@@ -210,20 +211,20 @@ def _largest_useful(way: Exact, step: int) -> int:
 
 
 def local_workers(slides: Iterable[tuple[Path, float | None]], scale: Mpp) -> int:
-    """Two, each with half the threads, where slides, given as path and mpp, have work for both at `scale`; else one.
+    """How many share the processors, where slides, given as path and mpp, have work for them at `scale`.
 
-    One then reads, writes or outlines while the other computes. A GPU, or scarce memory, is not shared. Slides that cannot
-    be read do not count.
+    That is two, so that one reads, writes or outlines while the other computes, or one for every four processors where that
+    is more. A GPU is not shared, and each has memory of its own. Slides that cannot be read do not count.
     """
-    if cores() == 1 or has_gpu() or free_gib() < 2 * _USUAL_GIB:
+    if cores() == 1 or has_gpu():
         return 1
-    pixels = 0
+    most, pixels = min(max(cores() // _THREADS, 2), int(free_gib() // _USUAL_GIB)), 0
     for path, mpp in slides:
         with suppress(SlideError):
             pixels += open_slide(path, mpp).base.at(scale).roi.area
-        if pixels > _WORK_FOR_TWO:
-            return 2
-    return 1
+        if pixels >= most * _LEAST_WORK:
+            break
+    return max(min(most, pixels // _LEAST_WORK), 1)
 
 
 def free_gib() -> float:

@@ -241,19 +241,28 @@ def test_workers_share_the_memory_as_they_share_the_cores(monkeypatch: pytest.Mo
     assert sizes[0] < sizes[1]
 
 
-def test_there_are_two_workers_where_there_is_work_and_memory_for_two(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "cores", lambda: 8)
-    monkeypatch.setattr(tiling, "has_gpu", lambda: False)
-    monkeypatch.setattr(tiling, "free_gib", lambda: 8.0)
-    few = int(30e6 // open_slide(scan).base.roi.area)
-    damaged = (scan.with_name("none.tiff"), None)
-    assert local_workers([(scan, None)] * few, Mpp.square(1.0)) == 1
-    assert local_workers([damaged] + [(scan, None)] * (few + 1), Mpp.square(1.0)) == 2
-    assert local_workers([(scan, None)] * (few + 1), Mpp.square(4.0)) == 1
-    for name, value in (("free_gib", 3.0), ("has_gpu", True), ("cores", 1)):
+def test_there_are_workers_for_whom_there_is_work_and_memory(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine, area = Mpp.square(1.0), open_slide(scan).base.at(Mpp.square(1.0)).roi.area
+
+    def slides(pixels: float) -> list[tuple[Path, float | None]]:
+        """A damaged one, and as many as have so many pixels."""
+        return [(scan.with_name("none.tiff"), None), *[(scan, None)] * math.ceil(pixels / area)]
+
+    machine = {"cores": 16, "has_gpu": False, "free_gib": 9.0}
+    for name, value in machine.items():
+        monkeypatch.setattr(tiling, name, lambda own=value: own)
+    assert [local_workers(slides(mpx * 1e6), fine) for mpx in (1, 15, 29, 30, 46, 60, 900)] == [1, 1, 1, 2, 3, 4, 4]
+    assert local_workers(slides(60e6), Mpp.square(4.0)) == 1
+    for name, value, count in (
+        ("free_gib", 7.0, 3),
+        ("free_gib", 1.0, 1),
+        ("has_gpu", True, 1),
+        ("cores", 1, 1),
+        ("cores", 2, 2),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(tiling, name, lambda own=value: own)
-            assert local_workers([(scan, None)] * (few + 1), Mpp.square(1.0)) == 1
+            assert local_workers(slides(60e6), fine) == count
 
 
 def test_too_little_memory_is_an_error_that_says_how_much_it_takes() -> None:
