@@ -63,7 +63,8 @@ def approved(model: Path, slide_path: Path, labels: Path, precision: Precision) 
     square = max(squares, key=lambda square: tissue.fraction(square, slide.base))
     source = Source(slide, OnePass(slide.base, Labels.open(labels), square), slide.base)
     exact = open_engine(model, settled(EXACT))
-    found, _ = measure_deviation(exact, load_engine(model, settings), {slide_path.name: lambda: (source, tissue)})
+    slides = {slide_path.name: lambda: (source, tissue)}
+    found, _ = measure_deviation(exact, load_engine(model, settings), slides, slide.base.roi.area, seed=0)
     approve(found, settings, model)
     return found
 

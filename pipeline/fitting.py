@@ -32,7 +32,7 @@ from pipeline.snapshot import Record, Standing
 from pipeline.sources import case_tissue, left_as_scanned, open_sources
 from pipeline.specs import model_spec, rest_index
 from pipeline.tissue import Tissue
-from pipeline.validation import Validation, plan_validation, validate
+from pipeline.validation import Validation, learned_pixels, plan_validation, validate
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +115,7 @@ def _validation(
         return sources[case.slide_id], case_tissue(case, config)
 
     slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
-    learned = config.training.patches_per_epoch * config.tiles.patch_size**2
-    return plan_validation(slides, spec, learned, config.seed, team)
+    return plan_validation(slides, spec, learned_pixels(config), config.seed, team)
 
 
 def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:

@@ -18,7 +18,7 @@ from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, first_read, patch_roi
 from pipeline.stitching import usual
 from pipeline.tissue import Tissue
-from pipeline.validation import KNOWN_TILE, Opened, known_tiles
+from pipeline.validation import KNOWN_TILE, Opened, Part, plan_validation
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -27,26 +27,33 @@ if TYPE_CHECKING:
 _PATCHES = 100  # for calibration: figures no longer change with more
 
 
-def measure_deviation(exact: Engine, other: Engine, slides: Mapping[str, Opened]) -> tuple[Deviation, list[str]]:
-    """Run both engines over all tissue of the slides of which something is known, each opened in its turn, and compare.
+def measure_deviation(
+    exact: Engine, other: Engine, slides: Mapping[str, Opened], most: int, seed: int
+) -> tuple[Deviation, list[str]]:
+    """Run both engines over tissue of the slides of which something is known, each opened in its turn, and compare.
 
-    A pixel for which one of them has no number has changed, and infinitely. Returns also the slides that cannot be read, of
-    which nothing is counted.
+    That is all such tissue, or no more than `most` pixels of tiles, drawn as those that validate are. A pixel for which one
+    of them has no number has changed, and infinitely. Returns also the slides that cannot be read, of which nothing is
+    counted.
     """
+    from pipeline.team import Alone
+
     both, classes = _Both(exact, other), len(exact.spec.classes)
     counts, pixels, changed, largest = np.zeros((2, classes, classes + 1), np.int64), 0, 0, 0.0
-    unread = list[str]()
-    for name, opened in slides.items():
+    looked_at = plan_validation(slides, exact.spec, most, seed, Alone())
+    unread = set(looked_at.unread)
+    for name, part in looked_at.parts.items():
         try:
-            found = list(_compared(both, *opened()))
+            found = list(_compared(both, part, slides[name]()[1]))
         except SlideError:
-            unread.append(name)
+            unread.add(name)
             continue
         counts += sum(tile.counts for tile in found)
         pixels += sum(tile.pixels for tile in found)
         changed += sum(tile.changed for tile in found)
         largest = max([largest, *(tile.largest for tile in found)])
-    return Deviation(pixels, changed / max(pixels, 1), _dice_change(counts, exact.spec), largest), unread
+    deviation = Deviation(pixels, changed / max(pixels, 1), _dice_change(counts, exact.spec), largest)
+    return deviation, [name for name in slides if name in unread]
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,11 @@ class _Compared:
     largest: float
 
 
-def _compared(both: _Both, source: Source, tissue: Tissue) -> Iterator[_Compared]:
-    """The tiles of one slide in which tissue is known."""
-    spec, way, classes = both.spec, usual(both.spec), len(both.spec.classes)
+def _compared(both: _Both, part: Part, tissue: Tissue) -> Iterator[_Compared]:
+    """The tiles of one slide that are looked at, as far as tissue is known in them."""
+    spec, way, classes, source = both.spec, usual(both.spec), len(both.spec.classes), part.source
     grid, lattice = way.grid(source.lattice, KNOWN_TILE), source.lattice.shrink(spec.output_stride)
-    tiles = (tile for tile in known_tiles(source, grid) if tissue.fraction(tile.write_roi, source.lattice) > 0)
-    for tile, probabilities in way.predict(source.slide, grid, tiles, both):
+    for tile, probabilities in way.predict(source.slide, grid, part.tiles, both):
         target = tile.target(spec.output_stride)
         truth = np.where(tissue.sampled(target, lattice), source.truth.read(target, lattice), IGNORED)
         known, answers = truth != IGNORED, probabilities.reshape(2, classes, *truth.shape)

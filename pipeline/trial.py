@@ -20,6 +20,7 @@ from pipeline.runtime import fp32_graph, int8_folder, is_calibrated, load_engine
 from pipeline.settings import EngineSettings
 from pipeline.sources import case_tissue, open_source
 from pipeline.tissue import Tissue
+from pipeline.validation import learned_pixels
 
 
 def approve_engine(
@@ -43,7 +44,7 @@ def approve_engine(
 
         slides = {case.slide_id: partial(opened, case) for case in cases if case.split == "val"}
         exact = open_engine(model, settled(EngineSettings(flips=engine.flips)))
-        found, unread = measure_deviation(exact, load_engine(model, engine), slides)
+        found, unread = measure_deviation(exact, load_engine(model, engine), slides, learned_pixels(config), config.seed)
     yield engine.backend, found, unread
     approve(found, engine, model, unread)
 

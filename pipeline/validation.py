@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.ahead import ahead
 from pipeline.classes import IGNORED
+from pipeline.config import Config
 from pipeline.errors import SlideError
 from pipeline.grid import Grid, Tile
 from pipeline.machine import threads
@@ -72,6 +73,11 @@ class _Survey:
     source: Source
     places: Sequence[tuple[int, int]]
     pixels: np.ndarray
+
+
+def learned_pixels(config: Config) -> int:
+    """How many pixels an epoch learns from: no more need be looked at to tell how good a network is."""
+    return config.training.patches_per_epoch * config.tiles.patch_size**2
 
 
 def plan_validation(slides: Mapping[str, Opened], spec: ModelSpec, most: int, seed: int, team: Team) -> Validation:

@@ -67,6 +67,10 @@ class DrawnTruth:
         return answer
 
 
+ALL = 10**9
+"""More pixels than there are."""
+
+
 class Shades:
     """A network of one pixel: the darker, the likelier each next class; `shift` moves all its probabilities."""
 
@@ -135,7 +139,7 @@ def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissu
         for engine, answers in ((exact, firsts), (other, seconds)):
             answers.append(engine(image[None])[0][:, known])
     truth, first, second = (np.concatenate(parts, axis=-1) for parts in (truths, firsts, seconds))
-    found, _ = measure_deviation(exact, other, as_opened(sources))
+    found, _ = measure_deviation(exact, other, as_opened(sources), ALL, 0)
     assert found.pixels == truth.size > 100_000
     assert 0 < found.label_change == (first.argmax(0) != second.argmax(0)).mean()
     assert found.largest_difference == np.abs(first - second).max()
@@ -143,8 +147,16 @@ def test_the_figures_are_those_of_a_slow_count(sources: list[tuple[Source, Tissu
     assert found.dice_change == pytest.approx(np.abs(np.subtract(*dices)).max(), abs=1e-12)
 
 
+def test_of_much_tissue_a_part_is_looked_at(sources: list[tuple[Source, Tissue]]) -> None:
+    engines, slides = (Shades(spec(5), 0.0), Shades(spec(5), 0.004)), as_opened(sources)
+    whole, part = (measure_deviation(*engines, slides, most, 0)[0] for most in (ALL, 300_000))
+    assert 0 < part.pixels < whole.pixels
+    assert part == measure_deviation(*engines, slides, 300_000, 0)[0], "the same part for a seed"
+    assert part.label_change == pytest.approx(whole.label_change, rel=0.5)
+
+
 def test_an_engine_does_not_stray_from_itself(sources: list[tuple[Source, Tissue]]) -> None:
-    found, _ = measure_deviation(Shades(spec(5), 0.0), Shades(spec(5), 0.0), as_opened(sources))
+    found, _ = measure_deviation(Shades(spec(5), 0.0), Shades(spec(5), 0.0), as_opened(sources), ALL, 0)
     assert (found.label_change, found.dice_change, found.largest_difference) == (0, 0, 0)
 
 
@@ -161,7 +173,7 @@ def test_what_is_no_number_has_changed(sources: list[tuple[Source, Tissue]]) -> 
     source, tissue = sources[0]
     image, mask = source.read(source.lattice.roi)
     total = image.sum(axis=-1)[(mask != IGNORED) & tissue.sampled(source.lattice.roi, source.lattice)]
-    found, _ = measure_deviation(Shades(spec(5), 0.0), Overflowing(spec(5), 0.0), as_opened([sources[0]]))
+    found, _ = measure_deviation(Shades(spec(5), 0.0), Overflowing(spec(5), 0.0), as_opened([sources[0]]), ALL, 0)
     assert found.pixels == total.size
     assert found.label_change == ((total % 2 == 0) | (total % 3 == 0)).mean()
     assert found.largest_difference == np.inf
@@ -175,8 +187,9 @@ def test_slides_that_cannot_be_read_do_not_count_and_are_named(
 
     engines = Shades(spec(5), 0.0), Shades(spec(5), 0.004)
     good = as_opened(sources[1:])
-    found, unread = measure_deviation(*engines, {"torn": lambda: (damaged, sources[0][1]), **good, "none": none})
-    assert (found, []) == measure_deviation(*engines, good)
+    slides = {"torn": lambda: (damaged, sources[0][1]), **good, "none": none}
+    found, unread = measure_deviation(*engines, slides, ALL, 0)
+    assert (found, []) == measure_deviation(*engines, good, ALL, 0)
     assert unread == ["torn", "none"]
 
 
