@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,17 +18,20 @@ from pipeline.checkpoint import save
 from pipeline.classes import Classes
 from pipeline.cohort import read_manifest, write_manifest
 from pipeline.comparison import Difference
+from pipeline.contest import Contest
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.files import file_digest
 from pipeline.histology import GLASS
 from pipeline.lineage import Seen
+from pipeline.metrics import SlideConfusion
 from pipeline.network import ModelSpec
 from pipeline.origin import origin
 from pipeline.phantom import PHANTOM_CLASSES, make_cohort
 from pipeline.slide import open_slide
 from pipeline.store import open_store
-from pipeline.versions import Version, decide
-from workflows.promote import _figures, _strangers, promote
+from pipeline.tally import Tally
+from pipeline.versions import Version, decide, find_version
+from workflows.promote import _flattered, _strangers, _tags, promote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
@@ -80,7 +84,9 @@ def register(home: Path, store: mlflow.MlflowClient) -> Callable[..., str]:
     return registered
 
 
-def test_the_lower_bound_decides(home: Path, store: mlflow.MlflowClient, register: Callable[..., str]) -> None:
+def test_the_lower_bound_of_the_mean_and_the_upper_one_of_a_class_decide(
+    home: Path, store: mlflow.MlflowClient, register: Callable[..., str]
+) -> None:
     champion, challenger = register("best"), register()
 
     def holder(margin: float) -> str:
@@ -90,8 +96,42 @@ def test_the_lower_bound_decides(home: Path, store: mlflow.MlflowClient, registe
     assert holder(-1.0) == champion  # nobody wins by so much
     tags = store.get_model_version("tissue", challenger).tags
     mean, low = (float(tags[f"fullfield.best.{name}"]) for name in ("difference", "low"))
-    assert low < mean and holder(-(low + mean) / 2) == champion
-    assert holder(-low) == challenger
+    shown = [-found["high"] for found in json.loads(tags["fullfield.best.classes"]).values()]
+    least = max(-low, *shown)
+    assert low < mean and holder(least - 0.001) == champion
+    assert holder(least) == challenger
+
+
+def tally_of(tumour: tuple[float, ...], others: float) -> Tally:
+    """Forty patients with 1000 px of gland, the first of whom have as many of tumour: of each, such a share is found."""
+    rows = []
+    for number in range(40):
+        found = [0, round(1000 * others), round(1000 * tumour[number]) if number < len(tumour) else 0]
+        counts = np.diag(found) + np.array([[10**6, 0, 0], [1000 - found[1], 0, 0], [0, 0, 0]])
+        counts[2, 0] = (1000 - found[2]) * (number < len(tumour))
+        rows.append(SlideConfusion(f"s{number}", f"P{number:02}", "test", np.pad(counts, ((0, 0), (0, 1)))))
+    return Tally(("Rest", "Gland", "Tumour"), 0, 1.0, tuple(rows))
+
+
+def test_a_class_that_is_shown_to_lose_more_than_the_margin_refuses() -> None:
+    """Though few patients have it, so that the mean over classes and patients hardly loses."""
+    champion, well = tally_of((0.80, 0.82, 0.84, 0.78, 0.81, 0.79), 0.9), (0.81, 0.80, 0.85, 0.77, 0.82, 0.78)
+    for tumour, takes in ((well, True), (tuple(share - 0.1 for share in well), False)):
+        contest = Contest.between(champion, tally_of(tumour, 0.9))
+        assert contest is not None and contest.mean.low is not None and contest.mean.low > -0.01
+        assert contest.takes(0.01) is takes and list(contest.worse(0.01)) == ([] if takes else ["Tumour"])
+        assert contest.takes(0.2)
+        assert contest.classes["Tumour"].patients == tuple(f"P{number:02}" for number in range(6))
+        told, said = contest.by_class()["Tumour"], contest.verdict("models:/tissue/1", 0.01)
+        if takes:
+            assert said.startswith("taken: mean Dice") and said.endswith("leaves out a loss of more than 0.01")
+        else:
+            interval = f"95 % interval {told['low']:+.3f} to {told['high']:+.3f}, 6 patients"
+            assert said.endswith(f"but more than 0.01 is lost for Tumour, {told['difference']:+.3f} ({interval})")
+    assert (few := Contest.between(champion, tally_of((0.1,), 0.9))) is not None and few.takes(0.05)  # of one patient
+    unsure = Contest(0.5, 0.5, Difference(tuple("abcdef"), -0.01, -0.03, 0.01, 0.97), {})
+    assert unsure.takes(0.03) and not unsure.takes(0.029)
+    assert "does not leave out a loss of more than 0.01" in unsure.verdict("another", 0.01)
 
 
 def test_a_verdict_counts_only_against_who_still_has_the_alias(
@@ -134,17 +174,33 @@ def check_basis(home: Path, challenger: str, tags: dict[str, str]) -> None:
     assert (tags["fullfield.known.version"], tags["fullfield.known.code"]) == (__version__, origin()["code"])
 
 
+def test_whom_patients_flatter_is_told_by_whose_epoch_they_chose(
+    store: mlflow.MlflowClient, register: Callable[..., str]
+) -> None:
+    champion, challenger, stranger = (
+        find_version(f"models:/tissue/{register(saw=((patient, split),))}")[1]
+        for patient, split in (("P0", "val"), ("P1", "val"), ("P0", "train"))
+    )
+    slides = [{"slide_digest": f"of P{number}"} for number in range(3)]
+    assert _flattered(slides, champion, challenger) == "which flatters both: their epochs were chosen by them"
+    assert _flattered(slides[:1], champion, challenger) == "which flatters the champion: its epoch was chosen by them"
+    assert _flattered(slides[1:], champion, challenger) == "which flatters the challenger: its epoch was chosen by them"
+    assert _flattered(slides[2:], champion, challenger) == _flattered(slides, stranger, stranger) == ""
+
+
 def test_patients_that_are_too_many_for_a_tag_are_told_in_short(
     store: mlflow.MlflowClient, home: Path, register: Callable[..., str]
 ) -> None:
     """MLflow would refuse the verdict; their names are in the promotion's lineage."""
-    scores = {f"patient {number:020}": 0.5 for number in range(4000)}
+    patients = tuple(f"patient {number:020}" for number in range(4000))
     place, version = open_store(f"sqlite:///{home}/store.db", create=False), Version("tissue", register(), "run", home)
-    for names, told in ((list(scores)[:3], None), (list(scores), "4000, all of them in lineage.json: patient 0")):
-        some = {name: scores[name] for name in names}
-        decide(place, version, "crowd", None, False, _figures(Difference(tuple(some), 0.0, 0.0, 0.0, 1.0), some, some))
-        tag = store.get_model_version("tissue", version.number).tags["fullfield.crowd.patients"]
-        assert len(tag) < 8000 and (tag.startswith(told) if told else json.loads(tag) == names)
+    for some, told in ((3, None), (4000, "4000, all of them in lineage.json: patient 0")):
+        equal = Difference(patients[:some], 0.0, 0.0, 0.0, 1.0)
+        contest = Contest(0.5, 0.5, equal, dict.fromkeys(patients[:some], equal))  # as many classes
+        decide(place, version, "crowd", None, False, _tags(contest))
+        tags = store.get_model_version("tissue", version.number).tags
+        for tag in (tags["fullfield.crowd.patients"], tags["fullfield.crowd.classes"]):
+            assert len(tag) < 8000 and (tag.startswith(told) if told else list(json.loads(tag)) == list(patients[:3]))
 
 
 def facts_of(slide_id: str, patient: str) -> dict[str, str]:

@@ -108,7 +108,7 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     assert promote(str(bad), "champion", 0.01, None, output) == 0
     assert "has the alias champion already" in capsys.readouterr().out
 
-    assert promote(str(good), "champion", 0.01, None, output) == 0
+    assert promote(str(good), "champion", 0.2, None, output) == 0  # by chance the other may find more of a class
     assert champion(store) == better
     tags = store.get_model_version("tissue", better).tags
     tallies = {number: read_tally(next(output.glob(f"tissue-{number}-*")) / "confusions.json") for number in (worse, better)}
@@ -129,8 +129,9 @@ def test_a_better_model_is_taken_and_a_worse_one_refused_with_the_evidence_in_ta
     said = " ".join(capsys.readouterr().out.split())
     assert f"The alias champion stays with models:/tissue/{better}" in said
     assert store.get_model_version("tissue", worse).tags["fullfield.champion.verdict"].startswith("refused")
-    loss = -float(store.get_model_version("tissue", worse).tags["fullfield.champion.low"])
-    assert promote(str(bad), "champion", min(loss + 0.01, 1.0), None, output) == 0
+    tags = store.get_model_version("tissue", worse).tags
+    shown = [-found["high"] for found in json.loads(tags["fullfield.champion.classes"]).values()]
+    assert promote(str(bad), "champion", max(-float(tags["fullfield.champion.low"]), *shown), None, output) == 0
     assert champion(store) == worse
 
     store.delete_registered_model_alias("tissue", "champion")
@@ -171,10 +172,11 @@ def test_slides_that_a_model_was_trained_on_do_not_decide(
     assert capsys.readouterr().out.count("was trained on") == 2
     examined = [replace(case, patient=f"new {case.patient}", split="val") for case in cases if case.split == "test"]
     write_manifest(tmp_path / "cohort.csv", examined)
-    assert promote(str(good), "seen", 0.01, tmp_path / "config.yaml", tmp_path / "out") == 0
+    assert promote(str(good), "seen", 0.2, tmp_path / "config.yaml", tmp_path / "out") == 0
     tags = store.get_model_version("tissue", find_version(str(good))[1].number).tags
-    assert tags["fullfield.seen.split"] == "val" and "flatters the challenger" in tags["fullfield.seen.verdict"]
-    assert "patients for validation decide, which flatters the challenger" in capsys.readouterr().out
+    assert tags["fullfield.seen.split"] == "val"
+    assert "flatters" not in tags["fullfield.seen.verdict"]  # they chose nobody's epoch
+    assert "patients for validation decide" in capsys.readouterr().out
 
 
 def test_a_cohort_of_which_nothing_is_known_or_of_other_classes_decides_nothing(

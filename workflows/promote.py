@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.assessment import count_pixels
-from pipeline.bootstrap import ENOUGH
 from pipeline.canvas import open_canvas
 from pipeline.checkpoint import digest, load_spec
 from pipeline.cluster import connect
 from pipeline.cohort import Case
-from pipeline.comparison import SURE, Difference, paired_difference
+from pipeline.comparison import in_words
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.contest import Contest
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import file_digest
 from pipeline.lineage import FILE as LINEAGE
@@ -34,29 +32,26 @@ from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.sources import case_truth
 from pipeline.specs import rest_index
 from pipeline.store import Store
-from pipeline.tally import FILE, Tally, paired_means, scale_remark, shared_patients, write_tally
+from pipeline.tally import FILE, Tally, scale_remark, shared_patients, write_tally
 from pipeline.tasks import Cluster, values
 from pipeline.versions import Version, decide, find_version, version_with
 from pipeline.workspace import dealt_cases, slide_job
 from workflows.segment import run_jobs
 
-Scores = dict[str, float]
 Facts = dict[str, Any]
 """What `case_facts` tells of a case."""
 
 _DIGITS = 8  # of a model's digest
-_ROUNDING = 1e-9  # of means, so that a loss of the margin itself is none larger
 _REFUSED = 3
 """The exit code where the alias stays: errors have 1."""
-
-_FLATTERED = "which flatters the challenger: its epoch was chosen by them"
 
 
 def promote(reference: str, alias: str, margin: float, cohort: Path | None, output: Path) -> int:
     """Examine both on the same patients, keep the evidence, and move the alias; 3 where it stays, else 0.
 
-    The alias moves where the interval of the paired difference holds no loss larger than `margin` (mean Dice); of fewer
-    than six patients that is less than 95 % sure, and the verdict says so.
+    The alias moves where the interval of the paired difference holds no loss larger than `margin` (Dice, the mean over
+    classes), and that of no class lies wholly beyond it; of fewer than six patients either is less than 95 % sure, and the
+    verdict says so.
     """
     check_alias(alias)
     store, challenger = find_version(reference)
@@ -71,49 +66,68 @@ def promote(reference: str, alias: str, margin: float, cohort: Path | None, outp
     _check_classes(champion, challenger)
     config = _own_config(store, challenger, output, reference) if cohort is None else load_config(cohort)
     _check_truth(config, challenger)
-    theirs, ours, basis = _contest(champion, challenger, config, output, alias)
-    difference = paired_difference(theirs, ours)
-    takes = difference.low is not None and difference.low >= -margin - _ROUNDING
-    verdict = _verdict(difference, champion, margin, takes)
-    if basis["split"] == "val":
-        verdict = f"{verdict} (by patients for validation, {_FLATTERED})"
+    contest, basis, flattered = _examined(champion, challenger, config, output, alias)
+    takes, verdict = contest.takes(margin), contest.verdict(champion.reference, margin)
+    if flattered:
+        verdict = f"{verdict} (by patients for validation, {flattered})"
     evidence = {"against": champion.reference, "verdict": verdict, "when": _now(), "margin": margin, **basis}
-    decide(store, challenger, alias, champion, takes, {**evidence, **_figures(difference, theirs, ours)})
+    decide(store, challenger, alias, champion, takes, {**evidence, **_tags(contest)})
+    for name, difference in contest.classes.items():
+        console.print(in_words(difference, champion.reference, challenger.reference, f"Dice for {name}"))
     console.print(f"{challenger.reference}: {verdict}")
     if not takes:
         console.print(f"The alias {alias} stays with {champion.reference}.")
     return 0 if takes else _REFUSED
 
 
-def _contest(
+def _examined(
     champion: Version, challenger: Version, config: Config, output: Path, alias: str
-) -> tuple[Scores, Scores, dict[str, str]]:
-    """The mean Dice of each patient, of the champion and of the challenger, and what it rests on. Raises CohortError."""
+) -> tuple[Contest, dict[str, str], str]:
+    """How both did, what that rests on, and whom it flatters, empty where nobody. Raises CohortError."""
     with connect(config.cluster) as cluster:
         slides = _unseen(config, cluster, [champion, challenger])
+        flattered = _flattered(slides, champion, challenger)
+        if slides[0]["split"] == "val":
+            told = f"{config.cohort.manifest} has no annotated test slides: patients for validation decide"
+            console.print(f"{told}, {flattered}" if flattered else told)
         cases = [case_of(slide) for slide in slides]
         theirs, ours = (_examine(version, cases, config, cluster, output) for version in (champion, challenger))
     shared_patients(theirs, ours)  # refuses another truth
     if theirs.mpp != ours.mpp:
         console.print(f"{champion.reference}, {challenger.reference}: {scale_remark(theirs, ours)}")
-    before, now = paired_means(theirs, ours)
-    if not now:
+    contest = Contest.between(theirs, ours)
+    if contest is None:
         remedy = "Annotate test slides, or set `annotations.rest`."
         raise CohortError(str(config.cohort.manifest), "nothing known of the slides to examine", "some truth", remedy)
-    facts = {"slides": slides, "contestants": models_facts([champion.checkpoint, challenger.checkpoint])}
+    models = models_facts([champion.checkpoint, challenger.checkpoint])
     about = _folder(output, challenger) / alias  # one model may compete for several, on other slides
     about.mkdir(exist_ok=True)
+    facts = {"slides": slides, "contestants": models, "classes": contest.by_class()}
     lineage = file_digest(write_lineage(about, facts))
     code = {name: origin()[name] for name in ("version", "code")}
-    return before, now, {"split": cases[0].split, "lineage": lineage, **code}
+    return contest, {"split": cases[0].split, "lineage": lineage, **code}, flattered
 
 
-def _figures(difference: Difference, theirs: Scores, ours: Scores) -> dict[str, object]:
-    dice = {"dice": float(np.mean(list(ours.values()))), "dice_of_other": float(np.mean(list(theirs.values())))}
-    found = {"difference": difference.mean, "low": difference.low, "high": difference.high}
-    patients = difference.patients
-    long = len(json.dumps(patients)) > LONGEST_TAG
-    return {**dice, **found, "patients": in_short(patients, LINEAGE) if long else patients}
+def _flattered(slides: Sequence[Facts], champion: Version, challenger: Version) -> str:
+    """Whose epoch was chosen by some of these slides, in words; empty where nobody's was."""
+    digests = {slide["slide_digest"] for slide in slides} - {None}
+    champions, challengers = (digests & seen_by(version.checkpoint, ("val",)).slides for version in (champion, challenger))
+    if champions and challengers:
+        return "which flatters both: their epochs were chosen by them"
+    if champions or challengers:
+        return f"which flatters the {'champion' if champions else 'challenger'}: its epoch was chosen by them"
+    return ""
+
+
+def _tags(contest: Contest) -> dict[str, object]:
+    """The figures of a contest as tags of a version."""
+    names, classes = contest.mean.patients, contest.by_class()
+    return {**contest.figures(), "patients": _brief(names, names), "classes": _brief(classes, classes)}
+
+
+def _brief(content: object, names: Collection[str]) -> object:
+    """The content of a tag, or, of one that is too long, the first of its names."""
+    return in_short(names, LINEAGE) if len(json.dumps(content)) > LONGEST_TAG else content
 
 
 def _check_classes(champion: Version, challenger: Version) -> None:
@@ -155,14 +169,11 @@ def _folder(output: Path, version: Version) -> Path:
 def _unseen(config: Config, cluster: Cluster, versions: Sequence[Version]) -> list[Facts]:
     """Facts of the annotated test cases that no version saw as it was trained; where there are none, those for validation.
 
-    The challenger's epoch was chosen on these, so a message says so; slides that either learned from are left out.
-    Raises CohortError where no case remains.
+    Of the latter, slides that either learned from are left out. Raises CohortError where no case remains.
     """
     manifest = config.cohort.manifest
     annotated = [case for case in dealt_cases(config) if case.annotation is not None]
     split = "test" if any(case.split == "test" for case in annotated) else "val"
-    if split == "val":
-        console.print(f"{manifest} has no annotated test slides: patients for validation decide, {_FLATTERED}")
     for case in annotated:
         if case.split == split:
             cluster.submit(case, case_facts, case)
@@ -239,17 +250,3 @@ def count(case: Case, config: Config, job: SlideJob) -> SlideConfusion:
     """The pixels of a segmented case, by true and predicted class. Raises AnnotationError or CanvasError."""
     counts = count_pixels(open_canvas(job.folder / CANVAS), case_truth(case, config))
     return SlideConfusion(case.slide_id, case.patient, case.split, counts)
-
-
-def _verdict(difference: Difference, champion: Version, margin: float, takes: bool) -> str:
-    against = f"mean Dice {difference.mean:+.3f} against {champion.reference}"
-    if difference.low is None or difference.high is None:
-        return f"refused: {against}, but one patient cannot tell; examine {ENOUGH} or more"
-    interval = f"{difference.low:+.3f} to {difference.high:+.3f}, {len(difference.patients)} patients"
-    if difference.confidence >= SURE:
-        interval = f"95 % interval {interval}"
-    else:
-        interval = f"{difference.confidence:.0%} interval {interval}, too few to be 95 % sure"
-    if takes:
-        return f"taken: {against} ({interval}) leaves out a loss of more than {margin:g}"
-    return f"refused: {against} ({interval}) does not leave out a loss of more than {margin:g}"

@@ -77,17 +77,21 @@ def promote(
         str, typer.Argument(metavar="MODEL", help="Output of a run, runs:/ID, models:/NAME/VERSION or models:/NAME@ALIAS.")
     ],
     alias: Annotated[str, typer.Option(help="What the model in use is called.")] = "champion",
-    margin: Annotated[float, typer.Option(help="A larger loss of mean Dice must be ruled out.", min=0, max=1)] = 0.01,
+    margin: Annotated[
+        float, typer.Option(help="A larger loss of Dice, the mean over classes, must be ruled out.", min=0, max=1)
+    ] = 0.01,
     config: Annotated[Path | None, typer.Option(help="Whose slides decide; else those of the model's own run.")] = None,
     output: Annotated[Path, typer.Option(help="Where both are examined.")] = Path("promotions"),
 ) -> None:
     """Give a registered model the alias, if it is shown to be no worse, within `--margin`, than the model that has it.
 
     Both segment the annotated test slides that neither was trained on, or, where there are none, those for validation, which
-    flatters MODEL. The alias moves where the 95 % interval of the paired difference over patients holds no loss
-    larger than the margin. Fewer than six patients cannot be as sure: then none of them may lose more. The evidence
-    becomes tags of the version, among them the SHA-256 of the lineage.json of what was examined, which lies below the
-    output. The exit code is 3 where the alias stays, and 1 for an error.
+    flatters a model whose epoch they chose; the verdict then says so. The alias moves where the 95 % interval of the paired
+    difference over patients holds no loss larger than the margin. That is of the mean over classes, in which one that few
+    patients have counts for little: so a class that is shown to lose more than the margin refuses, too. Fewer than six
+    patients cannot be as sure: then none of them may lose more in the mean, nor all of them in a class. The evidence becomes
+    tags of the version, among them the difference of each class, and the SHA-256 of the lineage.json of what was examined,
+    which lies below the output. The exit code is 3 where the alias stays, and 1 for an error.
 
     Example: `fullfield promote runs/mine --margin 0.01`
     """
