@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.bootstrap import Counts, Floats, bounds, draw_patients
+from pipeline.bootstrap import Counts, Floats, bounds, bounds_by_class, draw_patients
 from pipeline.boundaries import Boundaries, hd95, measure_boundaries, surface_dice
 from pipeline.calibration import BINS, calibration_error, count_reliability
 from pipeline.canvas import Canvas
@@ -129,9 +129,10 @@ def extended(
     """A report of the same slides with the scores of objects, boundaries, lesions and calibration in each of its entries.
 
     Adds SHAPE_SCORES with their intervals (`rest`, the background, has only `ece`), how many objects there are, were
-    predicted and were matched, how many lesions on how many slides (`froc_slides`: those that are known throughout), and
-    `shape_um`, the coarsest um/px at which shapes were looked at, and `tolerance_um`, how far a boundary could be off and
-    still be right: the `nsd` of two runs tells which is better only where both had the same.
+    predicted and were matched, how many lesions on how many slides (`froc_slides`: those that are known throughout) of how
+    many patients who have any (`froc_patients`, on whom the interval of `froc` rests; all others do on the patients whose
+    truth has the class), and `shape_um`, the coarsest um/px at which shapes were looked at, and `tolerance_um`, how far a
+    boundary could be off and still be right: the `nsd` of two runs tells which is better only where both had the same.
     """
     gained: Report = {}
     for split, slides in scores.items():
@@ -158,7 +159,7 @@ def overall_error(rows: Sequence[SlideAssessment], samples: int, seed: int) -> d
 
 
 _NONE = Boundaries.gathered([])
-_COUNTS = ("objects", "objects_predicted", "objects_matched", "lesions", "froc_slides")
+_COUNTS = ("objects", "objects_predicted", "objects_matched", "lesions", "froc_slides", "froc_patients")
 
 
 def _present(field: Field, rest: int | None) -> list[int]:
@@ -229,21 +230,27 @@ def _columns(rows: Sequence[SlideAssessment], rest: int | None, samples: int, se
     patients = _by_patient(rows)
     once, draws = np.ones((1, len(patients)), np.int64), draw_patients(len(patients), samples, seed)
     pooled, rounds, alone = (_scores(patients, some) for some in (once, draws, np.eye(len(patients), dtype=np.int64)))
-    whole = _sum(patients)
+    whole, having = _sum(patients), np.stack([patient.confusion.any(axis=1) for patient in patients])
     columns: dict[str, Floats] = {}
     for name in SHAPE_SCORES:
         columns[name] = pooled[name][0]
-        columns[f"{name}_low"], columns[f"{name}_high"] = bounds(rounds[name], alone[name])
-    lesions = [np.nan if found is None else len(found.lesions) for found in whole.detections]
-    searched = [np.nan if found is None else found.slides for found in whole.detections]
+        columns[f"{name}_low"], columns[f"{name}_high"] = bounds_by_class(rounds[name], alone[name], draws, having)
     counts = whole.objects[:, [TRUE_COUNT, CALLED_COUNT, MATCHED]].T
-    columns |= dict(zip(_COUNTS, (*counts, np.array(lesions), np.array(searched)), strict=True))
+    columns |= dict(zip(_COUNTS, (*counts, *_searched(patients, whole)), strict=True))
     columns["shape_um"] = np.full(len(whole.objects), whole.coarsest_um)
     columns["tolerance_um"] = np.full(len(whole.objects), whole.tolerance_um)
     if rest is not None:
         for name in columns.keys() - {"ece", "ece_low", "ece_high"}:
             columns[name] = np.where(np.arange(len(whole.objects)) == rest, np.nan, columns[name])
     return columns
+
+
+def _searched(patients: Sequence[Assessment], whole: Assessment) -> Floats:
+    """Of each class the lesions, the slides on which they were looked for, and the patients who have some, (3, C)."""
+    having = np.sum([[bool(one and one.lesions) for one in patient.detections] for patient in patients], axis=0)
+    counts = [(np.nan, np.nan) if found is None else (len(found.lesions), found.slides) for found in whole.detections]
+    lesions, slides = np.array(counts, np.float64).T
+    return np.stack([lesions, slides, np.where(np.isnan(slides), np.nan, having)])
 
 
 def _scores(patients: Sequence[Assessment], draws: Counts) -> dict[str, Floats]:

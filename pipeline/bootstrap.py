@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 ENOUGH = 6
 """Patients without whom no interval can be 95 % sure."""
@@ -55,6 +56,15 @@ def bounds(rounds: Floats, alone: Floats) -> Floats:
     for count in np.unique(patients[patients > 1]).tolist():
         found[:, patients == count] = np.nanpercentile(rounds[:, patients == count], _percentiles(count), axis=0)
     return found
+
+
+def bounds_by_class(rounds: Floats, alone: Floats, draws: Counts, having: Bools) -> Floats:
+    """`bounds` of C classes, (2, C), that rest on the patients whose truth has the class, `having` (P, C).
+
+    `rounds` is (S, C), `alone` (P, C) and `draws` (S, P). Of the other patients a score would tell nothing but whether a
+    single pixel was invented: rounds that draw none but them do not count. What they invent does, in all other rounds.
+    """
+    return bounds(np.where(draws @ having > 0, rounds, np.nan), np.where(having, alone, np.nan))
 
 
 def _percentiles(patients: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bootstrap import ENOUGH, Counts, Floats, bounds, draw_patients
+from pipeline.bootstrap import ENOUGH, Counts, Floats, bounds_by_class, draw_patients
 from pipeline.classes import IGNORED, Classes
 from pipeline.errors import CohortError
 from pipeline.geometry import Mpp
@@ -122,17 +122,19 @@ def interval(patients: Counts, rest: int | None = None, samples: int = 1000, see
     `patients` is (P, C, C + 1): one confusion a patient, all of the patient's slides summed, because pixels and
     slides of one patient resemble each other and only patients are independent draws. Each of `samples` rounds draws
     P patients with replacement, pools their counts and computes the scores; the bounds are percentiles over the rounds in
-    which the score exists, farther out the fewer patients have the class. Returns (2, C) float64 for each score, low then
-    high.
+    which the score exists and a patient is drawn whose truth has the class, farther out the fewer such patients there are.
+    That is so of precision too, which exists where a class was invented alone: only who has it can have any of it right.
+    Returns (2, C) float64 for each score, low then high.
 
-    One patient says nothing about the next: where fewer than two have the class, the bounds are NaN. Fewer than six are too
-    few for 95 %: the interval of two holds what is true of all patients every other time. How often more do, and references:
-    see bootstrap.py.
+    One patient says nothing about the next: where the truth of fewer than two has the class, the bounds are NaN. Fewer than
+    six are too few for 95 %: the interval of two holds what is true of all patients every other time. How often more do, and
+    references: see bootstrap.py.
     """
     draws = draw_patients(len(patients), samples, seed)
     extents = _extents(patients, rest)
     rounds, alone = _divide(np.tensordot(draws, extents, axes=1)), _divide(extents)
-    return {name: bounds(values, alone[name]) for name, values in rounds.items()}
+    having = patients.sum(axis=-1) > 0
+    return {name: bounds_by_class(values, alone[name], draws, having) for name, values in rounds.items()}
 
 
 def report(
@@ -146,8 +148,8 @@ def report(
     """Scores as `metrics.json` holds them: split -> slide id or "pooled" -> class name -> figure -> value.
 
     The figures are SCORES, each with the `_low` and `_high` of its 95 % interval over patients (see `interval`; of fewer
-    than six it is less sure), the class's extent in the truth, `pixels` and `area_mm2`, and how many `patients` have the
-    class, in truth or prediction. None where there is nothing to divide by, and for bounds of a single patient.
+    than six it is less sure), the class's extent in the truth, `pixels` and `area_mm2`, and of how many `patients` the truth
+    has it: on these its intervals rest. None where there is nothing to divide by, and for bounds of a single patient.
     Pooled scores come from the summed counts of a split's slides, with their intervals over patients; a single slide
     has no interval. `mpp` is the scale at which pixels were counted. Every value is a number or None: valid JSON.
     Raises CohortError where a slide is called "pooled" or occurs twice in a split.
@@ -178,7 +180,7 @@ def _named(
     """The scores of (P, C, C + 1) confusions pooled, by class name, as a report holds them."""
     pooled = patients.sum(axis=0)
     values, limits = ratios(pooled, rest), interval(patients, rest, samples, seed)
-    concerned = (~np.isnan(ratios(patients, rest)["dice"])).sum(axis=0)
+    having = (patients.sum(axis=-1) > 0).sum(axis=0)
     named = {}
     for index, name in enumerate(classes.names):
         fields: dict[str, float | int | None] = {}
@@ -186,19 +188,20 @@ def _named(
             fields[score] = number(values[score][index])
             fields[f"{score}_low"], fields[f"{score}_high"] = (number(limit[index]) for limit in limits[score])
         pixels = int(pooled[index].sum())
-        extent = {"pixels": pixels, "area_mm2": pixels * mpp.area_um2 / 1e6, "patients": int(concerned[index])}
+        extent = {"pixels": pixels, "area_mm2": pixels * mpp.area_um2 / 1e6, "patients": int(having[index])}
         named[name] = {**fields, **extent}
     return named
 
 
 def few_patients(scores: Report) -> list[str]:
-    """A line for each split with classes of which so few patients tell that no interval is 95 % sure.
+    """A line for each split with classes, or lesions, of which so few patients tell that no interval is 95 % sure.
 
     An interval from the least of n to the largest misses what is true wherever all n lie to one side of it.
     """
     told = []
     for split, slides in scores.items():
         counts = {name: int(fields["patients"] or 0) for name, fields in slides[POOLED].items()}
+        counts |= {f"lesions of {name}": int(fields.get("froc_patients") or 0) for name, fields in slides[POOLED].items()}
         few = [f"{name} ({n}: {100 * (1 - 2 ** (1 - n)):.0f} % at best)" for name, n in counts.items() if 1 < n < ENOUGH]
         if few:
             told.append(f"{split}: intervals over too few patients for 95 %, which takes {ENOUGH}: {', '.join(few)}")

@@ -1,7 +1,7 @@
 """A whole slide's assessment against scores of its whole arrays; fields; reports with intervals."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from pipeline.errors import CohortError
 from pipeline.fields import KnownMap
 from pipeline.geometry import Lattice, Mpp
 from pipeline.histology import GLASS
-from pipeline.metrics import POOLED, report, table
+from pipeline.metrics import POOLED, few_patients, report, table
 from pipeline.objects import object_scores, object_sums
 from pipeline.phantom import PHANTOM_CLASSES, make_phantom
 from pipeline.pyramid import build_pyramid
@@ -195,6 +195,10 @@ def test_lesions_need_a_slide_of_which_all_that_was_examined_is_known(tmp_path):
     pixels = [row.pixels for row in rows]
     scores = extended(report(pixels, PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0)["test"]
     assert [scores[name]["gland"]["froc_slides"] for name in ("a", "b", POOLED)] == [1, None, 1]
+    assert [scores[name]["gland"]["froc_patients"] for name in ("a", "b", POOLED)] == [1, None, 1]
+    more = [replace(row, slide_id=f"{row.slide_id}{number}", patient=str(number)) for number in range(2) for row in rows]
+    two = extended(report([row.pixels for row in more], PAIR, Mpp(1.0, 1.0), 0), more, PAIR, 0)
+    assert few_patients(two)[0].endswith("gland (2: 50 % at best), lesions of gland (2: 50 % at best)")
     write_assessments(tmp_path / "assessments.json", rows)
     again = read_assessments(tmp_path / "assessments.json", pixels)
     assert extended(report(pixels, PAIR, Mpp(1.0, 1.0), 0), again, PAIR, 0)["test"] == scores
@@ -251,13 +255,14 @@ def test_pooled_scores_have_intervals_over_patients_and_are_json(tmp_path):
     assert overall_error(rows[:1], 200, 1)["ece_low"] is None
 
 
-def test_a_class_that_one_patient_has_has_no_interval(tmp_path):
+@pytest.mark.parametrize("invented", [0, 6])
+def test_a_class_that_one_patient_has_has_no_interval_whatever_is_invented_on_others(tmp_path, invented):
     shape = (200, 260)
     gland, none = discs(shape, (90, 100, 50)), np.zeros(shape, np.uint8)
     rows = []
     for number, truth in enumerate((gland, none, none)):
-        canvas = canvas_of(tmp_path / str(number), discs(shape, (93, 100, 47)) if number == 0 else none, PAIR)
-        found = assess(canvas, ArrayTruth(truth), Rules(0, 50.0))
+        labels = discs(shape, (93, 100, 47)) if number == 0 else discs(shape, (60, 60, invented)) if invented else none
+        found = assess(canvas_of(tmp_path / str(number), labels, PAIR), ArrayTruth(truth), Rules(0, 50.0))
         rows.append(SlideAssessment(f"s{number}", f"P{number}", "val", found))
     scores = extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0, samples=200, seed=1)
     pooled = scores["val"]["pooled"]["gland"]

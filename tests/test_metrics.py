@@ -267,3 +267,21 @@ def test_a_class_that_one_patient_has_rests_on_one_patient():
     assert found["gland"]["patients"] == 1 and found["gland"]["dice"] == 0.8
     assert found["gland"]["dice_low"] is None and found["gland"]["recall_high"] is None
     assert found["rest"]["patients"] == 3 and found["rest"]["dice_low"] < found["rest"]["dice_high"]
+
+
+def test_a_pixel_that_is_invented_on_patients_without_a_class_is_none_to_rest_an_interval_on():
+    """Of ten patients three have gland; on the others nothing is called so, or a pixel of each."""
+    have = [pair(100 * hit, 1000, 10000 - 100 * hit, right_rest=10**5) for hit in (95, 80, 60)]
+    reports = []
+    for invented in (0, 1):
+        others = [pair(0, invented, 0, right_rest=10**5 - invented)] * 7
+        rows = slides(*((f"p{number}", "test", counts) for number, counts in enumerate([*have, *others])))
+        reports.append(report(rows, PAIR, MPP, rest=0))
+        assert few_patients(reports[-1])[0].endswith("takes 6: gland (3: 75 % at best)")
+    clean, noisy = (each["test"]["pooled"]["gland"] for each in reports)
+    assert clean["patients"] == noisy["patients"] == 3
+    for score in SCORES:
+        for bound in (f"{score}_low", f"{score}_high"):
+            assert noisy[bound] == pytest.approx(clean[bound], abs=0.002) and noisy[bound] > 0.4
+    nobody = report(slides(*((f"p{n}", "test", pair(0, 5, 0, right_rest=9)) for n in range(8))), PAIR, MPP)["test"]["pooled"]
+    assert (nobody["gland"]["patients"], nobody["gland"]["precision"], nobody["gland"]["precision_low"]) == (0, 0, None)
