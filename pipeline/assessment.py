@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline.bootstrap import Counts, Floats, bounds, bounds_by_class, draw_patients
 from pipeline.boundaries import Boundaries, hd95, measure_boundaries, surface_dice
-from pipeline.calibration import BINS, calibration_error, count_reliability
+from pipeline.calibration import BINS, apart, calibration_error, count_reliability
 from pipeline.canvas import Canvas
 from pipeline.classes import IGNORED, Classes
 from pipeline.fields import Field, KnownMap
@@ -68,12 +68,13 @@ class Assessment:
 
 @dataclass(frozen=True, eq=False)
 class SlideAssessment:
-    """An assessment and whose it is."""
+    """An assessment and whose it is; `network` tells which of several examined the slide, as in a cross-validation."""
 
     slide_id: str
     patient: str
     split: str
     found: Assessment
+    network: str = ""
 
     @property
     def pixels(self) -> SlideConfusion:
@@ -149,7 +150,7 @@ def extended(
 
 
 def overall_error(rows: Sequence[SlideAssessment], samples: int, seed: int) -> dict[str, float | None]:
-    """ECE over all classes, `ece`, `ece_low`, `ece_high`."""
+    """ECE over all classes, `ece`, `ece_low`, `ece_high`; of several networks the mean of their own, by pixels."""
     reliability = np.stack([part.reliability.sum(axis=0) for part in _by_patient(rows)])
     draws = draw_patients(len(reliability), samples, seed)
     rounds = calibration_error(np.tensordot(draws, reliability, axes=1))
@@ -202,10 +203,12 @@ def _detections(canvas: Canvas, truth: Truth, rules: Rules) -> tuple[Detections 
 
 
 def _by_patient(rows: Sequence[SlideAssessment]) -> list[Assessment]:
-    """The slides' assessments, summed for each patient."""
+    """The slides' assessments, summed for each patient; `reliability` has the bins of each network by themselves."""
     patients: dict[str, list[Assessment]] = {}
+    networks = sorted({row.network for row in rows})
     for row in rows:
-        patients.setdefault(row.patient, []).append(row.found)
+        own = apart(row.found.reliability, networks.index(row.network), len(networks))
+        patients.setdefault(row.patient, []).append(replace(row.found, reliability=own))
     return [_sum(parts) for parts in patients.values()]
 
 

@@ -15,6 +15,8 @@ some of it anew.
     ratio       49 % (49)  74 % (73)  86 % (76)  90 % (80)  91 % (83)  92 % (86)  92 % (89)  92 % (91)
 
 Of five or fewer, the least and the largest alone miss it more often than once in twenty times, and no round is beyond them.
+None of this is said of a sum of absolute values, as the calibration error is (see calibration.py), nor of a quantile, as
+HD95 is.
 
 References: Efron 1979, Annals of Statistics 7:1, doi:10.1214/aos/1176344552; resampling whole clusters: Davison and Hinkley
 1997, Bootstrap Methods and their Application, section 3.8; the expanded percentiles: Hesterberg 2015, What Teachers Should

@@ -7,6 +7,14 @@ of a bin, acc the share of them that is right, and conf their mean probability:
 
 For one class, the sum is over the pixels that were called so. A bin reaches from above its lower edge to its upper edge.
 
+Networks that are pooled hide each other's errors: where one is too sure and another not sure enough, a bin of both may be
+right. So of several the ECE is the mean of their own, by pixels: each has its bins by itself.
+
+ECE is too high where patients are few, and its interval with it: by how much patients differ in a bin counts as error, in
+whichever direction. With nine patients of GlaS taken as all there are, and as examined by one network, intervals of 6, 9 and
+15 drawn from them held their ECE in 74, 86 and 90 % where that was 0.005, and lay above it else; in 92 to 94 % where it was
+ten times as large.
+
 References: Naeini, Cooper and Hauskrecht 2015, AAAI 29:2901; Guo et al. 2017, ICML 70:1321, arXiv:1706.04599, section 2
 (15 bins; the picture is their reliability diagram); for one class: Gupta and Ramdas 2022, ICLR, arXiv:2107.08353.
 """
@@ -45,8 +53,15 @@ def count_reliability(truth: Bytes, labels: Bytes, probabilities: Bytes) -> Coun
     return np.stack([np.add.reduceat(part, starts, axis=1) for part in (pixels, pixels * levels, correct)], axis=-1)
 
 
+def apart(counts: Counts, number: int, networks: int) -> Counts:
+    """(C, 15, 3) counts as (C, 15 * networks, 3), in the bins of network `number` and in none of the others."""
+    bins = np.zeros((len(counts), networks, *counts.shape[1:]), counts.dtype)
+    bins[:, number] = counts
+    return bins.reshape(len(counts), -1, counts.shape[-1])
+
+
 def calibration_error(counts: Counts) -> Floats:
-    """ECE of (..., 15, 3) counts, (...); NaN where there are no pixels."""
+    """ECE of (..., B, 3) counts in B bins, 15 or those of several networks, (...); NaN where there are no pixels."""
     pixels, confidence, correct = np.moveaxis(counts.astype(np.float64), -1, 0)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.abs(correct - confidence / 255).sum(axis=-1) / pixels.sum(axis=-1))
@@ -66,8 +81,11 @@ def reliability_rows(counts: Counts) -> list[dict[str, float | int | None]]:
     ]
 
 
-def draw_reliability(path: Path, splits: Mapping[str, Counts]) -> None:
-    """Draw accuracy over mean probability, and the share of pixels in each bin, for each split's (15, 3) counts, as PNG."""
+def draw_reliability(path: Path, splits: Mapping[str, Counts], errors: Mapping[str, float | None]) -> None:
+    """Draw accuracy over mean probability, and the share of pixels in each bin, for each split's (15, 3) counts, as PNG.
+
+    `errors` are the ECE that the legend tells: of several networks it is more than the drawn bins, of all, are off.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 6), layout="constrained")
@@ -77,7 +95,7 @@ def draw_reliability(path: Path, splits: Mapping[str, Counts]) -> None:
         if not counts[:, 0].any():  # nothing of it is known and examined
             continue
         pixels, confidence, correct = counts[counts[:, 0] > 0].T
-        label = f"{split}: ECE {float(calibration_error(counts)):.3f}"
+        label = f"{split}: ECE {errors[split]:.3f}"
         (line,) = upper.plot(confidence / pixels / 255, correct / pixels, marker="o", markersize=4, label=label)
         lower.stairs(counts[:, 0] / counts[:, 0].sum(), np.linspace(0, 1, BINS + 1), color=line.get_color())
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right", title="How right, by how sure")

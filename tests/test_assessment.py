@@ -271,6 +271,28 @@ def test_a_class_that_one_patient_has_has_no_interval_whatever_is_invented_on_ot
     assert overall_error(rows, 200, 1)["ece_low"] < overall_error(rows, 200, 1)["ece_high"]
 
 
+def test_the_calibration_of_several_networks_is_the_mean_of_their_own(tmp_path):
+    """One that is not sure enough, where it is right, and one that is too sure, where it is wrong, do not make up for it."""
+    shape, rows = (200, 260), []
+    gland = discs(shape, (90, 100, 50))
+    for number, labels in enumerate((gland, gland, 1 - gland, discs(shape, (90, 100, 40)))):
+        found = assess(canvas_of(tmp_path / str(number), labels, PAIR), ArrayTruth(gland), Rules(0, 50.0))
+        rows.append(SlideAssessment(f"s{number}", f"P{number}", "val", found))
+    pairs = [[replace(row, network=name) for row in rows[2 * n : 2 * n + 2]] for n, name in enumerate(("one", "two"))]
+    own, both, pooled = ([overall_error(some, 300, 0) for some in group] for group in (pairs, [pairs[0] + pairs[1]], [rows]))
+    assert both[0]["ece"] == pytest.approx(np.mean([error["ece"] for error in own]))  # each has examined as many pixels
+    assert pooled[0]["ece"] < both[0]["ece"] and pooled[0]["ece_low"] < both[0]["ece_low"] <= both[0]["ece"]
+    scores = extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), pairs[0] + pairs[1], PAIR, 0)["val"]
+    called = [sum(row.found.reliability[1, :, 0].sum() for row in pair) for pair in pairs]
+    alone = [extended_by_patients(pair)["ece"] for pair in pairs]
+    assert scores[POOLED]["gland"]["ece"] == pytest.approx(np.average(alone, weights=called))
+
+
+def extended_by_patients(rows):
+    """Pooled figures of gland."""
+    return extended(report([row.pixels for row in rows], PAIR, Mpp(1.0, 1.0), 0), rows, PAIR, 0)["val"][POOLED]["gland"]
+
+
 def test_slides_of_a_patient_are_summed_and_those_of_other_splits_left_out(tmp_path):
     """One patient's two slides score as one slide would on which both lie."""
     shape = (200, 260)

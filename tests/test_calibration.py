@@ -54,7 +54,9 @@ def test_the_table_and_the_picture(tmp_path):
     assert filled[0]["above"] < 230 / 255 <= filled[0]["up_to"]
     assert filled[0]["mean_probability"] == pytest.approx(230 / 255)
     assert filled[0]["accuracy"] == pytest.approx(0.6, abs=0.005)
-    draw_reliability(tmp_path / "reliability.png", {"val": counts, "test": np.zeros_like(counts)})
+    draw_reliability(
+        tmp_path / "reliability.png", {"val": counts, "test": np.zeros_like(counts)}, {"val": 0.3, "test": None}
+    )
     drawn = np.asarray(Image.open(tmp_path / "reliability.png").convert("RGB")).astype(int)
     assert (np.ptp(drawn, axis=-1) > 60).sum() > 50  # a coloured line
     assert [path.name for path in tmp_path.iterdir()] == ["reliability.png"]

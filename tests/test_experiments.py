@@ -127,13 +127,13 @@ def test_cross_validation_pools_what_each_fold_counted_on_patients_that_it_held_
 
 
 def check_all_figures(output: Path, other: Path) -> None:
-    """They are, to the last digit, those of one evaluation of all slides that were held out."""
+    """They are, to the last digit, those of one evaluation of all slides that were held out; calibration is the folds'."""
     rows = []
     for number in (1, 2, 3):
         part = load_config(output / f"fold-{number}" / "config.yaml")
         tested = {case.slide_id: case for case in read_manifest(part.output / "cohort.csv") if case.split == "test"}
         rows += [
-            SlideAssessment(name, case.patient, "out-of-fold", assess_case(case, part))
+            SlideAssessment(name, case.patient, "out-of-fold", assess_case(case, part), f"fold-{number}")
             for name, case in sorted(tested.items())
         ]
     figures = write_figures(other, rows, load_config(output / "config.yaml"), Mpp.square(4.0))

@@ -171,6 +171,7 @@ def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
 def _publish(workspace: Workspace, folds: Sequence[Path]) -> int:
     """Pool what each fold counted on the patients that it held out: figures as of one evaluation, and the counts themselves.
 
+    But the calibration error is the mean of the folds': pooled, one that is too sure would make up for one that is not.
     Returns 1 where a fold has counted nothing, since none of its slides could be segmented, else 0.
     """
     counted = [fold for fold in folds if (fold / TALLY).exists()]
@@ -203,7 +204,7 @@ _BOUNDS = ("dice_low", "dice_high", "iou_low", "iou_high")
 def _held_out(fold: Path) -> list[SlideAssessment]:
     """What a fold counted on the slides that it held out."""
     counted = [replace(row, split=_HELD_OUT) for row in read_tally(fold / TALLY).rows if row.split == "test"]
-    return read_assessments(fold / ASSESSMENTS, counted)
+    return [replace(row, network=fold.name) for row in read_assessments(fold / ASSESSMENTS, counted)]
 
 
 def _table(scores: Report) -> Table:

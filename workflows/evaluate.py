@@ -200,8 +200,9 @@ def write_figures(output: Path, rows: Sequence[SlideAssessment], config: Config,
     write_csv(output / "metrics.csv", list(flat[0]), flat)
     write_tally(output / TALLY, Tally(classes.names, rest, mpp.x, pixels))
     write_assessments(output / ASSESSMENTS, rows)
-    _write_calibration(output, splits)
-    return Figures(splits, scores, {split: overall_error(mine, samples, seed) for split, mine in splits.items()})
+    figures = Figures(splits, scores, {split: overall_error(mine, samples, seed) for split, mine in splits.items()})
+    _write_calibration(output, figures)
+    return figures
 
 
 def show_shapes(figures: Figures, config: Config, command: str) -> None:
@@ -218,12 +219,13 @@ def show_shapes(figures: Figures, config: Config, command: str) -> None:
         console.print(f"Calibration: expected error of probabilities, {split}: {figure_text(error['ece'])} ({interval})")
 
 
-def _write_calibration(output: Path, splits: Mapping[str, Sequence[SlideAssessment]]) -> None:
-    """The reliability table of every split as CSV, and the picture of it."""
-    counts = {split: np.sum([row.found.reliability.sum(axis=0) for row in rows], axis=0) for split, rows in splits.items()}
+def _write_calibration(output: Path, figures: Figures) -> None:
+    """The reliability table of every split as CSV, and the picture of it; networks are pooled, but for their error."""
+    slides = figures.splits.items()
+    counts = {split: np.sum([row.found.reliability.sum(axis=0) for row in rows], axis=0) for split, rows in slides}
     rows = [{"split": split, **row} for split, part in counts.items() for row in reliability_rows(part)]
     write_csv(output / _CALIBRATION[0], list(rows[0]), rows)
-    draw_reliability(output / _CALIBRATION[1], counts)
+    draw_reliability(output / _CALIBRATION[1], counts, {split: error["ece"] for split, error in figures.errors.items()})
 
 
 def _score_table(scores: Report) -> Table:
