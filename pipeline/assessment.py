@@ -22,7 +22,16 @@ from pipeline.fields import Field, KnownMap
 from pipeline.froc import FROC_MPP, Detections, detect, resampled_froc
 from pipeline.geometry import Mpp, Roi
 from pipeline.metrics import POOLED, Report, SlideConfusion, confusion, number
-from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, OBJECT_SUMS, TRUE_COUNT, object_scores, object_sums
+from pipeline.objects import (
+    CALLED_COUNT,
+    MATCHED,
+    OBJECT_SCORES,
+    OBJECT_SUMS,
+    TRUE_COUNT,
+    delivered,
+    object_scores,
+    object_sums,
+)
 from pipeline.truth import Truth
 
 BLOCK = 2048
@@ -179,7 +188,7 @@ def _tolerance_um(rules: Rules, mpp: Mpp, finest: Mpp) -> float:
 def _shapes(field: Field, index: int, rules: Rules, tolerance_um: float) -> tuple[Floats, Boundaries]:
     known = field.truth != IGNORED
     true, called = field.truth == index, (field.prediction == index) & known
-    sums = object_sums(true, called, field.mpp, rules.min_area_um2)
+    sums = object_sums(true, delivered(called, field.edge, field.mpp, rules.min_area_um2), field.mpp)
     return sums, measure_boundaries(true, called, known, field.mpp, tolerance_um)
 
 

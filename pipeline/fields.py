@@ -36,10 +36,15 @@ _EIGHT = np.ones((3, 3), bool)
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """Truth and prediction of one field, (rows, columns) uint8 class indices; IGNORED in `truth` where nothing is known."""
+    """Truth and prediction of one field, (rows, columns) uint8 class indices; IGNORED in `truth` where nothing is known.
+
+    `edge` (rows, columns) is true where the known ends and the slide does not: at known pixels with a side or a corner
+    towards one of the slide that is not known.
+    """
 
     truth: Labels
     prediction: Labels
+    edge: Mask
     mpp: Mpp
 
 
@@ -72,4 +77,14 @@ class KnownMap:
         roi = Roi(box.x * side, box.y * side, box.width * side, box.height * side).intersect(levels[level].roi)
         known = own.repeat(side, axis=0).repeat(side, axis=1)[: roi.height, : roi.width]
         labels = np.where(known, truth.read(roi, levels[level]), np.uint8(IGNORED))
-        return Field(labels, self._canvas.read_labels(roi, level), levels[level].mpp)
+        edge = _edge(labels != IGNORED, roi, levels[level].roi)
+        return Field(labels, self._canvas.read_labels(roi, level), edge, levels[level].mpp)
+
+
+def _edge(known: Mask, roi: Roi, slide: Roi) -> Mask:
+    """Known pixels of `roi` beside one that is not; what lies around it is not known, but for what is off the slide."""
+    around = roi.grow(1)
+    unknown = np.zeros((around.height, around.width), bool)
+    unknown[around.intersect(slide).within(around).slices()] = True
+    unknown[1:-1, 1:-1] = ~known
+    return np.asarray(known & ndimage.binary_dilation(unknown, _EIGHT)[1:-1, 1:-1])

@@ -12,8 +12,8 @@ those of the prediction, |.| areas, and S*(G_i) the S that shares most pixels wi
 An object that meets none has a Dice of 0, and the H to that object of its field which gives the smallest. Where the field
 has none, H is the field's diagonal; the challenge gives infinity. The sums run over all fields of all slides of a split. The
 challenge's truth also tells touching glands apart; here what touches within a class is one object, in truth and prediction.
-And of the prediction only objects count that are large enough to be delivered; of the truth all do, and those that are too
-small to be delivered are missed.
+And of the prediction only that counts which is large enough to be delivered as a region (see `delivered`); of the truth all
+does, and what is too small to be delivered is missed. What is cut off by the edge of what is known counts in both.
 
 Reference: Sirinukunwattana et al. 2017, Gland segmentation in colon histology images: the GlaS challenge contest, Medical
 Image Analysis 35:489, doi:10.1016/j.media.2016.08.008, and the challenge's evaluation code (which asks for more than half).
@@ -47,13 +47,24 @@ TRUE_COUNT, CALLED_COUNT, MATCHED = 1, 5, 0
 _EIGHT = np.ones((3, 3), bool)
 
 
-def object_sums(truth: Mask, prediction: Mask, mpp: Mpp, min_area_um2: float) -> Floats:
+def delivered(prediction: Mask, edge: Mask, mpp: Mpp, min_area_um2: float) -> Mask:
+    """A class of the prediction without what is too small to be delivered: (rows, columns) bool, as all that it takes.
+
+    As in regions.py, what is connected by sides is one, and less than `min_area_um2` too small; by a corner two of them may
+    then be one object. But what reaches the `edge` of what is known may go on beyond, and is kept.
+    """
+    numbers, count = ndimage.label(prediction, output=np.int32)
+    kept = np.bincount(numbers.ravel(), minlength=count + 1) * mpp.area_um2 >= min_area_um2
+    kept[numbers[edge]] = True
+    return np.asarray(prediction & kept[numbers])
+
+
+def object_sums(truth: Mask, prediction: Mask, mpp: Mpp) -> Floats:
     """What the objects of one class in one field add to its scores: see OBJECT_SUMS; (9,) float64.
 
-    `truth` and `prediction` are (rows, columns) bool, both false where nothing is known. Objects of the prediction that are
-    smaller than `min_area_um2` are left out.
+    `truth` and `prediction` are (rows, columns) bool, both false where nothing is known; see `delivered`.
     """
-    true, called = _Objects.find(truth, mpp, 0.0), _Objects.find(prediction, mpp, min_area_um2)
+    true, called = _Objects.find(truth, mpp), _Objects.find(prediction, mpp)
     pairs = _Pairs(true, called)
     diagonal_um = float(np.hypot(truth.shape[0] * mpp.y, truth.shape[1] * mpp.x))
     partners, shared = pairs.partners(of_truth=False)
@@ -89,12 +100,9 @@ class _Objects:
     _outlines: dict[int, tuple[Counts, KDTree]] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, mask: Mask, mpp: Mpp, min_area_um2: float) -> _Objects:
+    def find(cls, mask: Mask, mpp: Mpp) -> _Objects:
         labels, count = ndimage.label(mask, _EIGHT, output=np.int32)
-        pixels = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-        kept = pixels * mpp.area_um2 >= min_area_um2
-        labels = np.concatenate([[0], np.cumsum(kept) * kept]).astype(np.int32)[labels]
-        return cls(labels, pixels[kept], ndimage.find_objects(labels), mpp)
+        return cls(labels, np.bincount(labels.ravel(), minlength=count + 1)[1:], ndimage.find_objects(labels), mpp)
 
     def __len__(self) -> int:
         return len(self.pixels)

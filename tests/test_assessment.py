@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from pipeline import assessment, fields
 from pipeline.annotations import open_truth
@@ -20,7 +21,7 @@ from pipeline.fields import KnownMap
 from pipeline.geometry import Lattice, Mpp
 from pipeline.histology import GLASS
 from pipeline.metrics import POOLED, few_patients, report, table
-from pipeline.objects import object_scores, object_sums
+from pipeline.objects import CALLED_COUNT, MATCHED, TRUE_COUNT, delivered, object_scores, object_sums
 from pipeline.phantom import PHANTOM_CLASSES, make_phantom
 from pipeline.pyramid import build_pyramid
 from pipeline.truth import ClassMap
@@ -85,7 +86,8 @@ def test_blocks_give_what_the_whole_gives(tmp_path, small_blocks):
         assert hd95([found.boundaries[1]], ONCE) == hd95([whole], ONCE)
         assert surface_dice([found.boundaries[1]], ONCE) == surface_dice([whole], ONCE)
         assert found.tolerance_um == expected
-    np.testing.assert_allclose(found.objects[1], object_sums(true, called, mpp, least))
+    large = delivered(called, called & ndimage.binary_dilation(~known, np.ones((3, 3))), mpp, least)
+    np.testing.assert_allclose(found.objects[1], object_sums(true, large, mpp))
     assert found.confusion.sum() == known.sum()
     assert found.reliability[..., 0].sum() == (known & (labels != IGNORED)).sum()
     assert found.coarsest_um == 1.0
@@ -129,13 +131,28 @@ def test_a_field_holds_all_that_is_known_and_what_touches_by_a_corner(tmp_path, 
     assert [(field.truth == index).sum() for index in (0, 1)] == [41 * 51, 41 * 49]
 
 
+def test_what_the_edge_of_a_field_cuts_counts_in_truth_and_prediction_alike(tmp_path):
+    """Nuclei of 81 um2, the first and last of which a field's edge cuts to less than 50; the slide's top cuts two."""
+    shape = (120, 300)
+    labels = discs(shape, *((60, column, 5) for column in range(40, 280, 20)), (-1, 100, 5), (-1, 140, 5))
+    truth = np.full(shape, IGNORED, np.uint8)
+    truth[:90, 42:259] = labels[:90, 42:259]
+    canvas = canvas_of(tmp_path / "c", labels, PAIR)
+    found = assess(canvas, ArrayTruth(truth), Rules(0, 50.0)).objects[1]
+    assert (found[TRUE_COUNT], found[CALLED_COUNT], found[MATCHED]) == (14, 12, 12)  # at the top they are not delivered
+    truth[:, :] = labels
+    assert assess(canvas, ArrayTruth(truth), Rules(0, 50.0)).objects[1][CALLED_COUNT] == 12
+    truth[60, 60] = IGNORED  # known all around it
+    assert assess(canvas, ArrayTruth(truth), Rules(0, 81.0)).objects[1][CALLED_COUNT] == 12
+
+
 def test_large_fields_are_read_from_a_coarser_level(tmp_path, monkeypatch):
     monkeypatch.setattr(fields, "CELLS", 256)
     shape = (900, 1300)
     truth, labels = discs(shape, (400, 500, 250)), discs(shape, (410, 520, 240))
     found = assess(canvas_of(tmp_path / "c", labels, PAIR), ArrayTruth(truth), Rules(0, 50.0))
     assert found.coarsest_um == 4.0  # 900 x 1300 is above 512 x 512, and so is a quarter of it
-    fine = object_scores(object_sums(truth == 1, labels == 1, Mpp(1.0, 1.0), 50.0))
+    fine = object_scores(object_sums(truth == 1, labels == 1, Mpp(1.0, 1.0)))
     coarse = object_scores(found.objects[1])
     assert coarse["object_dice"] == pytest.approx(fine["object_dice"], abs=0.01)
     moved_um = 2 * found.coarsest_um  # of two boundaries each is off by a pixel of the coarser level at most

@@ -8,13 +8,18 @@ from scipy.spatial.distance import cdist
 from skimage.measure import label
 
 from pipeline.geometry import Mpp
-from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, TRUE_COUNT, object_scores, object_sums
+from pipeline.objects import CALLED_COUNT, MATCHED, OBJECT_SCORES, TRUE_COUNT, delivered, object_scores, object_sums
 
 MPP = Mpp(0.5, 0.8)
 
 
-def slow_scores(truth, prediction, mpp, min_area_um2=0.0):
+def slow_scores(truth, prediction, mpp, min_area_um2=0.0, edge=None):
     """F1, object Dice and object Hausdorff, loop by loop, with every pixel of every pair."""
+    prediction, regions = prediction.copy(), label(prediction, connectivity=1)
+    for number in range(1, regions.max() + 1):
+        region = regions == number
+        if region.sum() * mpp.x * mpp.y < min_area_um2 and (edge is None or not (region & edge).any()):
+            prediction[region] = False
 
     def objects(mask):
         labels = label(mask, connectivity=2)
@@ -27,8 +32,7 @@ def slow_scores(truth, prediction, mpp, min_area_um2=0.0):
         apart = cdist(one * [mpp.y, mpp.x], other * [mpp.y, mpp.x])
         return max(apart.min(axis=0).max(), apart.min(axis=1).max())
 
-    true = objects(truth)
-    called = [places for places in objects(prediction) if len(places) * mpp.x * mpp.y >= min_area_um2]
+    true, called = objects(truth), objects(prediction)
     if not true and not called:
         return dict.fromkeys(OBJECT_SCORES, np.nan)
     matched, dice, distances = 0, [], []
@@ -52,8 +56,8 @@ def slow_scores(truth, prediction, mpp, min_area_um2=0.0):
     return {"object_f1": f1, "object_dice": np.mean(dice), "object_hausdorff_um": np.mean(distances)}
 
 
-def scores(truth, prediction, mpp=MPP, min_area_um2=0.0):
-    return object_scores(object_sums(truth, prediction, mpp, min_area_um2))
+def scores(truth, prediction, mpp=MPP):
+    return object_scores(object_sums(truth, prediction, mpp))
 
 
 def disc(shape, row, column, radius):
@@ -73,7 +77,9 @@ def test_scores_agree_with_the_formulas_over_all_pixels(seed, height, width, sha
     rng = np.random.default_rng(seed)
     truth = rng.random((height, width)) < share
     prediction = np.where(rng.random((height, width)) < 0.6, truth, rng.random((height, width)) < rng.random() / 2)
-    found, slow = scores(truth, prediction, MPP, min_area_um2), slow_scores(truth, prediction, MPP, min_area_um2)
+    edge = rng.random((height, width)) < 0.05
+    found = scores(truth, delivered(prediction, edge, MPP, min_area_um2))
+    slow = slow_scores(truth, prediction, MPP, min_area_um2, edge)
     for name in OBJECT_SCORES:
         np.testing.assert_allclose(found[name], slow[name], rtol=1e-9, equal_nan=True, err_msg=name)
 
@@ -116,17 +122,19 @@ def test_merged_split_missed_and_invented_objects():
 def test_sums_of_fields_are_those_of_fields_laid_side_by_side():
     rng = np.random.default_rng(4)
     fields = [(disc((30, 40), 15, 18, 9), disc((30, 40), 16, 20, rng.integers(5, 12))) for _ in range(3)]
-    together = sum(object_sums(truth, prediction, MPP, 0.0) for truth, prediction in fields)
+    together = sum(object_sums(truth, prediction, MPP) for truth, prediction in fields)
     truth, prediction = (np.concatenate(masks, axis=1) for masks in zip(*fields, strict=True))
-    np.testing.assert_allclose(together, object_sums(truth, prediction, MPP, 0.0))
+    np.testing.assert_allclose(together, object_sums(truth, prediction, MPP))
 
 
 def test_touching_by_a_corner_is_one_object_and_specks_are_left_out_of_the_prediction_alone():
     truth = np.zeros((12, 20), bool)
     truth[2:5, 2:5] = truth[5:8, 5:8] = True
-    assert object_sums(truth, truth, MPP, 0.0)[1] == 1
+    assert object_sums(truth, truth, MPP)[1] == 1
     truth[10, 15] = True
-    assert object_sums(truth, truth, MPP, 0.0)[1] == 2
-    found = object_sums(truth, truth, MPP, 1.0)
+    assert object_sums(truth, truth, MPP)[1] == 2
+    called = delivered(truth, np.zeros_like(truth), MPP, 1.0)
+    found = object_sums(truth, called, MPP)
     assert (found[TRUE_COUNT], found[CALLED_COUNT], found[MATCHED]) == (2, 1, 1)
-    assert scores(truth, truth, MPP, 1.0)["object_f1"] == pytest.approx(2 / 3)  # the speck is missed
+    assert scores(truth, called)["object_f1"] == pytest.approx(2 / 3)  # the speck is missed
+    assert not delivered(truth, np.zeros_like(truth), MPP, 4.0).any()  # of 9 px, 3.6 um2, each of what touches by a corner
