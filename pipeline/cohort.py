@@ -237,7 +237,9 @@ def _cohort_problems(cases: Sequence[Case]) -> list[str]:
 
 
 def _apportion(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
-    """Whole numbers that sum to `total`, in proportion to `fractions`, none 0 while there are enough."""
+    """Whole numbers that sum to `total`, in proportion to `fractions`; none is 0, but the last where there are too few."""
+    if total < len(fractions):
+        return {name: int(number < total) for number, name in enumerate(fractions)}
     exact = {name: total * fraction for name, fraction in fractions.items()}
     counts = {name: int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
@@ -247,9 +249,6 @@ def _apportion(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
         largest = max(counts, key=lambda other: counts[other])
         if counts[name] == 0 and counts[largest] > 1:
             counts[name], counts[largest] = 1, counts[largest] - 1
-    if total and not counts.get("train", 1):
-        donor = next(name for name in counts if counts[name])
-        counts["train"], counts[donor] = 1, counts[donor] - 1
     return counts
 
 

@@ -139,8 +139,11 @@ def test_patients_are_dealt_out_by_fractions(patients: int, sizes: tuple[int, ..
     assert all(len({case.split for case in dealt if case.patient == f"P{p}"}) == 1 for p in range(patients))
 
 
-def test_the_only_patient_is_learned_from_whatever_the_fractions() -> None:
-    assert {case.split for case in deal_out(cohort(1), {"train": 0.1, "val": 0.1, "test": 0.8}, seed=0)} == {"train"}
+@pytest.mark.parametrize("shares", [(0.1, 0.1, 0.8), (0.5, 0.1, 0.4), (0.2, 0.4, 0.4), (0.34, 0.33, 0.33)])
+def test_too_few_patients_train_then_validate_whatever_the_fractions(shares: tuple[float, ...]) -> None:
+    for patients, splits in ((1, {"train"}), (2, {"train", "val"}), (3, {"train", "val", "test"})):
+        dealt = deal_out(cohort(patients), dict(zip(("train", "val", "test"), shares, strict=True)), seed=0)
+        assert {case.split for case in dealt} == splits
 
 
 def test_a_seed_decides_the_splits() -> None:
