@@ -167,6 +167,7 @@ def test_compare_says_in_a_sentence_what_was_made_so(tmp_path: Path, capsys: pyt
     assert "left out, as only one has them: left out" in said
     assert f"{first}, {better}: a, b, c, d, e, f chose the epoch of {better} alone, which flatters it" in said
     assert said.count("flatters") == 1
+    assert said.count("of these trainings") == 1
     assert compare([better, first]) == 0
     assert f"{first} is worse than {better} by 0.050 Dice for Gland" in capsys.readouterr().out
 

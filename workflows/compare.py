@@ -12,6 +12,7 @@ from pipeline.progress import console, new_table, show
 from pipeline.tally import Tally, find_tally, scale_remark, shared_patients
 
 _LEAST = 0.001  # mm2, the smallest area that is told as a number
+_SCOPE = "All this is of these trainings: which settings are better, only several of each can tell (such as seed=0,1,2)."
 
 
 def compare(references: Sequence[str]) -> int:
@@ -30,6 +31,7 @@ def compare(references: Sequence[str]) -> int:
             console.print(_sentence(name, first, tallies[first], other, tallies[other]))
             if invented := _invented(name, first, tallies[first], other, tallies[other]):
                 console.print(invented)
+    console.print(_SCOPE)
     return 0
 
 

@@ -62,7 +62,8 @@ def compare(
     Reads each run's confusions.json; each is held against the first. Slides that a run learned from are left out, and so are
     those that chose its epoch, where all runs have test slides in common. Patients without a class in their annotations do
     not count for its Dice: what runs invent of it there is told as an area. Runs on other classes, slides or annotations
-    are refused.
+    are refused. It is trainings that are compared: two of the same settings, of two seeds, may differ as well, so that only
+    several of each (`fullfield sweep my.yaml seed=0,1,2`) tell which settings are better.
 
     Example: `fullfield compare runs/plain runs/glas`
     """
