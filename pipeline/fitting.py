@@ -178,7 +178,7 @@ def _stream(config: Config, tiles: Path, sources: Mapping[str, Source], device: 
     augmentation = Augmentation(**config.training.augmentation.model_dump())
     index = read_index(tiles, config.class_list.names, "train")
     # One thread keeps up with a step on processors, and would take more from it than it brings.
-    readers = max(threads() // config.training.devices, 1) if device.type != "cpu" else 1
+    readers = threads() if device.type != "cpu" else 1
     centred = config.network.architecture == "classifier"
     return PatchStream(index, sources, augmentation, config.tiles.patch_size, config.seed, readers, centred)
 

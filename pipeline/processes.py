@@ -92,13 +92,7 @@ def _run(task: _Task, node: int, meeting: Meeting, others: Sequence[Connection])
 def _process(task: _Task, meeting: Meeting, node: int, device: int) -> Iterator[tuple[Connection, subprocess.Popen[bytes]]]:
     """A process under way, and the end of the pipe by which it tells; it is killed as the block ends."""
     receiver, sender = Pipe(duplex=False)
-    environment = {
-        **os.environ,
-        **worker_environment(max(threads() // meeting.devices, 1)),
-        **meeting.environment(node, device),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-m", __name__, str(sender.fileno())]
+    command, environment = [sys.executable, "-m", __name__, str(sender.fileno())], _environment(meeting, node, device)
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=[sender.fileno()])
     sender.close()
     assert process.stdin is not None
@@ -113,6 +107,16 @@ def _process(task: _Task, meeting: Meeting, node: int, device: int) -> Iterator[
         with suppress(BrokenPipeError):  # what it has not read
             process.stdin.close()
         receiver.close()
+
+
+def _environment(meeting: Meeting, node: int, device: int) -> dict[str, str]:
+    """That of a process, which has its share of the threads of this one."""
+    return {
+        **os.environ,
+        **worker_environment(max(threads() // meeting.devices, 1)),
+        **meeting.environment(node, device),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
 
 
 def _cause(errors: Sequence[BaseException]) -> BaseException:

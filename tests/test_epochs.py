@@ -1,6 +1,7 @@
 """Which epoch of a training is kept, and what it learns from."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.fitting import fit
 from pipeline.phantom import write_slide
+from pipeline.processes import Meeting, _environment
 from pipeline.snapshot import Record, Standing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,13 +68,14 @@ def cells(folder: Path) -> Path:
     return folder / "tiles.parquet"
 
 
-@pytest.mark.parametrize(("device", "readers"), [("cpu", 1), ("cuda", 6)])
-def test_all_threads_prepare_patches_for_a_gpu_that_trains_and_one_for_processors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, readers: int
+@pytest.mark.parametrize(("device", "devices", "readers"), [("cpu", 1, 1), ("cuda", 1, 6), ("cuda", 2, 3)])
+def test_all_threads_prepare_patches_for_gpus_that_train_and_one_for_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, devices: int, readers: int
 ) -> None:
-    """Whether this machine has a GPU or not: that of a Mac has no part in it."""
+    """Whether this machine has a GPU or not: that of a Mac has no part in it. Several processes share the threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    stream = fitting._stream(config(tmp_path), cells(tmp_path), {}, torch.device(device))
+    monkeypatch.setattr(os, "environ", _environment(Meeting("127.0.0.1", 1, devices, 1), 0, devices - 1))
+    stream = fitting._stream(config(tmp_path, devices=devices), cells(tmp_path), {}, torch.device(device))
     assert stream.threads == readers
 
 
