@@ -62,6 +62,7 @@ class Alone:
             return network
         import torch._dynamo
 
+        torch._dynamo.reset()  # it counts networks that a process has compiled, and runs the ninth as it is
         torch._dynamo.config.suppress_errors = True
         compiled: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network)
         return compiled

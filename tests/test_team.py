@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 import yaml
 
 from pipeline import fitting
+from pipeline.architectures import build_network
+from pipeline.classes import Class, Classes
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.inputs import training_facts
+from pipeline.network import ModelSpec
 from pipeline.patches import Patch
 from pipeline.phantom import make_cohort
 from pipeline.snapshot import Record, load_tensors
-from pipeline.team import FabricTeam
+from pipeline.team import Alone, FabricTeam
 from pipeline.workspace import open_workspace
 from workflows.tile import tile_cohort
 from workflows.train import fit_arguments
 
 ROOT = Path(__file__).parents[1]
+CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Dark", (0, 0, 0))))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,24 @@ def test_validation_that_does_not_fit_into_memory_is_an_error_that_says_what_to_
         config, cases, tiles, _, inputs = fit_arguments(workspace)
     with pytest.raises(TrainingError, match=r"no memory for validation .*network\.width"):
         list(fitting.fit(config, cases, tiles, tmp_path / "model.partial", inputs))
+
+
+def test_every_network_on_a_gpu_is_compiled_however_many_a_process_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that counts for the one that takes a compiler and a GPU."""
+    calls = list[int]()
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        return lambda *values: [calls.append(1), graph.forward(*values)][1]
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # as it is after the test, too
+    team = Alone()
+    team.device = torch.device("cuda")
+    for number in range(2):
+        spec = ModelSpec(architecture="fcn", classes=CLASSES, mpp=1.0, patch_size=32, width=4 + number, depth=1)
+        team.learner(build_network(spec))(torch.zeros(1, 3, 32, 32))
+        assert len(calls) == number + 1
 
 
 def test_what_a_training_depends_on_is_not_who_does_it(path: Path) -> None:
