@@ -11,6 +11,7 @@ import torch
 from pipeline.errors import EngineError, NetworkError
 from pipeline.fusion import fuse
 from pipeline.graph import GraphNetwork
+from pipeline.memory import lacks_memory
 from pipeline.network import ModelSpec, activation, normalise
 from pipeline.tracing import trace
 
@@ -56,10 +57,12 @@ class TorchEngine:
                 logits = self.network(images)
                 # Class by class in memory, as tiles are cropped and stored.
                 probabilities: np.ndarray = activation(logits.to(torch.float32).contiguous()).cpu().numpy()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             found = f"no memory for windows of {windows.shape[2]} x {windows.shape[1]} px"
             remedy = "Set a smaller `segmentation.tile_size` (--tile-size); what is begun has to be deleted."
-            raise EngineError(str(self.device), found, "a GPU with more", remedy) from error
+            raise EngineError(str(self.device), found, "a device with more", remedy) from error
         return probabilities
 
 

@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.inputs import training_facts
 from pipeline.lineage import ancestry, case_facts, ways
 from pipeline.machine import threads
+from pipeline.memory import gpu_given_back, memory_sufficing
 from pipeline.metrics import ratios
 from pipeline.network import ModelSpec
 from pipeline.patches import Batch, PatchStream, Source, read_index
@@ -53,7 +54,8 @@ def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs
     else:
         from pipeline.team import Alone
 
-        yield from _fit(Alone(), *arguments)
+        with gpu_given_back():
+            yield from _fit(Alone(), *arguments)
 
 
 def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
@@ -73,7 +75,7 @@ def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder:
     from pipeline.architectures import build_learner, for_slides
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
-    from pipeline.training import Trainer, memory_sufficing
+    from pipeline.training import Trainer
 
     torch.manual_seed(config.seed)
     learner = build_learner(model_spec(config))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -27,6 +27,7 @@ from pipeline.canvas import create_canvas
 from pipeline.files import write_text
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import cache_folder, has_gpu, release_memory, threads
+from pipeline.memory import cuda
 from pipeline.network import ModelSpec
 from pipeline.origin import source_digest
 from pipeline.pyramid import CoarseShard
@@ -168,7 +169,7 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
                 peaks.clear()
                 _start_measuring()
             _forget_peak()
-        gpu_peak = cuda.max_memory_reserved() if (cuda := _cuda()) else 0
+        gpu_peak = gpu.max_memory_reserved() if (gpu := cuda()) else 0
         pixels = sum(tile.write_roi.intersect(lattice.roi).area for tile in tiles)  # glass compresses to nothing
         written = sum(file.stat().st_size for file in canvas.path.rglob("c/**/*") if file.is_file())
     seconds = (times[-1] - times[0]) / (len(times) - 1)
@@ -178,23 +179,17 @@ def _run(slide: Pixels, lattice: Lattice, engine: Engine, place: Roi, way: Stitc
 def _start_measuring() -> int:
     """Give freed memory back to the kernel and forget the peak; returns the bytes that this process holds."""
     release_memory()
-    if cuda := _cuda():
-        cuda.empty_cache()
-        cuda.reset_peak_memory_stats()
+    if gpu := cuda():
+        gpu.empty_cache()
+        gpu.reset_peak_memory_stats()
     _forget_peak()
     return int(psutil.Process().memory_info().rss)
 
 
-def _cuda() -> Any:
-    """torch.cuda in a process that computes with it, else None; nobody imports torch to know that."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
-
-
 def _free_on_gpu() -> int:
     """Bytes of the GPU that this process has or could have."""
-    cuda = _cuda()
-    return int(cuda.mem_get_info()[0] + cuda.memory_reserved()) if cuda else 0
+    gpu = cuda()
+    return int(gpu.mem_get_info()[0] + gpu.memory_reserved()) if gpu else 0
 
 
 def _forget_peak() -> None:

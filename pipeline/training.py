@@ -19,7 +19,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +29,7 @@ from pipeline.architectures import outer_weights
 from pipeline.errors import TrainingError
 from pipeline.layout import quicken
 from pipeline.loss import Loss
+from pipeline.memory import memory_sufficing
 from pipeline.muon import Muon
 from pipeline.network import ModelSpec, normalise
 from pipeline.settings import TrainingSettings
@@ -63,6 +63,7 @@ class Trainer:
     The processes of a team each have one, and call the same methods in the same order.
     """
 
+    @memory_sufficing("a network")
     def __init__(
         self, spec: ModelSpec, network: torch.nn.Module, settings: TrainingSettings, seed: int, team: Team | None = None
     ) -> None:
@@ -105,6 +106,7 @@ class Trainer:
             self._done += 1
             yield epoch
 
+    @memory_sufficing("the state between two epochs")
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors on which the next epochs depend, by dotted name; to be taken between two epochs.
 
@@ -123,6 +125,7 @@ class Trainer:
             parts[f"optimiser.{index}"] = self._moments(weight)
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
+    @memory_sufficing("the state between two epochs")
     def restore(self, state: Mapping[str, torch.Tensor], done: int, seconds: float) -> None:
         """Go on from the `state` after `done` epochs, which took so many seconds.
 
@@ -226,20 +229,6 @@ class _Awaited:
             return next(self.batches)
         finally:
             self.seconds += time.monotonic() - started
-
-
-@contextmanager
-def memory_sufficing(work: str) -> Iterator[None]:
-    """Raise TrainingError, which says what to lower, where memory runs out in a block that does such `work`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # Of the processor's memory torch says so in words alone.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        found = f"no memory for {work} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        remedy = "Lower training.batch_size, tiles.patch_size or network.width."
-        raise TrainingError("training", found, "patches and a network that fit into memory", remedy) from error
 
 
 def _optimisers(network: torch.nn.Module, settings: TrainingSettings, spec: ModelSpec) -> list[torch.optim.Optimizer]:

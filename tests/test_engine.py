@@ -12,9 +12,10 @@ from pipeline import engine as house
 from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.engine import TorchEngine
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, TrainingError
 from pipeline.footprint import with_footprint
 from pipeline.graph import GraphNetwork
+from pipeline.memory import memory_sufficing
 from pipeline.network import ModelSpec, activation, normalise
 from pipeline.tracing import trace
 
@@ -128,6 +129,24 @@ def test_what_torch_or_the_processor_cannot_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(house, "_has_bf16", lambda: False)
     with pytest.raises(EngineError, match="multiplies bf16.* Say `exact`"):
         TorchEngine(spec, network, "fast")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")])
+def test_windows_that_do_not_fit_into_memory_say_what_to_lower_and_a_training_says_its_own(error: Exception) -> None:
+    engine = TorchEngine(*model("fcn"))
+
+    def full(images: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    engine.network = full
+    with pytest.raises(EngineError, match=r"windows of 96 x 64 px.*segmentation\.tile_size"):
+        engine(pixels(64, 96))
+    lower = r"no memory for validation .*out of memory.*network\.width"
+    with pytest.raises(TrainingError, match=lower), memory_sufficing("validation"):
+        engine(pixels(64, 96))
+    error.args = ("shapes differ",)
+    with pytest.raises(type(error), match="shapes differ"):
+        engine(pixels(64, 96))
 
 
 def test_windows_that_may_not_be_written_to_stay_as_they_are() -> None:

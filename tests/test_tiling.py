@@ -349,7 +349,7 @@ def test_the_memory_of_a_gpu_is_measured_by_itself(scan: Path, monkeypatch: pyte
     way, place = stitching(engine.spec, blended=False), Roi(600, 400, 1, 1)
     found = probe(slide, slide.base, engine, place, way)
     assert (found.gpu_base_bytes, found.gpu_bytes_per_pixel, found.gpu_free_bytes) == (0, 0, 0)
-    monkeypatch.setattr("pipeline.probe._cuda", lambda: card)
+    monkeypatch.setattr("pipeline.probe.cuda", lambda: card)
     card.run(np.zeros((1, 3000, 3000, 3), np.uint8))  # of which nothing is left
     found = probe(slide, slide.base, engine, place, way)
     assert (found.gpu_base_bytes, found.gpu_bytes_per_pixel, found.gpu_free_bytes) == (3_000_000, 1000, 8 * GIB)
@@ -361,7 +361,7 @@ def test_a_gpu_that_was_busy_once_is_not_taken_to_be_busy_for_ever(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card, on_gpu = Card(), EngineSettings(backend="torch")
     engine = OnCard(card)
-    monkeypatch.setattr("pipeline.probe._cuda", lambda: card)
+    monkeypatch.setattr("pipeline.probe.cuda", lambda: card)
     monkeypatch.setattr("pipeline.probe.open_engine", lambda *_: engine)
     monkeypatch.setattr("pipeline.probe.has_gpu", lambda: True)
     monkeypatch.setattr("pipeline.engine.device_name", lambda: "A100")

@@ -1,6 +1,7 @@
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -229,6 +230,10 @@ def test_waiting_for_patches_is_told() -> None:
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB, max allowed: 9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         ),
@@ -241,6 +246,19 @@ def test_a_step_that_does_not_fit_into_memory_is_an_error_that_says_what_to_lowe
 
     with pytest.raises(TrainingError, match=r"no memory for a step .*Lower training\.batch_size"):
         list(trainer().fit(too_large))
+
+
+def test_a_network_that_does_not_fit_into_memory_is_such_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is put on the device, taken down or gone on with: that it is not for a state to be broken."""
+    model, full = trainer(epochs=1), Mock(side_effect=torch.AcceleratorError("CUDA error: out of memory"))
+    list(model.fit(batches))
+    state = model.state()
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", full)
+    monkeypatch.setattr(torch.nn.Module, "state_dict", full)
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    for demand in (trainer, model.state, lambda: model.restore(state, 1, 0.0)):
+        with pytest.raises(TrainingError, match=r"no memory for .*Lower training\.batch_size"):
+            demand()
 
 
 def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory() -> None:
