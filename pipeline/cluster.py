@@ -4,6 +4,7 @@ Tasks return numbers, never pixels. Workers of this machine share its cores: tor
 Two of Dask's defaults for worker processes are overridden, since together they cost a forward pass half its speed: one
 thread for numerical libraries, and an allocator that gives every activation back to the kernel. And workers are not woken
 156 times a second, by which Dask watches itself, but seven times (`wake_ups_a_second` in tests/test_cluster.py).
+Where there are several GPUs, each worker computes on another one.
 They are forked, where that is safe, so that they are ready sooner: see forking.py.
 """
 
@@ -11,14 +12,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from pipeline.dask_cluster import DaskCluster, lost, other_code
 from pipeline.errors import ClusterError
 from pipeline.forking import start_forking, uninterrupted
-from pipeline.machine import UNBOUND, cores, keep_memory, worker_environment
+from pipeline.machine import UNBOUND, cores, cuda_devices, keep_memory, worker_environment
 from pipeline.origin import source_digest
 from pipeline.progress import console
 from pipeline.settings import ClusterSettings
@@ -99,6 +101,7 @@ def _local_cluster(workers: int | None, method: str) -> Iterator[Any]:
     from distributed import LocalCluster
 
     count = workers or 1
+    gpus = cuda_devices() if count > 1 else []
     start = {
         "distributed.worker.multiprocessing-method": method,  # of the first; those that replace them start by themselves
         "distributed.nanny.environ": dict(os.environ),  # the fork server may be older than some of it
@@ -110,9 +113,10 @@ def _local_cluster(workers: int | None, method: str) -> Iterator[Any]:
             # the next activation would be paused for ever.
             local = LocalCluster(
                 n_workers=count,
+                processes=True,
+                worker_class=partial(_nanny, [UNBOUND | own_gpu(number, count, gpus) for number in range(count)]),
                 threads_per_worker=1,
                 memory_limit=0,
-                env=UNBOUND,  # counts before what this process has, unlike the environments above
                 security=True,  # keys of this command alone: Dask runs what it is sent, whoever has sent it
                 dashboard_address="127.0.0.1:0",
                 scheduler_kwargs={
@@ -129,6 +133,24 @@ def _local_cluster(workers: int | None, method: str) -> Iterator[Any]:
         finally:
             with suppress(TimeoutError):  # on a busy machine: workers that are slow to end will end with this process
                 local.close()
+
+
+def _nanny(environments: Sequence[dict[str, str]], scheduler: str, *, name: int, **options: Any) -> Any:
+    """What starts worker number `name`, in an environment that counts before what this process has, unlike those above."""
+    from distributed import Nanny
+
+    return Nanny(scheduler, name=name, env=environments[name], **options)
+
+
+def own_gpu(worker: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Environment of one of so many workers, in which it computes on a GPU of its own, as far as there are enough.
+
+    It finds them all, in an order in which its own is the first: a training on several `devices` takes those after it, too.
+    """
+    if workers < 2 or len(gpus) < 2:
+        return {}
+    first = worker * len(gpus) // workers
+    return {"CUDA_VISIBLE_DEVICES": ",".join([*gpus[first:], *gpus[:first]])}
 
 
 def _kill_workers(local: Any) -> None:

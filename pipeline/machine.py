@@ -107,6 +107,21 @@ def has_gpu() -> bool:
     return nvidia or "hip" in built and _AMD.exists()
 
 
+def cuda_devices() -> list[str]:
+    """The GPUs that CUDA finds here, as CUDA_VISIBLE_DEVICES names them; none where torch does not use it.
+
+    CUDA itself is asked, which alone knows what that variable, a container and a batch system leave of them.
+    """
+    if sys.platform == "darwin" or not has_gpu() or not _loads(_CUDA):
+        return []
+    driver, count = ctypes.CDLL(_CUDA), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(count.value)] if shown is None else shown.split(",")
+    return names[: count.value]
+
+
 def _loads(library: str) -> bool:
     try:
         ctypes.CDLL(library)

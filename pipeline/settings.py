@@ -236,7 +236,7 @@ class EvaluationSettings(Section):
 
 
 class ClusterSettings(Section):
-    """Where the work is done. `workers` 0: in this process; null: one, with all processors.
+    """Where the work is done. `workers` 0: in this process; null: one, with all processors. Several share these, and GPUs.
 
     `worker_memory_gib` bounds the tiles whose size is chosen; null: up to 2 of what is free, or 3 where the halo costs more
     than a fifth; beside a GPU, whose memory has to do as well, all of what is free.

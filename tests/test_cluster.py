@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import connect
+from pipeline.cluster import connect, own_gpu
 from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
 from pipeline.machine import cores, user_name
 from pipeline.settings import ClusterSettings
@@ -91,7 +91,7 @@ def listening() -> set[str]:
 
 
 def leave_a_mark(folder: Path) -> None:
-    (folder / str(os.getpid())).touch()
+    (folder / str(os.getpid())).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["here", "workers"])
@@ -109,7 +109,11 @@ def test_every_task_has_its_outcome(cluster) -> None:
     assert outcomes[-1].error.remedy == "Take another."
 
 
-def test_every_worker_is_prepared_though_one_of_them_fails_and_another_is_busy(tmp_path: Path) -> None:
+def test_every_worker_is_prepared_though_one_of_them_fails_and_another_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where there are several GPUs, each begins with another."""
+    monkeypatch.setattr("pipeline.cluster.cuda_devices", lambda: ["3", "5"])
     with connect(ClusterSettings(workers=2)) as cluster:
         cluster.submit("busy", time.sleep, 0.5)
         cluster.prepare(leave_a_mark, tmp_path)
@@ -118,9 +122,9 @@ def test_every_worker_is_prepared_though_one_of_them_fails_and_another_is_busy(t
         cluster.submit("after", double, 2)  # on a worker that had nothing else to do
         assert [outcome.value for outcome in cluster] == [4]
         until = time.monotonic() + 20
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        while (found := sorted(path.read_text() for path in tmp_path.iterdir())) != ["3,5", "5,3"]:
+            assert time.monotonic() < until, found
             time.sleep(0.05)
-        assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_more_may_be_submitted_meanwhile(cluster) -> None:
@@ -165,6 +169,17 @@ def test_workers_share_the_cores_and_keep_their_memory(monkeypatch: pytest.Monke
     if sys.platform == "linux":
         assert found["memory"] > 90_000_000
         assert found["processors"] == os.sched_getaffinity(0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "first"),
+    [(4, "0123", "0123"), (2, "0123", "02"), (3, "0123", "012"), (5, "01", "00011"), (1, "01", ""), (2, "0", "")],
+)
+def test_gpus_are_dealt_out_to_workers(workers: int, gpus: str, first: str) -> None:
+    """Each finds all of them, for a training that takes several."""
+    dealt = [own_gpu(number, workers, list(gpus)).get("CUDA_VISIBLE_DEVICES", "") for number in range(workers)]
+    assert "".join(order[:1] for order in dealt) == first
+    assert all(sorted(order.split(",")) == list(gpus) for order in dealt if order)
 
 
 @pytest.mark.parametrize("cluster", [2], indirect=True, ids=["workers"])

@@ -7,6 +7,8 @@ import sys
 from ctypes.util import find_library
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +137,28 @@ def test_a_gpu_counts_where_torch_was_built_for_it_and_its_driver_is_there(
     if shown is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert machine.has_gpu() == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "found", "expected"),
+    [(None, 3, ["0", "1", "2"]), ("2,GPU-5e", 2, ["2", "GPU-5e"]), ("1,9,0", 1, ["1"]), (None, 0, [])],
+)
+def test_gpus_are_named_as_whoever_grants_them_does(
+    monkeypatch: pytest.MonkeyPatch, shown: str | None, found: int, expected: list[str]
+) -> None:
+    """CUDA counts those before the first that is not there."""
+
+    def count(place: Any) -> int:
+        place._obj.value = found
+        return 0
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda _: 0, cuDeviceGetCount=count))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert machine.cuda_devices() == expected
 
 
 def test_what_torch_was_built_for_is_what_it_says_itself() -> None:
