@@ -67,7 +67,7 @@ class DaskCluster:
         with suppress(OSError):  # of a scheduler that is lost, which those tell who wait for it
             workers = self._client.scheduler_info()["workers"]
             task = source_digest(), function, arguments
-            self._preparing += [self._client.submit(_run, *task, workers=[one], pure=False) for one in workers]
+            self._preparing += [self._client.submit(run_ready, *task, workers=[one], pure=False) for one in workers]
 
     def cancel(self, key: Any) -> None:
         """See Cluster."""
@@ -157,7 +157,7 @@ class DaskCluster:
         self._check()
         _, function, arguments = task
         key = f"{function.__name__}-{uuid.uuid4().hex}"
-        future = self._client.submit(_run, source_digest(), function, arguments, key=key)
+        future = self._client.submit(run_ready, source_digest(), function, arguments, key=key)
         self._tasks[future] = task
         self._client.loop.add_callback(self._fetch, future)
         return future
@@ -254,7 +254,7 @@ def _hear(told: Queue[Outcome], key: Any, event: tuple[float, bytes]) -> None:
     told.put(Outcome(key, pickle.loads(event[1])))
 
 
-def _run(code: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def run_ready(code: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call the function, on a worker of the same code. Raises CodeError."""
     _make_ready(code)
     return function(*arguments)

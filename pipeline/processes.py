@@ -26,8 +26,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 from urllib.parse import urlparse
 
+from pipeline.dask_cluster import run_ready
 from pipeline.errors import ClusterError, FullfieldError, WorkerError
 from pipeline.machine import threads, worker_environment
+from pipeline.origin import source_digest
 
 _Task = tuple[Callable[..., Iterator[Any]], tuple[Any, ...]]
 
@@ -56,8 +58,8 @@ class Meeting:
 def together(function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], devices: int, nodes: int) -> Iterator[Any]:
     """What `function(*arguments)` yields in the first of `devices` times `nodes` processes, which all run it.
 
-    All end once one of them fails. Its error is raised here; WorkerError where it died without one, and ClusterError where
-    there are not as many machines.
+    All end once one of them fails. Its error is raised here; WorkerError where it died without one, ClusterError where there
+    are not as many machines, and CodeError where one of them has other code.
     """
     task = function, arguments
     if nodes == 1:
@@ -153,7 +155,7 @@ def _machines(task: _Task, devices: int, nodes: int) -> Iterator[tuple[Meeting, 
             raise _too_few(nodes, f"{len(addresses) + 1} worker(s)")
         meeting = Meeting(_host(own), _free_port(), devices, nodes)
         futures = [
-            client.submit(_join, task, node, meeting, workers=[address], pure=False)
+            client.submit(run_ready, source_digest(), _join, (task, node, meeting), workers=[address], pure=False)
             for node, address in enumerate(addresses[: nodes - 1], 1)
         ]
         yield meeting, [_errors_of(future) for future in futures]

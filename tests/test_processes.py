@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from pipeline.cluster import connect
-from pipeline.errors import ClusterError, SlideError, WorkerError
+from pipeline.errors import ClusterError, CodeError, SlideError, WorkerError
 from pipeline.processes import together
 from pipeline.settings import ClusterSettings
 
@@ -59,6 +59,16 @@ def dying(folder: Path) -> Iterator[int]:
 def on_machines(folder: Path, nodes: int) -> Iterator[str]:
     """A task of a Dask worker."""
     yield from together(numbers, (folder, nodes), 1, nodes)
+
+
+def one_of_machines(folder: Path) -> list[str]:
+    return list(on_machines(folder, 2))
+
+
+def have_newer_code() -> None:
+    from pipeline import dask_cluster
+
+    dask_cluster.source_digest = lambda: "another"
 
 
 def assert_gone(folder: Path) -> None:
@@ -112,6 +122,10 @@ def test_machines_are_dask_workers(tmp_path: Path) -> None:
             assert places(tmp_path / name) == ["[2, 0, 0, 0]", "[2, 1, 0, 1]"]
         with pytest.raises(ClusterError, match="2 worker"):
             list(cluster.stream(on_machines, tmp_path, 3))
+        first, other = cluster._client.nthreads()
+        cluster._client.run(have_newer_code, workers=[other])  # as one that has been started again has, after an update
+        with pytest.raises(CodeError, match=f"workers {other}: found other code"):
+            cluster._client.submit(one_of_machines, tmp_path, workers=[first]).result()
 
 
 def test_machines_without_a_cluster_are_none(tmp_path: Path) -> None:
