@@ -20,7 +20,7 @@ FLOORS = [
     "openvino_graph footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
     "runtime prediction regions measurement ome_tiff pictures tracking remembered versions inputs sources assessment_file",
-    "blending geojson approval folder tile_table contest",
+    "blending epoch_log geojson approval folder tile_table contest",
     "stitching",
     "validation exactness probe",
     "precision tiling",

@@ -12,15 +12,18 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from pipeline import __version__
+from pipeline.epoch_log import EpochLog
 from pipeline.errors import CheckpointError, TrackingError
 from pipeline.registry import resolve_model
-from pipeline.store import open_store
+from pipeline.snapshot import Record
+from pipeline.store import Store, open_store
 from pipeline.tracking import Run
 from pipeline.versions import find_version
 
@@ -210,6 +213,33 @@ def test_a_dying_store_does_not_hide_the_error_of_the_run(start):
         run.store.client.delete_run(run.run_id)
         raise ValueError("mine")
     assert "could not be marked as FAILED" in caught.value.__notes__[0]
+
+
+def test_a_server_that_is_away_for_a_while_ends_no_training(start, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    from mlflow import MlflowClient
+
+    now = SimpleNamespace(monotonic=lambda: 1000.0)
+    monkeypatch.setattr("pipeline.epoch_log.time", now)
+    records = [Record(epoch, {"loss": 1 / epoch}, best=True, planned=4) for epoch in range(1, 6)]
+    run = start()
+    fold, there, away = Path("fold"), run.store, Store("http://127.0.0.1:9", MlflowClient("http://127.0.0.1:9"))
+    log = EpochLog({fold: run})
+    assert log.add(fold, records[0]) and not log.add(fold, records[0])
+    run.store = away
+    for record in records[1:3]:
+        assert log.add(fold, record)
+    with pytest.raises(TrackingError, match="refused"):
+        log.finish()
+    run.store = there
+    assert log.add(fold, records[3])
+    assert history(run, "loss") == [(1, 1.0)]  # it is not asked again at once, which takes minutes
+    now.monotonic = lambda: 2000.0
+    assert log.add(fold, records[4])
+    log.finish()
+    assert history(run, "loss") == [(epoch, 1 / epoch) for epoch in range(1, 6)]
+    assert capsys.readouterr().out.count("figures are logged later") == 1
+    assert not any(EpochLog({fold: run}).add(fold, record) for record in records)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.approval import require_means
 from pipeline.combinations import Combination, combine
 from pipeline.config import Config
+from pipeline.epoch_log import EpochLog
 from pipeline.errors import CohortError, FullfieldError
 from pipeline.fitting import fit
 from pipeline.inputs import check_output
@@ -106,7 +107,7 @@ def _watch(
     with ExitStack() as stack, progress(f"{command}: epochs of all", sum(planned.values())) as bar:
         ends = {part.output: stack.enter_context(ExitStack()) for part, _ in waiting}
         runs = {part.output: ends[part.output].enter_context(begin(part, not part.is_interrupted())) for part, _ in waiting}
-        logged = {output: run.steps("loss") for output, run in runs.items()}
+        log = EpochLog(runs)
         for outcome in cluster.streams(tasks):
             output, record = outcome.key, outcome.value
             if isinstance(outcome.error, FullfieldError):
@@ -115,12 +116,11 @@ def _watch(
                     raise outcome.error
             elif outcome.error is not None:
                 raise outcome.error
-            elif record.epoch not in logged[output]:
-                runs[output].log_metrics(record.metrics, step=record.epoch)
-                logged[output].add(record.epoch)
+            elif log.add(output, record):
                 bar.grow(record.planned - planned[output])
                 planned[output] = record.planned
                 bar.advance(note=f"{output.name}: epoch {record.epoch}")
+        log.finish()
     return failed
 
 

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from pipeline import checkpoint, snapshot
 from pipeline.cohort import Case
 from pipeline.config import Config
+from pipeline.epoch_log import EpochLog
 from pipeline.errors import TrainingError
 from pipeline.fitting import fit
 from pipeline.folder import require_output
@@ -158,20 +159,19 @@ def _taken_up(unfinished: Path, facts: Mapping[str, str]) -> int:
 
 def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Path, done: int) -> None:
     """Train, and tell of each epoch as it ends, `done` earlier ones first; the model takes its name once it is complete."""
-    config, logged, records = workspace.config, run.steps("loss"), dict[int, Record]()
+    config, log, records = workspace.config, EpochLog({unfinished: run}), dict[int, Record]()
     arguments = (config, cases, workspace.tiles, unfinished, training_inputs(config, workspace.cases))
     with progress("train: epochs", config.training.epochs) as bar:
         bar.skip(done)
         for record in workspace.cluster.stream(fit, *arguments):
-            if record.epoch not in logged:  # the kill may have come between keeping an epoch and telling of it
-                run.log_metrics(record.metrics, step=record.epoch)
-                logged.add(record.epoch)
+            log.add(unfinished, record)  # an earlier one, too: the kill may have come between keeping and telling of it
             bar.grow(record.planned - bar.total)
             if record.remark and not records:
                 console.print(f"train: {record.remark}")
             if record.epoch > done and record.epoch not in records:  # who takes over from a dead worker tells all again
                 bar.advance(note=_note(record))
             records[record.epoch] = record
+        log.finish()
     unfinished.replace(workspace.model)
     epochs = [record.metrics for record in records.values()]
     console.print(f"train: {_pace(epochs)}")
