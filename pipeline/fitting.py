@@ -98,7 +98,7 @@ def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder:
         best = not dice or metrics["dice"] > standing.best
         record = Record(epoch.number, metrics, best, trainer.planned, passed_over, validation.remark)
         if record.best and rank == 0:
-            took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2)}
+            took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2), **trainer.way}
             origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
             checkpoint.save(folder, spec, averaged, *origins, keep_earlier=True)
         standing, tensors = standing.after(record, trainer.seconds), trainer.state()

@@ -63,8 +63,11 @@ def made_here() -> dict[str, Any]:
     return {"made": datetime.now(UTC).isoformat(timespec="seconds"), **origin(), "packages": packages()}
 
 
-def ancestry(config: Config, slides: Sequence[Mapping[str, Any]], training: Mapping[str, float]) -> dict[str, Any]:
-    """What a model keeps of where it comes from: `slides` are facts of those it saw, `training` epochs and minutes."""
+def ancestry(config: Config, slides: Sequence[Mapping[str, Any]], training: Mapping[str, object]) -> dict[str, Any]:
+    """What a model keeps of where it comes from: `slides` are facts of those it saw.
+
+    `training` has epochs and minutes, and on which device and in which number format it was.
+    """
     content = config.model_dump(mode="json", exclude={*ELSEWHERE})
     return {**made_here(), "seed": config.seed, "training": dict(training), "config": content, "slides": list(slides)}
 

@@ -88,6 +88,12 @@ class Trainer:
         return time.monotonic() - self._started
 
     @property
+    def way(self) -> dict[str, str]:
+        """The device, such as the name of a GPU, and the number format of the forward pass: others round otherwise."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {"device": device, "format": "bf16" if self._in_bf16 else "fp32"}
+
+    @property
     def planned(self) -> int:
         """How many epochs there will be, at the pace of those that are done."""
         if self.settings.max_minutes is None or not self._done:
@@ -187,7 +193,7 @@ class Trainer:
 
     def _step(self, images: np.ndarray, masks: np.ndarray) -> float:
         inputs = normalise(torch.from_numpy(images).to(self.device), self.spec)
-        with self._precision():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._in_bf16):
             logits = self._learner(inputs).contiguous().float()  # in channels_last few channels are slow to go through
         if logits.ndim == 2:  # a classifier's, whose answer is one pixel for the whole patch
             logits = logits[:, :, None, None]
@@ -208,10 +214,10 @@ class Trainer:
         moments: dict[str, torch.Tensor] = self._optimiser_of[id(weight)].state[weight]
         return moments
 
-    def _precision(self) -> torch.autocast:
-        """bf16 where that is wanted and the device multiplies it; else fp32."""
-        fast = self.settings.precision == "fast" and _multiplies_bf16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+    @property
+    def _in_bf16(self) -> bool:
+        """Whether that is wanted and the device multiplies it; else it is fp32."""
+        return self.settings.precision == "fast" and _multiplies_bf16(self.device)
 
 
 class _Awaited:

@@ -238,7 +238,8 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
 
     again = tmp_path / "again"
     assert reproduce(str(good), again) == 0
-    assert "Nothing has changed since" in capsys.readouterr().out
+    told, way = capsys.readouterr().out, model["ancestry"]["training"]
+    assert "Nothing has changed since" in told and f"trained on {way['device']} in {way['format']}: another" in told
     old, new = load_config(good / "config.yaml"), load_config(again / "config.yaml")
     assert new.output == again and new.training == old.training and new.network == old.network
     assert new.tracking == old.tracking.model_copy(update={"alias": "again"}) and old.tracking.alias == "newest"

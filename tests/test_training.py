@@ -71,6 +71,7 @@ def test_half_precision_learns_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found != expected
     assert found == pytest.approx(expected, rel=0.2, abs=0.05)
     assert {weight.dtype for weight in fast.averaged().parameters()} == {torch.float32}
+    assert [model.way["format"] for model in (exact, fast)] == ["fp32", "bf16"]
 
 
 def test_a_heavier_class_is_found_where_the_patch_leaves_it_open() -> None:

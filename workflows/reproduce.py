@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline import snapshot
 from pipeline.addresses import lacks_password
@@ -47,6 +48,8 @@ def reproduce(reference: str, output: Path | None) -> int:
         console.print("Nothing has changed since: code, packages, machine, slides and annotations are the same.")
     for line in differences:
         console.print(f"changed: {line}")
+    for way in filter(None, map(_way, lineage["models"])):
+        console.print(f"Its model was trained {way}: another device or format rounds otherwise.")
     command = shlex.join(["fullfield", "run", str(output / "config.yaml")])
     console.print(f"Run it again with\n  {command}")
     return 0
@@ -67,6 +70,12 @@ def _store(uri: str | None) -> str | None:
     told = "is null in the new configuration, so that MLFLOW_TRACKING_URI decides"
     console.print(f"tracking.uri was {uri}, of which MLflow keeps no password: it {told}")
     return None
+
+
+def _way(model: Mapping[str, Any]) -> str:
+    """On what a model was trained, in words; empty where it does not say."""
+    training = model["ancestry"].get("training", {})
+    return f"on {training['device']} in {training['format']}" if "device" in training else ""
 
 
 def _by(origin: Mapping[str, str]) -> str:
