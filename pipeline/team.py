@@ -7,16 +7,24 @@ the devices, connects them (NCCL on GPUs, gloo on CPUs), averages their gradient
 from __future__ import annotations
 
 import logging
+import os
+import platform
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Protocol
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from pipeline.errors import TrainingError
 from pipeline.whole_batch import whole, with_whole_batch_norm
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_PATIENCE = timedelta(minutes=30)  # for processes that are slow to start, as torch.distributed has it
 
 
 class Team(Protocol):
@@ -85,7 +93,10 @@ class Alone:
 
 
 class FabricTeam:
-    """Several processes, started by `processes.together` and joined by Lightning Fabric. Raises TrainingError without it."""
+    """Several processes, started by `processes.together` and joined by Lightning Fabric.
+
+    Raises TrainingError without it, and where some would compute on a GPU and others would not.
+    """
 
     def __init__(self, devices: int, nodes: int, strategy: str) -> None:
         try:
@@ -96,6 +107,12 @@ class FabricTeam:
             raise TrainingError("training.devices and training.nodes", found, "Lightning Fabric", remedy) from error
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+        rank, size = int(os.environ["RANK"]), devices * nodes
+        # At the place at which torch.distributed meets next, whose first process serves both.
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore  # type: ignore[attr-defined]
+        self._store: Store = store(*place, size, rank == 0, timeout=_PATIENCE, multi_tenant=True)
+        require_alike(self._store, rank, size, kind)
         # Named, since it would take a Dask worker inside a Slurm job for a process that Slurm started.
         environment = LightningEnvironment()
         self._fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy, plugins=[environment])
@@ -112,8 +129,8 @@ class FabricTeam:
 
     def learner(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """See Team."""
-        distributed: Callable[[torch.Tensor], torch.Tensor] = self._fabric.setup_module(network)
-        return distributed
+        learner: Callable[[torch.Tensor], torch.Tensor] = self._fabric.setup_module(network)
+        return learner
 
     def finished(self, network: nn.Module) -> nn.Module:
         """See Team."""
@@ -132,8 +149,20 @@ class FabricTeam:
 
     def close(self) -> None:
         """Part, after a training that went well."""
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
     def first(self, number: int) -> int:
         """See Team."""
         return int(self._fabric.broadcast(number))
+
+
+def require_alike(store: Store, rank: int, size: int, kind: str) -> None:
+    """Raise TrainingError, in each of so many processes, where they do not all compute on devices of one `kind`.
+
+    Each leaves its own in the store. Those on GPUs and those on processors would wait half an hour for each other.
+    """
+    store.set(f"device of {rank}", f"{kind} on {platform.node()}")
+    found = [store.get(f"device of {other}").decode() for other in range(size)]
+    if len({told.partition(" ")[0] for told in found}) > 1:
+        remedy = "Start workers where torch finds GPUs only, or hide them everywhere: CUDA_VISIBLE_DEVICES=-1."
+        raise TrainingError("training.nodes", ", ".join(sorted({*found})), "cuda on all machines, or on none", remedy)

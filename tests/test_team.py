@@ -1,7 +1,9 @@
 """Two processes train as one does: the same losses, the same scores and the same weights, to rounding."""
 
+import platform
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,7 @@ from pipeline.network import ModelSpec
 from pipeline.patches import Patch
 from pipeline.phantom import make_cohort
 from pipeline.snapshot import Record, load_tensors
-from pipeline.team import Alone, FabricTeam
+from pipeline.team import Alone, FabricTeam, require_alike
 from pipeline.workspace import open_workspace
 from workflows.tile import tile_cohort
 from workflows.train import fit_arguments
@@ -138,6 +140,16 @@ def test_what_a_training_depends_on_is_not_who_does_it(path: Path) -> None:
 def test_shares_that_are_not_even_are_refused(path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="multiples of devices x nodes, 4"):
         load_config(path, ["training.devices=4", override])
+
+
+@pytest.mark.parametrize("kinds", [("cpu", "cpu"), ("cuda", "cpu")])
+def test_processes_of_which_some_have_a_gpu_all_say_so(kinds: tuple[str, str]) -> None:
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor() as pool:
+        told = [pool.submit(require_alike, store, rank, 2, kind) for rank, kind in enumerate(kinds)]
+    for error in (each.exception() for each in told):
+        assert (error is None) == (kinds[0] == kinds[1])
+        assert error is None or f"cpu on {platform.node()}, cuda on {platform.node()}" in str(error)
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
