@@ -35,6 +35,7 @@ def test_pixels_near_another_class_are_found_as_a_slow_search_finds_them() -> No
         expected[patch, row, column] = truth[patch, row, column] != IGNORED and bool(others)
     found = near_boundary(truth)
     assert np.array_equal(found, expected) and 0.1 < found.mean() < 0.9
+    assert not near_boundary(truth[:, :1, :1]).any()  # as a classifier is asked for one pixel a patch
 
 
 def test_pixels_near_a_boundary_count_more() -> None:
