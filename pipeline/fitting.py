@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it.
 
-    After each epoch the state is kept beside it; where there is one of this very training, its epochs are told again and it
-    goes on. With several `training.devices` or `training.nodes`, processes of their own do it together.
+    After each epoch the state is kept beside it; where there is one, its epochs are told again and it goes on. With several
+    `training.devices` or `training.nodes`, processes of their own do it together. Raises TrainingError where the state is
+    broken, or another training's.
     """
     arguments, training = (config, cases, tiles, folder, inputs), config.training
     if training.processes > 1:
@@ -123,12 +124,14 @@ def _validation(
 def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:
     """Where the training stands; the trainer goes on from there, and from what was kept by then.
 
-    Raises TrainingError where its state is broken.
+    Raises TrainingError where its state is broken, or that of another, as seen from here: the command has let it pass.
     """
     state = snapshot.beside(folder)
     standing = snapshot.read_standing(state)
-    if standing is None or standing.changes(facts):
+    if standing is None:
         return Standing(facts, (), 0.0)
+    if changed := standing.changes(facts):
+        raise snapshot.of_another(state, changed)
     try:
         trainer.restore(snapshot.load_tensors(state), len(standing.records), standing.seconds)
     except (KeyError, RuntimeError) as error:

@@ -153,11 +153,11 @@ def _case_stamp(case: Case) -> list[object]:
 
 def slide_digest(path: Path) -> str | None:
     """That of `Slide.digest`; None where the file cannot be opened, which is told where it is read."""
-    return _digest_of_slide(path, *file_stamp(path))
+    with suppress(SlideError):  # perhaps for a moment: that is asked anew
+        return _digest_of_slide(path, *file_stamp(path))
+    return None
 
 
 @cache
-def _digest_of_slide(path: Path, *_stamp: int) -> str | None:
-    with suppress(SlideError):
-        return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one
-    return None
+def _digest_of_slide(path: Path, *_stamp: int) -> str:
+    return open_slide(path, 1.0).digest()  # at any scale, since the scan need not state one

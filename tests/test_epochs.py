@@ -13,13 +13,15 @@ import tifffile
 import torch
 from pyarrow import parquet
 
-from pipeline import checkpoint, fitting, snapshot
+from pipeline import checkpoint, fitting, inputs, snapshot
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
+from pipeline.errors import TrainingError
 from pipeline.fitting import fit
 from pipeline.phantom import write_slide
 from pipeline.processes import Meeting, _environment
+from pipeline.slide import open_slide
 from pipeline.snapshot import Record, Standing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +136,32 @@ def test_a_kill_after_the_state_leaves_no_earlier_model(tmp_path: Path, monkeypa
     train(tmp_path, settings, WIDTH // 2)
     assert checkpoint.load_run_record(tmp_path / "model")["epoch"] == 2
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_state_of_other_inputs_than_a_worker_finds_is_kept_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a slide cannot be opened for a moment, of which the command knew nothing."""
+    settings, state, usual = config(tmp_path, epochs=2), snapshot.beside(tmp_path / "model"), inputs.slide_digest
+    cases = [case(tmp_path, "train", WIDTH // 2), case(tmp_path, "val", WIDTH // 2)]
+    first = next(fit(settings, cases, cells(tmp_path), tmp_path / "model", "inputs"))
+    with monkeypatch.context() as patched, pytest.raises(TrainingError, match=r"training\.safetensors.*slide val was"):
+        patched.setattr(inputs, "slide_digest", lambda path: None if path.stem == "val" else usual(path))
+        next(fit(settings, cases, cells(tmp_path), tmp_path / "model", "inputs"))
+    assert snapshot.read_standing(state).records == (first,)
+    assert list(fit(settings, cases, cells(tmp_path), tmp_path / "model", "inputs"))[0] == first
+
+
+def test_a_slide_that_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
+    slide = case(tmp_path, "train", 0).slide
+    content, time = slide.read_bytes(), slide.stat().st_mtime_ns
+    found = []
+    for there in (bytes(len(content)), content):
+        with slide.open("r+b") as file:  # the same file of the same size and time
+            file.write(there)
+        os.utime(slide, ns=(time, time))
+        found.append(inputs.slide_digest(slide))
+    assert found == [None, open_slide(slide).digest()]
 
 
 def damaged(case: Case, name: str) -> Case:
