@@ -20,6 +20,7 @@ from pipeline import checkpoint, snapshot
 from pipeline.augment import Augmentation
 from pipeline.cohort import Case
 from pipeline.config import Config
+from pipeline.errors import TrainingError
 from pipeline.inputs import training_facts
 from pipeline.lineage import ancestry, case_facts, ways
 from pipeline.machine import threads
@@ -89,15 +90,16 @@ def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder:
     rank, size = team.rank, team.size
     seen = [case_facts(case) for case in cases]
     state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
+    _check_seen(validation, standing, trainer.planned)
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
         with memory_sufficing("validation"):
             averaged = for_slides(trainer.averaged())
             counts, unread = validate(validation, TorchEngine(spec, averaged))
         dice = _dice(team.total(counts), spec, rest_index(config))
-        metrics, passed_over = _metrics(epoch, dice), _of_all(team, cases, stream.unread | unread)
-        best = not dice or metrics["dice"] > standing.best
-        record = Record(epoch.number, metrics, best, trainer.planned, passed_over, validation.remark)
+        metrics, missed = _metrics(epoch, dice), _of_all(team, cases, unread)
+        best, passed_over = standing.is_best(metrics, missed), _of_all(team, cases, {*stream.unread, *missed})
+        record = Record(epoch.number, metrics, best, trainer.planned, passed_over, validation.remark, missed)
         if record.best and rank == 0:
             took = {"epochs": epoch.number, "minutes": round(trainer.seconds / 60, 2), **trainer.way}
             origins = _run_record(config, inputs, epoch.number, dice, as_scanned), ancestry(config, seen, took)
@@ -139,6 +141,17 @@ def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standin
     if trainer.team.rank == 0:
         _check_kept(folder, len(standing.records))
     return standing
+
+
+def _check_seen(validation: Validation, standing: Standing, planned: int) -> None:
+    """Raise TrainingError where a slide on which earlier epochs were validated cannot be read here: what is still planned
+    would not be kept.
+    """
+    done = standing.records
+    missed = [name for name in sorted(validation.unread) if any(name not in record.missed for record in done)]
+    if missed and len(done) < planned:
+        remedy = "Call with the same again once it can be read, to go on."
+        raise TrainingError(", ".join(missed), "nothing that can be read", "what earlier epochs were validated on", remedy)
 
 
 def _check_kept(folder: Path, done: int) -> None:

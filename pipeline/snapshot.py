@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrainingError
 from pipeline.files import replacing
@@ -30,7 +30,7 @@ class Record:
     """What an epoch achieved, and how many are `planned`; `best` says that its network was kept.
 
     `unread` names the slides of which something could not be read, and was passed over, up to then. `remark` is what to tell
-    of the validation.
+    of the validation, and `missed` names the slides that this one could not read.
     """
 
     epoch: int
@@ -39,6 +39,7 @@ class Record:
     planned: int
     unread: Sequence[str] = ()
     remark: str = ""
+    missed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,15 @@ class Standing:
     records: tuple[Record, ...]
     seconds: float
 
-    @property
-    def best(self) -> float:
-        """The best Dice on the validation slides so far; below 0 where there is none."""
-        return max((record.metrics.get("dice", -1.0) for record in self.records), default=-1.0)
+    def is_best(self, metrics: Mapping[str, float], missed: Sequence[str]) -> bool:
+        """Whether an epoch with these metrics, whose validation `missed` these slides, did better than all before it.
+
+        One without a Dice, or with one over fewer slides than another epoch saw, did so only where none before has any.
+        """
+        scored = [record for record in self.records if "dice" in record.metrics]
+        if "dice" not in metrics or any(not set(missed) <= set(record.missed) for record in self.records):
+            return not scored
+        return all(metrics["dice"] > record.metrics["dice"] for record in scored if set(record.missed) == set(missed))
 
     def after(self, record: Record, seconds: float) -> Standing:
         """The standing after one more epoch, so many seconds after the start."""
@@ -96,10 +102,13 @@ def read_standing(path: Path) -> Standing | None:
     try:
         with safe_open(path, "numpy") as file:
             content = json.loads(file.metadata()[_KEY])
-        records = tuple(Record(**{**record, "unread": tuple(record.get("unread", ()))}) for record in content["records"])
-        return Standing(content["inputs"], records, content["seconds"])
+        return Standing(content["inputs"], tuple(map(_record, content["records"])), content["seconds"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error) from error
+
+
+def _record(content: Mapping[str, Any]) -> Record:
+    return Record(**{**content, **{key: tuple(content.get(key, ())) for key in ("unread", "missed")}})
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

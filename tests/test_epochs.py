@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,11 @@ import tifffile
 import torch
 from pyarrow import parquet
 
-from pipeline import checkpoint, fitting, inputs, snapshot
+from pipeline import checkpoint, fitting, inputs, snapshot, validation
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import parse_config
-from pipeline.errors import TrainingError
+from pipeline.errors import SlideError, TrainingError
 from pipeline.fitting import fit
 from pipeline.phantom import write_slide
 from pipeline.processes import Meeting, _environment
@@ -136,6 +137,28 @@ def test_a_kill_after_the_state_leaves_no_earlier_model(tmp_path: Path, monkeypa
     train(tmp_path, settings, WIDTH // 2)
     assert checkpoint.load_run_record(tmp_path / "model")["epoch"] == 2
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_epoch_that_could_not_be_validated_does_not_replace_one_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that is away for a moment: as the second epoch is validated, and as the training goes on after it."""
+    settings = config(tmp_path, epochs=3)
+    cases = [case(tmp_path, "train", WIDTH // 2), case(tmp_path, "val", WIDTH // 2)]
+    first, second = (fit(settings, cases, cells(tmp_path), tmp_path / "model", "inputs") for _ in range(2))
+    assert (record := next(first)).best and not record.missed
+
+    def away(*arguments: Any) -> Any:
+        raise SlideError("val.tiff", "Stale file handle", "pixels", "Copy it again.")
+
+    monkeypatch.setattr(validation, "_count", away)
+    record = next(first)
+    assert "dice" not in record.metrics and not record.best and record.missed == record.unread == ("val",)
+    assert checkpoint.load_run_record(tmp_path / "model")["epoch"] == 1
+    first.close()
+    monkeypatch.setattr(validation, "_survey", lambda *arguments: None)
+    with pytest.raises(TrainingError, match="val.*earlier epochs"):
+        next(second)
 
 
 def test_a_state_of_other_inputs_than_a_worker_finds_is_kept_and_told(

@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import TrainingError
 from pipeline.snapshot import Record, Standing, beside, load_tensors, read_standing, save
 
-RECORDS = (Record(1, {"loss": 2.0, "dice": 0.5}, True, 9), Record(2, {"loss": 1 / 3, "dice": 0.25}, False, 8, ("a",)))
+RECORDS = (Record(1, {"loss": 2.0, "dice": 0.5}, True, 9), Record(2, {"loss": 1 / 3}, False, 8, ("a",), "", ("a", "b")))
 STANDING = Standing({"seed": "0", "training.epochs": "9"}, RECORDS, 12.5)
 
 
@@ -29,9 +29,31 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_best_is_that_of_all_epochs() -> None:
-    assert STANDING.best == 0.5
-    assert STANDING.after(Record(3, {"loss": 0.1, "dice": 0.75}, True, 8), 20.0).best == 0.75
-    assert Standing({}, (), 0.0).best < 0
+    assert not STANDING.is_best({"dice": 0.5}, ())
+    assert STANDING.is_best({"dice": 0.75}, ())
+    assert Standing({}, (), 0.0).is_best({"dice": 0.0}, ()) and Standing({}, (), 0.0).is_best({}, ())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "kept"),
+    [
+        ([(0.5, ""), (0.9, "a"), (None, "ab"), (0.6, "")], [1, 4]),  # fewer slides may be the easier ones
+        ([(0.9, "a"), (0.5, ""), (0.4, ""), (0.95, "a")], [1, 2]),
+        ([(0.9, "a"), (0.95, "b"), (0.5, ""), (0.6, "")], [1, 3, 4]),
+        ([(0.5, "a"), (0.4, "a"), (0.6, "a")], [1, 3]),  # one that can never be read is missed by all alike
+        ([(None, "ab"), (0.2, "a"), (0.1, "a"), (None, "ab")], [1, 2]),
+        ([(None, ""), (None, ""), (None, "")], [1, 2, 3]),
+    ],
+)
+def test_an_epoch_counts_for_less_where_its_validation_missed_what_another_saw(
+    epochs: list[tuple[float | None, str]], kept: list[int]
+) -> None:
+    standing = Standing({}, (), 0.0)
+    for number, (dice, missed) in enumerate(epochs, 1):
+        metrics = {} if dice is None else {"dice": dice}
+        record = Record(number, metrics, standing.is_best(metrics, tuple(missed)), 9, missed=tuple(missed))
+        standing = standing.after(record, 0.0)
+    assert [record.epoch for record in standing.records if record.best] == kept
 
 
 def test_what_differs_is_named() -> None:

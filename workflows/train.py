@@ -180,8 +180,9 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
         console.print(f"train: {undetermined}: {', '.join(as_scanned)}")
     if unread := sorted({name for record in records.values() for name in record.unread}):
         console.print(f"train: skipped unreadable parts of {', '.join(unread)}: copy these slides again")
-    if "dice" not in epochs[-1] and any(case.split == "val" for case in cases):
-        console.print("train: nothing is known of the slides that validate, so the last epoch was kept")
+    if any(case.split == "val" for case in cases) and not any("dice" in metrics for metrics in epochs):
+        told = "nothing could be read" if any(record.missed for record in records.values()) else "nothing is known"
+        console.print(f"train: {told} of the slides that validate, so the last epoch was kept")
     if len(epochs) < min(config.training.epochs, _FEW_EPOCHS):
         remark = "few epochs fit into training.max_minutes, too few for the learning rate to fall as it should"
         console.print(f"train: {remark}: a smaller training.patches_per_epoch gives more")
@@ -189,7 +190,8 @@ def _watch(workspace: Workspace, run: Run, cases: Sequence[Case], unfinished: Pa
 
 def _note(record: Record) -> str:
     dice = f", validation Dice {record.metrics['dice']:.3f}" if "dice" in record.metrics else ""
-    return f"epoch {record.epoch}: loss {record.metrics['loss']:.3f}{dice}{', kept' if record.best else ''}"
+    missed = f" without {len(record.missed)} unreadable slide(s)" if dice and record.missed else ""
+    return f"epoch {record.epoch}: loss {record.metrics['loss']:.3f}{dice}{missed}{', kept' if record.best else ''}"
 
 
 def _pace(epochs: Sequence[Mapping[str, float]]) -> str:
