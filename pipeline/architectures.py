@@ -6,6 +6,7 @@ So what was trained on patches runs on an image of any size that is a multiple o
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -22,6 +23,9 @@ from pipeline.classes import Class, Classes
 from pipeline.dense import Classifier, convolutional
 from pipeline.network import FAMILIES, ModelSpec
 
+SEEDING = threading.Lock()
+"""To be held where torch's random numbers are set, or weights drawn from them: all threads of a process share them."""
+
 _COLOURS = 3  # channels of an image, fewer than any other layer sees: the least width is 4
 
 
@@ -32,6 +36,13 @@ def build_network(spec: ModelSpec) -> nn.Module:
     (N, classes, H / output_stride, W / output_stride) float32; `activation` turns them into probabilities.
     """
     return for_slides(build_learner(spec))
+
+
+def seeded_learner(spec: ModelSpec, seed: int) -> nn.Module:
+    """What `build_learner` builds, with the weights of a seed, also where other threads train: see `SEEDING`."""
+    with SEEDING:
+        torch.manual_seed(seed)
+        return build_learner(spec)
 
 
 def build_learner(spec: ModelSpec) -> nn.Module:

@@ -85,7 +85,7 @@ def _meet_workers(client: Any, scheduler: str) -> None:
     """
     try:
         if not client.nthreads():
-            console.print(f"Waiting for a worker of {scheduler}: `dask worker {scheduler}` starts one")
+            console.print(f"Waiting for a worker of {scheduler}: `dask worker {scheduler} --nthreads 1` starts one")
         client.wait_for_workers(1)
         found = client.run(source_digest, on_error="return")  # an ImportError of those that have no Fullfield
     except OSError as error:

@@ -72,15 +72,12 @@ def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
 
 def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
-    import torch
-
-    from pipeline.architectures import build_learner, for_slides
+    from pipeline.architectures import for_slides, seeded_learner
     from pipeline.engine import TorchEngine
     from pipeline.footprint import with_footprint
     from pipeline.training import Trainer
 
-    torch.manual_seed(config.seed)
-    learner = build_learner(model_spec(config))
+    learner = seeded_learner(model_spec(config), config.seed)
     opened, normalisation = open_sources(cases, config)
     sources, as_scanned = remembered(opened), left_as_scanned(opened)
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)

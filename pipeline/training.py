@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from pipeline.architectures import outer_weights
+from pipeline.architectures import SEEDING, outer_weights
 from pipeline.errors import TrainingError
 from pipeline.layout import quicken
 from pipeline.loss import Loss
@@ -67,7 +67,8 @@ class Trainer:
     def __init__(
         self, spec: ModelSpec, network: torch.nn.Module, settings: TrainingSettings, seed: int, team: Team | None = None
     ) -> None:
-        torch.manual_seed(seed)
+        with SEEDING:
+            torch.manual_seed(seed)
         self.spec, self.settings, self.team = spec, settings, team or Alone()
         self.device = self.team.device
         self.network = self.team.prepared(network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -147,7 +148,8 @@ class Trainer:
         recent = _part(state, "recent")
         shares = (recent[str(index)].numpy()[self.team.rank :: self.team.size] for index in range(len(recent)))
         self.recent.extend(np.ascontiguousarray(share) for share in shares)
-        torch.set_rng_state(state["random.cpu"])
+        with SEEDING:
+            torch.set_rng_state(state["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"])
         self._done, self._started = done, time.monotonic() - seconds

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from pipeline.architectures import build_network
+from pipeline.architectures import build_network, seeded_learner
 from pipeline.classes import Class, Classes
 from pipeline.errors import NetworkError
 from pipeline.network import ModelSpec, activation, normalise
@@ -259,3 +260,13 @@ def test_what_is_not_local_survives_yaml_and_has_no_halo_to_ask_for() -> None:
 def test_a_spec_needs_neither_torch_nor_monai() -> None:
     code = "import sys, pipeline.network; sys.exit(bool({'torch', 'monai', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_seed_gives_the_same_weights_where_several_threads_ask() -> None:
+    """As on a worker of several threads, in which folds begin side by side."""
+    model = spec("unet")
+    alone = [seeded_learner(model, seed).state_dict() for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: seeded_learner(model, seed).state_dict(), range(4)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
