@@ -43,8 +43,7 @@ class TorchEngine:
         self.spec, self.device = spec, _device()
         self.dtype = _dtype(self.device, precision)
         if precision == "exact":
-            for part in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
-                part.fp32_precision = "ieee"
+            compute_in_fp32()
         lean = _lean(spec, network).to(self.device, self.dtype)
         self.network = lean.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -64,6 +63,12 @@ class TorchEngine:
             remedy = "Set a smaller `segmentation.tile_size` (--tile-size); what is begun has to be deleted."
             raise EngineError(str(self.device), found, "a device with more", remedy) from error
         return probabilities
+
+
+def compute_in_fp32() -> None:
+    """Have a GPU compute in this process what is fp32 in fp32, and not in the TF32 that it would take for it."""
+    for part in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
+        part.fp32_precision = "ieee"
 
 
 def _lean(spec: ModelSpec, network: torch.nn.Module) -> torch.nn.Module:

@@ -73,10 +73,11 @@ def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
 def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
     from pipeline.architectures import for_slides, seeded_learner
-    from pipeline.engine import TorchEngine
+    from pipeline.engine import TorchEngine, compute_in_fp32
     from pipeline.footprint import with_footprint
     from pipeline.training import Trainer
 
+    compute_in_fp32()  # from the first step on, as from the first validation on
     learner = seeded_learner(model_spec(config), config.seed)
     opened, normalisation = open_sources(cases, config)
     sources, as_scanned = remembered(opened), left_as_scanned(opened)

@@ -212,6 +212,20 @@ def test_what_cannot_be_read_is_passed_over_and_named(tmp_path: Path) -> None:
     assert dice[0] == dice[1]
 
 
+def test_the_first_step_is_computed_in_fp32_as_all_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convolutions, usual, found = torch.backends.cudnn.conv, fitting._batches, []
+
+    def batches(*arguments: Any) -> Any:
+        for batch in usual(*arguments):
+            found.append(convolutions.fp32_precision)
+            yield batch
+
+    monkeypatch.setattr(fitting, "_batches", batches)
+    convolutions.fp32_precision = "tf32"  # as torch has it for a GPU, until it is told
+    train(tmp_path, config(tmp_path, epochs=1, patches_per_epoch=8, precision="exact"), 0)
+    assert set(found) == {"ieee"}
+
+
 def test_patches_are_changed_as_far_as_the_configuration_says(tmp_path: Path) -> None:
     still = {"rotation_degrees": 0.0, "scale": 0.0, "elastic_px": 0.0, "blur_px": 0.0, "stain": 0.0, "tint": 0.0}
     losses = []
