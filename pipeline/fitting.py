@@ -79,7 +79,9 @@ def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder:
 
     compute_in_fp32()  # from the first step on, as from the first validation on
     learner = seeded_learner(model_spec(config), config.seed)
-    opened, normalisation = open_sources(cases, config)
+    state = snapshot.beside(folder)
+    begun_with = begun.normalisation if (begun := snapshot.read_standing(state)) else None
+    opened, normalisation = open_sources(cases, config, lambda found: team.first(begun_with or found))
     sources, as_scanned = remembered(opened), left_as_scanned(opened)
     spec = replace(with_footprint(model_spec(config), for_slides(learner)), normalisation=normalisation)
     validation = _validation(config, cases, sources, spec, team)
@@ -87,7 +89,7 @@ def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder:
     stream = _stream(config, tiles, sources, trainer.device)
     rank, size = team.rank, team.size
     seen = [case_facts(case) for case in cases]
-    state, standing = snapshot.beside(folder), _resume(trainer, folder, training_facts(config, cases))
+    standing = _resume(trainer, folder, Standing(training_facts(config, cases), (), 0.0, normalisation))
     _check_seen(validation, standing, trainer.planned)
     yield from standing.records
     for epoch in trainer.fit(lambda number: _batches(stream, number, config, rank, size)):
@@ -121,16 +123,16 @@ def _validation(
     return plan_validation(slides, spec, learned_pixels(config), config.seed, team)
 
 
-def _resume(trainer: Trainer, folder: Path, facts: Mapping[str, str]) -> Standing:
-    """Where the training stands; the trainer goes on from there, and from what was kept by then.
+def _resume(trainer: Trainer, folder: Path, fresh: Standing) -> Standing:
+    """Where the training stands, `fresh` at first; the trainer goes on from there, and from what was kept by then.
 
     Raises TrainingError where its state is broken, or that of another, as seen from here: the command has let it pass.
     """
     state = snapshot.beside(folder)
     standing = snapshot.read_standing(state)
     if standing is None:
-        return Standing(facts, (), 0.0)
-    if changed := standing.changes(facts):
+        return fresh
+    if changed := standing.changes(fresh.inputs):
         raise snapshot.of_another(state, changed)
     try:
         trainer.restore(snapshot.load_tensors(state), len(standing.records), standing.seconds)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TrainingError
 from pipeline.files import replacing
+from pipeline.staining import Normalisation
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +45,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a training is: what it depends on, by name; its epochs so far; and the seconds that they took."""
+    """How far a training is: what it depends on, by name; its epochs so far; and the seconds that they took.
+
+    All of them see slides in the stain of the `normalisation`, where there is one.
+    """
 
     inputs: Mapping[str, str]
     records: tuple[Record, ...]
     seconds: float
+    normalisation: Normalisation | None = None
 
     def is_best(self, metrics: Mapping[str, float], missed: Sequence[str]) -> bool:
         """Whether an epoch with these metrics, whose validation `missed` these slides, did better than all before it.
@@ -102,7 +107,9 @@ def read_standing(path: Path) -> Standing | None:
     try:
         with safe_open(path, "numpy") as file:
             content = json.loads(file.metadata()[_KEY])
-        return Standing(content["inputs"], tuple(map(_record, content["records"])), content["seconds"])
+        records, stain = tuple(map(_record, content["records"])), content.get("normalisation")
+        normalisation = stain and Normalisation(stain["method"], tuple(map(tuple, stain["dyes"])))
+        return Standing(content["inputs"], records, content["seconds"], normalisation)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -49,11 +49,14 @@ def open_source(case: Case, config: Config, normalisation: Normalisation | None 
     return replace(source, slide=NormalisedSlide(slide, staining, normalisation))
 
 
-def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Source], Normalisation | None]:
+def open_sources(
+    cases: Sequence[Case], config: Config, agreed: Callable[[Normalisation], Normalisation] = lambda found: found
+) -> tuple[dict[str, Source], Normalisation | None]:
     """Annotated cases as a model that is to be trained on them will see them, and that model's normalisation.
 
-    It normalises to the mean stain of the training slides; each slide's is estimated once. Training slides also teach what
-    glass is, see `with_glass`. Raises TrainingError where the stain of no training slide can be told.
+    It normalises to the mean stain of the training slides, or to what is `agreed` in its place; each slide's is estimated
+    once. Training slides also teach what glass is, see `with_glass`. Raises TrainingError where the stain of no training
+    slide can be told.
     """
     method, opened = config.normalisation.method, ahead(partial(_taught, config=config), cases, 2 * threads(), threads())
     sources, stainings = dict[str, Source](), dict[str, Staining]()
@@ -64,11 +67,12 @@ def open_sources(cases: Sequence[Case], config: Config) -> tuple[dict[str, Sourc
     if method == "none":
         return sources, None
     trained = [stainings[case.slide_id] for case in cases if case.split == "train"]
-    normalisation = reference(trained, method)
-    if normalisation is None:
+    found = reference(trained, method)
+    if found is None:
         problems = "; ".join(sorted({item.problem for item in trained}))
         remedy = "Say normalisation.method=none."
         raise TrainingError(f"normalisation.method {method}", problems, "a training slide whose stain can be told", remedy)
+    normalisation = agreed(found)
     alike = {
         name: replace(source, slide=NormalisedSlide(source.slide, stainings[name], normalisation))
         for name, source in sources.items()

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 _PATIENCE = timedelta(minutes=30)  # for processes that are slow to start, as torch.distributed has it
+_Said = TypeVar("_Said")
 
 
 class Team(Protocol):
@@ -49,7 +50,7 @@ class Team(Protocol):
     def total(self, counts: np.ndarray) -> np.ndarray:
         """The sum of what each process counted, int64."""
 
-    def first(self, number: int) -> int:
+    def first(self, said: _Said) -> _Said:
         """What the first process says."""
 
 
@@ -87,9 +88,9 @@ class Alone:
         """See Team."""
         return counts
 
-    def first(self, number: int) -> int:
+    def first(self, said: _Said) -> _Said:
         """See Team."""
-        return number
+        return said
 
 
 class FabricTeam:
@@ -151,9 +152,10 @@ class FabricTeam:
         """Part, after a training that went well."""
         distributed.destroy_process_group()
 
-    def first(self, number: int) -> int:
+    def first(self, said: _Said) -> _Said:
         """See Team."""
-        return int(self._fabric.broadcast(number))
+        told: _Said = self._fabric.broadcast(said)
+        return told
 
 
 def require_alike(store: Store, rank: int, size: int, kind: str) -> None:

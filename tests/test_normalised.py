@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import tifffile
 import yaml
 from pyarrow import parquet
 
-from pipeline import checkpoint
+from pipeline import checkpoint, fitting
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED
 from pipeline.cohort import Case, read_manifest, write_manifest
@@ -30,8 +31,9 @@ from pipeline.slide import Pixels, Slide, open_slide
 from pipeline.slide_job import CANVAS, SlideJob
 from pipeline.slide_tasks import plan_slide, seal_slide, segment_block
 from pipeline.sources import left_as_scanned, open_source, open_sources
-from pipeline.staining import METHODS
+from pipeline.staining import METHODS, Normalisation
 from pipeline.stains import reference, staining_of
+from pipeline.team import Alone
 from pipeline.tissue import find_tissue
 from pipeline.workspace import slide_job
 from workflows.segment import segment
@@ -163,6 +165,27 @@ def test_a_model_carries_the_mean_of_its_training_slides(project: Project) -> No
     slides = [open_slide(case.slide) for case in project.cases if case.split == "train"]
     found = [estimate(slide, find_tissue(slide, project.config.tissue), "macenko") for slide in slides]
     assert checkpoint.load_spec(project.model).normalisation == reference(found, "macenko")
+
+
+def test_a_training_sees_one_stain_in_all_processes_and_to_its_end(project: Project, tmp_path: Path) -> None:
+    """Whatever a process finds by itself, such as one that cannot read a slide for a moment."""
+    first = Normalisation("macenko", ((0.61, 0.72, 0.33), (0.09, 0.81, 0.12)))
+
+    class Second(Alone):
+        """A process that is told what another one found."""
+
+        def first(self, said: Any) -> Any:
+            return first if isinstance(said, Normalisation) else said
+
+    training = project.config.training.model_copy(update={"epochs": 2, "patches_per_epoch": 8})
+    cases = [case for case in project.cases if case.split == "train"]
+    arguments = cases, project.config.output / "tiles.parquet", tmp_path / "model", "inputs"
+    settings = project.config.model_copy(update={"training": training})
+    next(fitting._fit(Second(), settings, *arguments))
+    assert checkpoint.load_spec(tmp_path / "model").normalisation == first
+    assert [record.best for record in fit(settings, *arguments)] == [True, True]
+    assert checkpoint.load_run_record(tmp_path / "model")["epoch"] == 2
+    assert checkpoint.load_spec(tmp_path / "model").normalisation == first
 
 
 def test_what_is_segmented_is_what_one_pass_over_the_normalised_slide_gives(project: Project) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from pipeline.errors import TrainingError
 from pipeline.snapshot import Record, Standing, beside, load_tensors, read_standing, save
+from pipeline.staining import Normalisation
 
 RECORDS = (Record(1, {"loss": 2.0, "dice": 0.5}, True, 9), Record(2, {"loss": 1 / 3}, False, 8, ("a",), "", ("a", "b")))
-STANDING = Standing({"seed": "0", "training.epochs": "9"}, RECORDS, 12.5)
+STANDING = Standing({"seed": "0", "training.epochs": "9"}, RECORDS, 12.5, Normalisation("macenko", ((0.1, 1 / 3, 0.2),) * 2))
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:

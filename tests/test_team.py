@@ -49,7 +49,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {content["classes"][1]["name"]: 2.0}
     content["training"] = {"epochs": 3, "patches_per_epoch": 20, "batch_size": 8, "class_weights": weights}
     content["training"]["precision"] = "exact"  # bf16 rounds too much to tell a wrong sum from a rounded one
-    content["cluster"] = {"workers": 0}
+    content["normalisation"], content["cluster"] = {"method": "reinhard"}, {"workers": 0}
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     return folder / "config.yaml"
 
