@@ -9,9 +9,11 @@ It yields; who called tells of it and logs it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from pipeline.augment import Augmentation
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import TrainingError
+from pipeline.files import locked
 from pipeline.inputs import training_facts
 from pipeline.lineage import ancestry, case_facts, ways
 from pipeline.machine import threads
@@ -42,13 +45,15 @@ if TYPE_CHECKING:
     from pipeline.team import Team
     from pipeline.training import Epoch, Trainer
 
+_POLL_SECONDS = 1.0
+
 
 def fit(config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train, validate after each epoch, and keep the best network in `folder`; runs wherever the cluster puts it.
 
     After each epoch the state is kept beside it; where there is one, its epochs are told again and it goes on. With several
     `training.devices` or `training.nodes`, processes of their own do it together. Raises TrainingError where the state is
-    broken, or another training's.
+    broken, or another training's, or where the model is finished meanwhile.
     """
     arguments, training = (config, cases, tiles, folder, inputs), config.training
     if training.processes > 1:
@@ -71,6 +76,26 @@ def _fit_share(config: Config, *arguments: Any) -> Iterator[Record]:
 
 
 def _fit(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
+    """Train as soon as nobody else does so in the folder: one that outlives its command comes to the end of its epoch."""
+    with _alone(team, snapshot.beside(folder)):
+        yield from _train(team, config, cases, tiles, folder, inputs)
+
+
+@contextmanager
+def _alone(team: Team, state: Path) -> Iterator[None]:
+    """Have a training's state to oneself, as the first process of a team sees to for all of them.
+
+    The others ask it every second, since a process that is silent for minutes is taken for dead.
+    """
+    while True:
+        with locked(state, wait=False) if team.rank == 0 else nullcontext(True) as free:
+            if team.first(free):
+                yield
+                return
+        sleep(_POLL_SECONDS)
+
+
+def _train(team: Team, config: Config, cases: Sequence[Case], tiles: Path, folder: Path, inputs: str) -> Iterator[Record]:
     """Train with the team, each process on its share of every batch and of the validation slides; the first writes."""
     from pipeline.architectures import for_slides, seeded_learner
     from pipeline.engine import TorchEngine, compute_in_fp32
@@ -131,6 +156,7 @@ def _resume(trainer: Trainer, folder: Path, fresh: Standing) -> Standing:
     state = snapshot.beside(folder)
     standing = snapshot.read_standing(state)
     if standing is None:
+        _check_unfinished(folder)
         return fresh
     if changed := standing.changes(fresh.inputs):
         raise snapshot.of_another(state, changed)
@@ -141,6 +167,14 @@ def _resume(trainer: Trainer, folder: Path, fresh: Standing) -> Standing:
     if trainer.team.rank == 0:
         _check_kept(folder, len(standing.records))
     return standing
+
+
+def _check_unfinished(folder: Path) -> None:
+    """Raise TrainingError where a command has made a model of `folder`, such as while this training waited for its end."""
+    model = folder.with_suffix("")
+    if folder.suffix == ".partial" and model.exists():
+        remedy = "Run the same command again to go on with it."
+        raise TrainingError(str(model), "a model that is finished", "none yet", remedy)
 
 
 def _check_seen(validation: Validation, standing: Standing, planned: int) -> None:

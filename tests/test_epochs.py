@@ -187,6 +187,26 @@ def test_a_slide_that_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
     assert found == [None, open_slide(slide).digest()]
 
 
+def test_a_training_that_outlives_its_command_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, state = config(tmp_path, epochs=3), snapshot.beside(tmp_path / "model.partial")
+    arguments = [case(tmp_path, "train", WIDTH // 2)], cells(tmp_path), tmp_path / "model.partial", "inputs"
+    orphan, waited = fit(settings, *arguments), []
+    first = next(orphan)
+
+    def while_waiting(seconds: float) -> None:
+        waited.append(next(orphan))
+        orphan.close()
+
+    monkeypatch.setattr(fitting, "sleep", while_waiting)
+    records = list(fit(settings, *arguments))
+    assert [record.epoch for record in records] == [1, 2, 3] and records[:2] == [first, *waited]
+    (tmp_path / "model.partial").rename(tmp_path / "model")
+    state.unlink()
+    with pytest.raises(TrainingError, match="finished"):  # what waited so long has no command any more
+        next(fit(settings, *arguments))
+    assert not state.exists()
+
+
 def damaged(case: Case, name: str) -> Case:
     """Another slide of the same patient, whose pixels cannot be read."""
     with tifffile.TiffFile(case.slide) as file:
