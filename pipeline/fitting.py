@@ -154,14 +154,14 @@ def _resume(trainer: Trainer, folder: Path, fresh: Standing) -> Standing:
     Raises TrainingError where its state is broken, or that of another, as seen from here: the command has let it pass.
     """
     state = snapshot.beside(folder)
-    standing = snapshot.read_standing(state)
-    if standing is None:
+    if not state.exists():
         _check_unfinished(folder)
         return fresh
+    standing, tensors = snapshot.load(state)
     if changed := standing.changes(fresh.inputs):
         raise snapshot.of_another(state, changed)
     try:
-        trainer.restore(snapshot.load_tensors(state), len(standing.records), standing.seconds)
+        trainer.restore(tensors, len(standing.records), standing.seconds)
     except (KeyError, RuntimeError) as error:
         raise snapshot.broken(state, error) from error
     if trainer.team.rank == 0:

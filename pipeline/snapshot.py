@@ -9,7 +9,8 @@ before it, and never a mixture. No pickle is read. Reading the header alone does
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -100,34 +101,45 @@ def save(path: Path, standing: Standing, tensors: Mapping[str, torch.Tensor]) ->
 
 def read_standing(path: Path) -> Standing | None:
     """How far the training is whose state lies at `path`; None where there is none. Raises TrainingError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.exists():
         return None
+    with _whole(path), safe_open(path, "numpy") as file:
+        return _standing(file.metadata())
+
+
+def load(path: Path) -> tuple[Standing, dict[str, torch.Tensor]]:
+    """How far the training is, and the trainer's tensors, on the CPU: of one epoch, whoever writes the next meanwhile.
+
+    Raises TrainingError.
+    """
+    from safetensors import safe_open
+
+    with _whole(path), safe_open(path, "pt") as file:
+        return _standing(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Raise TrainingError where a state is broken that is read in the block."""
+    from safetensors import SafetensorError
+
     try:
-        with safe_open(path, "numpy") as file:
-            content = json.loads(file.metadata()[_KEY])
-        records, stain = tuple(map(_record, content["records"])), content.get("normalisation")
-        normalisation = stain and Normalisation(stain["method"], tuple(map(tuple, stain["dyes"])))
-        return Standing(content["inputs"], records, content["seconds"], normalisation)
+        yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise broken(path, error) from error
 
 
+def _standing(metadata: Mapping[str, str]) -> Standing:
+    content = json.loads(metadata[_KEY])
+    records, stain = tuple(map(_record, content["records"])), content.get("normalisation")
+    normalisation = stain and Normalisation(stain["method"], tuple(map(tuple, stain["dyes"])))
+    return Standing(content["inputs"], records, content["seconds"], normalisation)
+
+
 def _record(content: Mapping[str, Any]) -> Record:
     return Record(**{**content, **{key: tuple(content.get(key, ())) for key in ("unread", "missed")}})
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The trainer's tensors, on the CPU. Raises TrainingError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise broken(path, error) from error
-    return tensors
 
 
 def broken(path: Path, error: Exception) -> TrainingError:

@@ -110,9 +110,9 @@ def test_what_is_kept_is_always_of_an_epoch_that_is_recorded(tmp_path: Path, mon
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(snapshot, "save", killed)
         train(tmp_path, settings, WIDTH // 2)
-    tensors = snapshot.load_tensors(state)
+    standing, tensors = snapshot.load(state)
     forgotten = {name: torch.zeros_like(value) for name, value in tensors.items() if name.startswith(("network", "average"))}
-    snapshot.save(state, snapshot.read_standing(state), {**tensors, **forgotten})
+    snapshot.save(state, standing, {**tensors, **forgotten})
     records = train(tmp_path, settings, WIDTH // 2)
     assert [record.best for record in records] == [True, True, False, False]
     kept = checkpoint.load_run_record(tmp_path / "model")

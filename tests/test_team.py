@@ -24,7 +24,7 @@ from pipeline.inputs import training_facts
 from pipeline.network import ModelSpec
 from pipeline.patches import Patch
 from pipeline.phantom import make_cohort
-from pipeline.snapshot import Record, load_tensors
+from pipeline.snapshot import Record, load
 from pipeline.team import Alone, FabricTeam, require_alike
 from pipeline.workspace import open_workspace
 from workflows.tile import tile_cohort
@@ -56,7 +56,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distance(one: Path, other: Path) -> float:
     """How far the weights of two trainings are from each other."""
-    first, second = (load_tensors(folder / "training.safetensors") for folder in (one, other))
+    first, second = (load(folder / "training.safetensors")[1] for folder in (one, other))
     names = [name for name in first if name.startswith(("network.", "average.")) and not name.endswith("n_averaged")]
     return float(torch.stack([(first[name].double() - second[name].double()).norm() for name in names]).norm())
 

@@ -13,7 +13,7 @@ from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import TrainingError
 from pipeline.network import ModelSpec, normalise
 from pipeline.settings import TrainingSettings
-from pipeline.snapshot import Standing, load_tensors, save
+from pipeline.snapshot import Standing, load, save
 from pipeline.training import Trainer
 
 CLASSES = Classes((Class("Other", (255, 255, 255)), Class("Dark", (0, 0, 0))))
@@ -181,7 +181,7 @@ def test_a_state_leads_to_the_same_bits(tmp_path: Path, count: int, optimiser: s
         for _ in model.fit(lambda epoch: batches(epoch, count)):
             model.averaged()
             save(tmp_path / "state", Standing({}, (), model.seconds), model.state())
-            found.append(load_tensors(tmp_path / "state"))
+            found.append(load(tmp_path / "state")[1])
         return found
 
     values = {"epochs": 4, "patches_per_epoch": 4 * count, "optimiser": optimiser}
