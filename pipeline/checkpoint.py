@@ -40,8 +40,8 @@ _FILES = (_SPEC, _WEIGHTS, _GRAPH)
 _ANCESTRY = "ancestry.json"
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _RUN_RECORD = "lineage"  # its key in model.yaml
-_SEAL, _WEIGHTS_DIGEST = "spec_sha256", "weights_sha256"
-_REQUIRED, _OPTIONAL = ("fullfield", "spec"), ("network", _SEAL, _WEIGHTS_DIGEST, _RUN_RECORD)  # keys of model.yaml
+_SEAL, _DIGESTS = "spec_sha256", {_GRAPH: "network", _WEIGHTS: "weights_sha256"}  # keys of digests there
+_REQUIRED, _OPTIONAL = ("fullfield", "spec"), (_SEAL, *_DIGESTS.values(), _RUN_RECORD)  # keys of model.yaml
 _AS_WRITTEN = "Use the file as Fullfield wrote it, or train the model again."
 
 
@@ -160,9 +160,10 @@ def load_ancestry(folder: Path) -> dict[str, Any]:
 def digest(folder: Path) -> str:
     """A SHA-256 over all its files but its ancestry, as hexadecimal digits.
 
-    Raises CheckpointError where there is no model.
+    Raises CheckpointError where there is no model, or its weights or its graph are not those that it was written with.
     """
-    check_files(folder)
+    _check_written(folder, _GRAPH)
+    _check_written(folder, _WEIGHTS)
     total = hashlib.sha256()
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
         total.update(bytes.fromhex(file_digest(path)))
@@ -203,7 +204,7 @@ def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mappin
 
     weights = save({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()})
     (folder / _WEIGHTS).write_bytes(weights)  # safetensors' save_file leaves a file that nobody else may read
-    digests = {_SEAL: _sealed(spec.to_dict()), _WEIGHTS_DIGEST: hashlib.sha256(weights).hexdigest()}
+    digests = {_SEAL: _sealed(spec.to_dict()), _DIGESTS[_WEIGHTS]: hashlib.sha256(weights).hexdigest()}
     content: dict[str, object] = {"fullfield": __version__, "spec": spec.to_dict(), **digests}
     try:
         graph = trace(network, spec).to_json()
@@ -211,7 +212,7 @@ def _write(folder: Path, spec: ModelSpec, network: torch.nn.Module, more: Mappin
         pass
     else:
         (folder / _GRAPH).write_text(graph, encoding="utf-8")
-        content["network"] = hashlib.sha256(graph.encode()).hexdigest()
+        content[_DIGESTS[_GRAPH]] = hashlib.sha256(graph.encode()).hexdigest()
     text = yaml.safe_dump({**content, **more}, sort_keys=False, allow_unicode=True)
     (folder / _SPEC).write_text(text, encoding="utf-8")
 
@@ -223,26 +224,26 @@ def _sealed(spec: object) -> str:
 
 def _load_graph(folder: Path) -> Graph | None:
     """The graph that `model.yaml` names; None: it names none. Raises CheckpointError where the file is not that one."""
-    path, expected = folder / _GRAPH, _read(folder).get("network")
-    content = path.read_bytes() if path.is_file() else None
-    found = None if content is None else hashlib.sha256(content).hexdigest()
-    if found != expected:
-        wanted = f"the file of SHA-256 {expected}" if expected else "no such file"
-        raise CheckpointError(str(path), f"SHA-256 {found}" if found else "no such file", f"{wanted}, by {_SPEC}", TOGETHER)
-    if content is None:
-        return None
     from pipeline.graph import Graph
 
-    return Graph.from_json(content.decode("utf-8", "replace"), str(path))
+    _check_written(folder, _GRAPH)
+    path = folder / _GRAPH
+    return Graph.from_json(path.read_bytes().decode("utf-8", "replace"), str(path)) if path.is_file() else None
 
 
 def _check_weights(folder: Path, described: Mapping[str, str], needed: Mapping[str, str]) -> None:
     """Raise CheckpointError where the weights are not such as the network needs, or not those that `model.yaml` names."""
-    path, expected = folder / _WEIGHTS, _read(folder).get(_WEIGHTS_DIGEST)
-    check_fit(path, described, needed)
-    found = file_digest(path)
-    if expected is not None and found != expected:
-        raise CheckpointError(str(path), f"SHA-256 {found}", f"the file of SHA-256 {expected}, by {_SPEC}", TOGETHER)
+    check_fit(folder / _WEIGHTS, described, needed)
+    _check_written(folder, _WEIGHTS)
+
+
+def _check_written(folder: Path, name: str) -> None:
+    """Raise CheckpointError where the weights or the graph are not the file that `model.yaml` names by its digest."""
+    expected, path = _read(folder).get(_DIGESTS[name]), folder / name
+    found = file_digest(path) if path.is_file() else None
+    if found != expected and not (name == _WEIGHTS and expected is None):
+        wanted = f"the file of SHA-256 {expected}" if expected else "no such file"
+        raise CheckpointError(str(path), f"SHA-256 {found}" if found else "no such file", f"{wanted}, by {_SPEC}", TOGETHER)
 
 
 def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:

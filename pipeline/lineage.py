@@ -135,16 +135,12 @@ def note_used(folder: Path, slides: Sequence[Mapping[str, Any]]) -> Path:
     return folder / FILE
 
 
-def add_models(folder: Path, models: Sequence[Path]) -> None:
-    """Write into FOLDER/lineage.json which models its slides were segmented with, beside those of earlier calls.
-
-    Raises CheckpointError.
-    """
-    facts = models_facts(models)
+def add_models(folder: Path, models: Sequence[Mapping[str, Any]]) -> None:
+    """Write the facts of the models that slides were segmented with into FOLDER/lineage.json, beside earlier ones."""
     with _rewritten(folder) as content:
-        digests = [model["digest"] for model in facts]
+        digests = [model["digest"] for model in models]
         others = [model for model in content.get("segmented_with", []) if model["digest"] not in digests]
-        content["segmented_with"] = [*others, *facts]
+        content["segmented_with"] = [*others, *models]
 
 
 def write_parts(folder: Path, config: Config, parts: Sequence[Path]) -> Path:

@@ -47,7 +47,8 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
 
     The model is a pyfunc from code (served.py), with the signature (N, H, W, 3) uint8 to (N, classes, h, w) float32, and the
     parameter `staining`.
-    A checkpoint of this run that is registered already is not stored again, and the alias stays with a later version.
+    A checkpoint of this run that is registered already is not stored again, and the alias stays with another run's where
+    later versions are there.
     Returns `models:/NAME/VERSION`.
     Raises CheckpointError where the folder holds no checkpoint, TrackingError for an alias that MLflow keeps to itself.
     """
@@ -60,7 +61,8 @@ def log_model(store: Store, run_id: str, folder: Path, classes: Sequence[str], r
                 client.create_registered_model(registered)
         before = sorted(client.search_model_versions(f"name = '{registered}'"), key=lambda each: int(each.version))
         own = [each for each in before if each.run_id == run_id and tags.items() <= each.tags.items()]
-        if own and own[-1] is not before[-1] and alias in known[0].aliases:
+        theirs = [str(each.version) for each in before if each.run_id != run_id]
+        if own and own[-1] is not before[-1] and str(known[0].aliases.get(alias)) in theirs:
             return f"models:/{registered}/{own[-1].version}"
         number = own[-1].version if own else _register(store, run_id, folder, classes, registered, tags)
         client.set_registered_model_alias(registered, alias, number)

@@ -28,7 +28,7 @@ from pipeline.cohort import read_manifest, write_manifest
 from pipeline.config_file import load_config
 from pipeline.errors import CheckpointError, CohortError, TrackingError
 from pipeline.files import file_digest
-from pipeline.lineage import add_models, begin_lineage, note_used, read_lineage, write_lineage
+from pipeline.lineage import add_models, begin_lineage, models_facts, note_used, read_lineage, write_lineage
 from pipeline.metrics import SlideConfusion
 from pipeline.origin import packages
 from pipeline.phantom import make_cohort
@@ -391,7 +391,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 def test_a_lineage_names_all_models_that_segmented_into_a_folder(good: Path, bad: Path, tmp_path: Path) -> None:
     for model in (good, bad, good):
-        add_models(tmp_path, [model / "model"])
+        add_models(tmp_path, models_facts([model / "model"]))
     found = json.loads((tmp_path / "lineage.json").read_text())
     assert {one["path"] for one in found["segmented_with"]} == {str(run / "model") for run in (good, bad)}
     assert len(found["origins"]) == 1
@@ -426,7 +426,7 @@ def test_packages_are_those_that_python_imports(tmp_path: Path, monkeypatch: pyt
 
 def test_a_damaged_lineage_is_put_aside(good: Path, tmp_path: Path) -> None:
     (tmp_path / "lineage.json").write_text("{")
-    add_models(tmp_path, [good / "model"])
+    add_models(tmp_path, models_facts([good / "model"]))
     assert (tmp_path / "lineage.json.old").read_text() == "{"
     assert len(json.loads((tmp_path / "lineage.json").read_text())["segmented_with"]) == 1
 

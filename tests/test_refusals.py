@@ -403,6 +403,15 @@ def test_a_row_that_another_command_has_written_since_is_kept(
     assert {row["slide_id"]: row["status"] for row in rows(tmp_path / "out")} == {"scan": "failed", "scan-2": "done"}
 
 
+def test_a_damaged_model_begins_nothing(models: list[Path], scan: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models[0], tmp_path / "model"))
+    shutil.copy(models[1] / "weights.safetensors", model)  # whole, and fits
+    for given in ([model], [models[1], model]):
+        with pytest.raises(CheckpointError, match=r"weights.safetensors: found SHA-256"):
+            run(scan, given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_that_were_moved_go_on(models: list[Path], scan: Path, tmp_path: Path) -> None:
     moved = [Path(shutil.copytree(model, tmp_path / "before" / model.name)) for model in models[:2]]
     assert run(scan, moved, tmp_path / "out") == 0

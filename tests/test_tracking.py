@@ -454,6 +454,9 @@ def test_an_older_run_called_again_leaves_the_alias_with_the_newer_model(start, 
     assert found == resolve_model("models:/shared/2", shared_store)
     assert older.log_model(trained, ["rest", "gland"], "shared", "other") == "models:/shared/1"
     assert resolve_model("models:/shared@other", shared_store) == resolve_model("models:/shared/1", shared_store)
+    assert older.log_model(changed, ["rest", "gland"], "shared", "other") == "models:/shared/3"
+    assert older.log_model(trained, ["rest", "gland"], "shared", "other") == "models:/shared/1"  # it is put back
+    assert resolve_model("models:/shared@other", shared_store) == resolve_model("models:/shared/1", shared_store)
 
 
 def test_a_model_is_served_in_as_many_views_as_its_run_had(start, trained, shared_store, tmp_path):

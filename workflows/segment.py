@@ -23,7 +23,7 @@ from pipeline.cohort import LONGEST_ID
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
-from pipeline.lineage import add_models, cases_facts, note_used
+from pipeline.lineage import add_models, cases_facts, models_facts, note_used
 from pipeline.progress import console, progress
 from pipeline.registry import fold_references, resolve_model
 from pipeline.runtime import require_ability, settled, with_flips
@@ -63,6 +63,7 @@ def segment(
     stitching(spec, blend)  # refuses what is not local before anything is begun
     if where.scheduler is None:  # else workers decide, which may compute otherwise
         _require_engine(settled(engine), found)
+    facts = models_facts(found)  # refuses what is damaged before anything is begun
     folder = ensemble.gather(found, output / "ensemble")
     with locked(output / "slides.csv"):  # which may be refused: better before workers are started
         pass
@@ -74,7 +75,7 @@ def segment(
         console.print(f"Work is done by {cluster.description}")
         rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
     if any(row.status == "done" for row in rows):
-        add_models(output, found)
+        add_models(output, facts)
     return report(rows, output)
 
 
