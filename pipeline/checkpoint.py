@@ -162,8 +162,7 @@ def digest(folder: Path) -> str:
 
     Raises CheckpointError where there is no model, or its weights or its graph are not those that it was written with.
     """
-    _check_written(folder, _GRAPH)
-    _check_written(folder, _WEIGHTS)
+    _check_written(folder, _GRAPH, _WEIGHTS)
     total = hashlib.sha256()
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
         total.update(bytes.fromhex(file_digest(path)))
@@ -237,13 +236,15 @@ def _check_weights(folder: Path, described: Mapping[str, str], needed: Mapping[s
     _check_written(folder, _WEIGHTS)
 
 
-def _check_written(folder: Path, name: str) -> None:
-    """Raise CheckpointError where the weights or the graph are not the file that `model.yaml` names by its digest."""
-    expected, path = _read(folder).get(_DIGESTS[name]), folder / name
-    found = file_digest(path) if path.is_file() else None
-    if found != expected and not (name == _WEIGHTS and expected is None):
-        wanted = f"the file of SHA-256 {expected}" if expected else "no such file"
-        raise CheckpointError(str(path), f"SHA-256 {found}" if found else "no such file", f"{wanted}, by {_SPEC}", TOGETHER)
+def _check_written(folder: Path, *names: str) -> None:
+    """Raise CheckpointError where the weights or the graph are not the files that `model.yaml` names by their digests."""
+    content = _read(folder)
+    for name in names:
+        expected, path = content.get(_DIGESTS[name]), folder / name
+        found = file_digest(path) if path.is_file() else None
+        if found != expected and not (name == _WEIGHTS and expected is None):
+            told, wanted = (f"SHA-256 {found}" if found else "no such file"), f"the file of SHA-256 {expected}"
+            raise CheckpointError(str(path), told, f"{wanted if expected else 'no such file'}, by {_SPEC}", TOGETHER)
 
 
 def _assembled(path: Path, spec: ModelSpec, graph: Graph, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:

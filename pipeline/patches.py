@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from pyarrow import parquet
 
 from pipeline.ahead import ahead
 from pipeline.augment import Augmentation, augment
+from pipeline.cells import read_cells, read_columns
 from pipeline.errors import SlideError, TrainingError
 from pipeline.geometry import Lattice, Roi
 from pipeline.slide import Pixels
@@ -117,14 +117,13 @@ class PatchIndex:
 def read_index(path: Path, class_names: Sequence[str], split: str) -> PatchIndex:
     """The cells of one split from a table of tiles, sorted by slide and place, whatever the order of its rows.
 
-    Raises TrainingError where the table lacks a class, or the split holds no pixel of any.
+    Raises TrainingError where the table is damaged or lacks a class, or the split holds no pixel of any.
     """
-    known = parquet.read_schema(path).names
+    known = read_columns(path).names
     if missing := [name for name in class_names if name not in known]:
         raise _index_error(str(path), f"no column for the classes {missing}", "one for every class")
     columns = ["slide_id", "x", "y", *class_names]
-    table = parquet.read_table(path, columns=columns, filters=[("split", "=", split)])
-    table = table.sort_by([(key, "ascending") for key in ("slide_id", "y", "x")])
+    table = read_cells(path, columns, split).sort_by([(key, "ascending") for key in ("slide_id", "y", "x")])
     fractions = np.array([np.asarray(table[name]) for name in class_names], np.float64).T
     if not fractions.any():
         found = f"no known pixel of {list(class_names)} in the split {split!r}"

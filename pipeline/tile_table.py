@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import ArrowInvalid, compute, parquet
+from pyarrow import compute, parquet
 
 from pipeline import __version__
+from pipeline.cells import read_cells, read_columns
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.errors import SlideError, WorkerError
+from pipeline.errors import SlideError, TrainingError, WorkerError
 from pipeline.files import Stamp, file_stamp, replacing
 from pipeline.inputs import TILED, content_stamp, digest_of
 from pipeline.settings import TILE_COLUMNS
@@ -64,13 +65,9 @@ class TileFacts:
 def read_facts(tiles: Path) -> TileFacts | None:
     """What a table of tiles tells of itself; None where there is no table, or a damaged one."""
     try:
-        metadata = parquet.read_schema(tiles).metadata or {}
-    except (FileNotFoundError, ArrowInvalid):
+        metadata = read_columns(tiles).metadata or {}
+    except (FileNotFoundError, TrainingError):
         return None
-    except OSError as error:
-        if error.errno is None:  # what is damaged where pyarrow does not look for it
-            return None
-        raise
     try:
         told = json.loads(metadata[_FACTS])
         left_out = {name: LeftOut(**slide) for name, slide in told["left_out"].items()}
@@ -87,14 +84,18 @@ class TileTable:
         self._stamps = {case.slide_id: content_stamp(case) for case in cases}  # before they are read
         self._rows, self._counted, self._left_out = list[pa.Table](), dict[str, str](), dict[str, LeftOut]()
         found = read_facts(tiles)
-        if found is None or found.way != self._way:
-            return
+        if found is not None and found.way == self._way:
+            with suppress(TrainingError):  # of a damaged table nothing serves
+                self._take(read_cells(tiles), found, cases)
+
+    def _take(self, rows: pa.Table, found: TileFacts, cases: Sequence[Case]) -> None:
+        """Begin with the rows of those cases that have not changed since another table counted them."""
         changed = {case.slide_id for case in found.to_count(cases)}
         same = [case for case in cases if case.slide_id not in changed]
         self._counted = {case.slide_id: found.counted[case.slide_id] for case in same if case.slide_id in found.counted}
         self._left_out = {case.slide_id: found.left_out[case.slide_id] for case in same if case.slide_id in found.left_out}
         kept = [case for case in same if case.slide_id in self._counted]
-        self._rows = [_of_cases(parquet.read_table(tiles), kept, self._schema)]
+        self._rows = [_of_cases(rows, kept, self._schema)]
 
     @property
     def facts(self) -> TileFacts:

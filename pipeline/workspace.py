@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyarrow import parquet
-
 from pipeline import snapshot
 from pipeline.addresses import chosen_address, own_address
+from pipeline.cells import read_cells
 from pipeline.cluster import connect
 from pipeline.cohort import Case, deal_out, read_manifest
 from pipeline.config import Config
@@ -62,7 +61,7 @@ class Workspace:
 
     def tiled(self, splits: Sequence[str]) -> list[Case]:
         """Those of them that have cells in the table of tiles: slides that cannot be read have none."""
-        found = set(parquet.read_table(self.tiles, columns=["slide_id"])["slide_id"].unique().to_pylist())
+        found = set(read_cells(self.tiles, ["slide_id"])["slide_id"].unique().to_pylist())
         return [case for case in self.annotated(splits) if case.slide_id in found]
 
 

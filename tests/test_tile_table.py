@@ -9,10 +9,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from pipeline.cells import read_cells, read_columns
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import SlideError, WorkerError
+from pipeline.errors import SlideError, TrainingError, WorkerError
+from pipeline.patches import read_index
 from pipeline.tile_table import TileFacts, TileTable, columns, read_facts
 
 DEMO = Path(__file__).parents[1] / "workflows" / "configs" / "demo.yaml"
@@ -131,6 +133,31 @@ def test_a_damaged_table_is_none(tmp_path: Path, config: Config, cases: list[Cas
         read_facts(path)  # whatever it finds, it does not fail
     path.write_bytes(b"PAR1")
     assert read_facts(path) is None
+
+
+def test_rows_that_are_damaged_are_told_and_counted_anew(tmp_path: Path, config: Config, cases: list[Case]) -> None:
+    path = tmp_path / "tiles.parquet"
+    facts, whole = written(path, config, cases), path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(50) + whole[54:])
+    assert read_facts(path) == facts, "what it tells of itself is whole"
+    for read in (read_cells, lambda path: read_index(path, config.class_list.names, "train")):
+        with pytest.raises(TrainingError, match=f"{path}: found a damaged table; .* Delete it") as caught:
+            read(path)
+        assert caught.value.subject == str(path)
+    assert TileTable(path, config, cases).facts.to_count(cases) == cases
+    path.write_bytes(whole)
+    assert read_cells(path, ["x"]).num_rows == read_cells(path, split="train").num_rows == 6
+
+
+@pytest.mark.parametrize("way", ["missing", "folder"])
+def test_a_table_that_is_no_file_is_told_by_its_name(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "tiles.parquet"
+    if way == "folder":
+        path.mkdir()
+    for read in (read_cells, read_columns):
+        with pytest.raises(FileNotFoundError if way == "missing" else IsADirectoryError) as caught:
+            read(path)
+        assert caught.value.filename == str(path)
 
 
 def test_a_file_out_of_reach_is_told_as_a_missing_one(tmp_path: Path, config: Config, cases: list[Case]) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pyarrow import compute, parquet
+from pyarrow import compute
 from rich.table import Table
 
 from pipeline.approval import require_means
 from pipeline.assessment import SlideAssessment
 from pipeline.assessment_file import FILE as ASSESSMENTS
 from pipeline.assessment_file import read_assessments
+from pipeline.cells import read_cells
 from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError
@@ -162,7 +163,7 @@ def _held_back(workspace: Workspace) -> list[str]:
 def _content(tiles: Path, cases: Sequence[Case], config: Config) -> Content:
     """The extents of the classes in each patient, (C,), in cells; 0 for a patient without any."""
     names, patients = config.class_list.names, sorted({case.patient for case in cases})
-    cells = parquet.read_table(tiles, columns=["patient", *names])
+    cells = read_cells(tiles, ["patient", *names])
     places = np.asarray(compute.index_in(cells["patient"], pa.array(patients, pa.string())).fill_null(len(patients)))
     extents = [np.bincount(places, np.asarray(cells[name]), len(patients) + 1)[:-1] for name in names]  # without all others
     return dict(zip(patients, np.stack(extents, axis=-1), strict=True))

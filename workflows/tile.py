@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import compute, parquet
+from pyarrow import compute
 from rich.table import Table
 
+from pipeline.cells import read_cells
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.errors import AnnotationError, CohortError, SlideError, WorkerError
@@ -155,7 +156,7 @@ def _table(
 
 def _areas(path: Path, config: Config) -> dict[tuple[str, str], float]:
     """Area in mm2 for every split and class."""
-    table, areas = parquet.read_table(path, columns=["split", *config.class_list.names]), {}
+    table, areas = read_cells(path, ["split", *config.class_list.names]), {}
     cell_mm2 = (config.tiles.patch_size * config.network.mpp) ** 2 / 1e6
     for split in SPLITS:
         own = np.asarray(compute.equal(table["split"], split))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pyarrow import parquet
 
 from pipeline import checkpoint, snapshot
+from pipeline.cells import read_cells
 from pipeline.cohort import Case
 from pipeline.config import Config
 from pipeline.epoch_log import EpochLog
@@ -114,7 +114,9 @@ def begin(workspace: Workspace, anew: bool) -> Run:
 def _check_tiles(workspace: Workspace) -> None:
     found = read_facts(workspace.tiles)
     if found is None or not found.is_of(workspace.config, workspace.cases):
-        was = "no such file" if found is None else "a table of another cohort, configuration or version"
+        was = "a table of another cohort, configuration or version"
+        if found is None:
+            was = "a damaged table, or one of an earlier version" if workspace.tiles.exists() else "no such file"
         raise TrainingError(str(workspace.tiles), was, "the table of these tiles", "Run `fullfield tile` first.")
 
 
@@ -133,7 +135,7 @@ def _cases(workspace: Workspace) -> list[Case]:
 def _never_seen(workspace: Workspace) -> list[str]:
     """The classes of which the training slides show nothing."""
     names = list(workspace.config.class_list.names)
-    rows = parquet.read_table(workspace.tiles, columns=names, filters=[("split", "=", "train")])
+    rows = read_cells(workspace.tiles, names, "train")
     return [name for name in names if not np.any(rows[name].to_numpy())]
 
 
