@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -186,6 +187,18 @@ def fallback_mpp(path: Path, mpp: float | None) -> float | None:
     except SlideError:
         return None
     return None
+
+
+def unused_mpp(path: Path, mpp: float | None) -> str:
+    """A remark where a scan states another scale than `mpp`, which `fallback_mpp` therefore leaves out; else empty."""
+    if mpp is None or fallback_mpp(path, mpp) is not None:
+        return ""
+    with suppress(SlideError):
+        base = open_slide(path).base.mpp
+        stated = " x ".join(dict.fromkeys((f"{base.x:g}", f"{base.y:g}")))
+        if stated != f"{mpp:g}":
+            return f"states {stated} um/px, so that --mpp {mpp:g} is not used (column `mpp` of a manifest would be)"
+    return ""
 
 
 @lru_cache(maxsize=32)

@@ -95,9 +95,9 @@ def test_a_slide_that_takes_the_place_of_another_has_a_row_of_its_own(tmp_path: 
     network = build_network(spec).eval()
     save(tmp_path / "model", with_footprint(spec, network), network)
 
-    def row() -> dict[str, str]:
+    def row(mpp: float | None = None) -> dict[str, str]:
         where = ClusterSettings(workers=0)
-        assert segment([tmp_path / "a.tiff"], [str(tmp_path / "model")], tmp_path / "out", None, 128, where, EXACT) == 0
+        assert segment([tmp_path / "a.tiff"], [str(tmp_path / "model")], tmp_path / "out", mpp, 128, where, EXACT) == 0
         with (tmp_path / "out" / "slides.csv").open(newline="") as file:
             (found,) = csv.DictReader(file)
         return found
@@ -110,7 +110,8 @@ def test_a_slide_that_takes_the_place_of_another_has_a_row_of_its_own(tmp_path: 
     assert (row()["reason"], row()["megapixels"]) == ("no tissue was found, and nothing examined", "0.0")
     shutil.rmtree(tmp_path / "out" / "slides" / "a")
     write_slide(tissue, tmp_path / "a.tiff", 2.0)
-    assert row()["reason"] == "scanned at 2 um/px, and enlarged to the model's 1"
+    coarse, unused = "scanned at 2 um/px, and enlarged to the model's 1", "states 2 um/px, so that --mpp 0.5 is not used"
+    assert row(0.5)["reason"] == f"{coarse}; {unused} (column `mpp` of a manifest would be)"
 
 
 def test_results_of_many_runs_are_not_replaced_by_those_of_one(tmp_path: Path) -> None:

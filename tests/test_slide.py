@@ -17,7 +17,7 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.machine import release_memory
 from pipeline.phantom import render, write_slide
 from pipeline.sampling import resample_columns, resample_rows, sampling
-from pipeline.slide import Slide, _shared_slide, fallback_mpp, open_slide
+from pipeline.slide import Slide, _shared_slide, fallback_mpp, open_slide, unused_mpp
 
 WIDTH, HEIGHT, MPP = 1403, 1021, 0.5
 
@@ -220,6 +220,10 @@ def test_a_fallback_is_for_slides_that_do_not_say(shared_data: Path, tmp_path: P
     opened = _shared_slide.cache_info().misses
     assert fallback_mpp(folder / "boxes.tiff", None) is None
     assert _shared_slide.cache_info().misses == opened  # there is nothing to fall back on, so nothing is opened
+    stated = "states 0.499 um/px, so that --mpp 0.25 is not used"
+    assert unused_mpp(folder / "CMU-1-Small-Region.svs", 0.25).startswith(stated)
+    assert not any(unused_mpp(folder / name, 0.25) for name in ("boxes.tiff", "none.svs"))
+    assert not any(unused_mpp(folder / "CMU-1-Small-Region.svs", mpp) for mpp in (0.499, None))
 
 
 def test_an_absurd_scale_is_refused(shared_data: Path) -> None:

@@ -10,7 +10,7 @@ from pipeline.errors import CanvasError, ScaleError
 from pipeline.pictures import outlined, thumbnail, write_png
 from pipeline.progress import console, facts_table
 from pipeline.settings import TissueSettings
-from pipeline.slide import Slide, fallback_mpp, open_slide
+from pipeline.slide import Slide, fallback_mpp, open_slide, unused_mpp
 from pipeline.tissue import Tissue, find_tissue
 
 _UM2_PER_MM2 = 1e6
@@ -25,7 +25,7 @@ def inspect(path: Path, as_json: bool, picture: Path | None, mpp: float | None) 
         raise CanvasError(str(picture), "a picture of that name", "one that ends on .png", "Call it otherwise (--picture).")
     slide, problem = _open(path, mpp)
     tissue = None if problem else find_tissue(slide, TissueSettings())
-    facts = _facts(slide, tissue, problem)
+    facts = {**_facts(slide, tissue, problem), "remark": unused_mpp(path, mpp) or None}
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -72,4 +72,5 @@ def _shown(facts: dict[str, Any]) -> dict[str, str | None]:
         "objective": "not stated" if facts["objective"] is None else f"{facts['objective']:g}x",
         "tissue": "-" if facts["tissue_mm2"] is None else f"{facts['tissue_mm2']:.2f} mm2 ({facts['tissue_share']:.0%})",
         "problem": facts["problem"],
+        "remark": facts["remark"],
     }

@@ -31,7 +31,13 @@ Models = Annotated[
     ),
 ]
 ScanMpp = Annotated[
-    float | None, typer.Option(help="Micrometres per pixel, for slides that do not say.", min=MPP_RANGE[0], max=MPP_RANGE[1])
+    float | None,
+    typer.Option(
+        help="Micrometres per pixel of slides that state no usable scale. It is not used, and this told, of one that states "
+        "its scale: over that, only column `mpp` of a manifest counts.",
+        min=MPP_RANGE[0],
+        max=MPP_RANGE[1],
+    ),
 ]
 TileSize = Annotated[
     int | None,

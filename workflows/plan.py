@@ -13,7 +13,7 @@ from pipeline.progress import console, facts_table
 from pipeline.registry import resolve_model
 from pipeline.runtime import require_ability, settled, with_flips
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
-from pipeline.slide import fallback_mpp, open_slide
+from pipeline.slide import fallback_mpp, open_slide, unused_mpp
 from pipeline.stitching import stitching
 from pipeline.tasks import values
 from pipeline.tiling import GIB, Estimate, foresee, local_workers
@@ -32,7 +32,7 @@ def plan(
     """Estimate in a worker such as `fullfield segment` would start, with the tissue of the model's own run, and print."""
     folder, path = resolve_model(model).absolute(), path.absolute()
     tissue = ensemble.load_tissue(folder)
-    mpp = fallback_mpp(path, mpp)
+    mpp, remark = fallback_mpp(path, mpp), unused_mpp(path, mpp)
     open_slide(path, mpp)  # before workers are started for nothing
     spec = ensemble.load_spec(folder)
     stitching(spec, blend)
@@ -44,9 +44,9 @@ def plan(
         cluster.submit(path, foresee, path, mpp, folder, tissue, wanted, engine, workers)
         (found,) = values(cluster)
     if as_json:
-        print(json.dumps({"slide": str(path), "model": str(folder), **asdict(found)}, indent=2))
+        print(json.dumps({"slide": str(path), "model": str(folder), **asdict(found), "remark": remark or None}, indent=2))
     else:
-        console.print(facts_table(_facts(found)))
+        console.print(facts_table({**_facts(found), "remark": remark or None}))
 
 
 def _facts(found: Estimate) -> dict[str, str]:

@@ -13,7 +13,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from pipeline.registry import fold_references, resolve_model
 from pipeline.runtime import require_ability, settled, with_flips
 from pipeline.segmentation import Row, segment_slides, with_tile_sizes
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings
-from pipeline.slide import fallback_mpp
+from pipeline.slide import fallback_mpp, unused_mpp
 from pipeline.slide_job import PROVENANCE, SlideJob, job_tile_size
 from pipeline.stitching import stitching
 from pipeline.tasks import Cluster
@@ -73,7 +73,7 @@ def segment(
         where = where.model_copy(update={"workers": local_workers(((job.slide, job.mpp) for job in jobs), scale)})
     with connect(where) as cluster:
         console.print(f"Work is done by {cluster.description}")
-        rows = run_jobs(jobs, cluster, output, where.worker_memory_gib)
+        rows = run_jobs(jobs, cluster, output, where.worker_memory_gib, mpp)
     if any(row.status == "done" for row in rows):
         add_models(output, facts)
     return report(rows, output)
@@ -178,10 +178,13 @@ def _approve_engine(workspace: Workspace, run: Run) -> None:
         run.log_metrics(asdict(found))
 
 
-def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gib: float | None) -> list[Row]:
+def run_jobs(
+    jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gib: float | None, mpp: float | None = None
+) -> list[Row]:
     """Segment and keep `slides.csv` up to date as slides end; returns the rows of these jobs, by slide_id.
 
-    `memory_gib` bounds the tiles of which nobody says how large they are; see `tiling.choose`.
+    `memory_gib` bounds the tiles of which nobody says how large they are; see `tiling.choose`. `mpp` is what was given for
+    slides that state no scale: of those that do, rows tell that it is not used.
     """
     jobs = with_tile_sizes(jobs, cluster, memory_gib)
     sizes = sorted({job_tile_size(job) for job in jobs})
@@ -194,8 +197,9 @@ def run_jobs(jobs: Sequence[SlideJob], cluster: Cluster, output: Path, memory_gi
             if step.postponed:
                 console.print(f"{step.job.slide_id}: another command is at it, so it comes last and waits for that")
             if step.row is not None:
-                rows[step.row.slide_id] = step.row
-                _write_row(output / "slides.csv", step.row, step.skipped)
+                reason = "; ".join(filter(None, (step.row.reason, unused_mpp(step.job.slide, mpp))))
+                rows[step.row.slide_id] = row = replace(step.row, reason=reason)
+                _write_row(output / "slides.csv", row, step.skipped)
             speed = megapixels / (time.monotonic() - started)
             bar.advance(step.blocks_done, f"{len(rows)} of {len(jobs)} slides, {speed:.1f} Mpx/s")
     return [rows[name] for name in sorted(rows)]

@@ -19,7 +19,7 @@ from pipeline.progress import console, new_table, show
 from pipeline.registry import resolve_model
 from pipeline.runtime import load_engine, settled, with_flips
 from pipeline.settings import EngineSettings
-from pipeline.slide import fallback_mpp, open_slide
+from pipeline.slide import fallback_mpp, open_slide, unused_mpp
 from pipeline.stitching import Stitching, stitching
 from pipeline.tissue import find_tissue
 
@@ -35,7 +35,7 @@ def verify(
     engine = load_engine(folder, settings)
     spec, looked = engine.spec, ensemble.load_tissue(folder)
     with _given_or_phantom(path) as scan:
-        slide = open_slide(scan, fallback_mpp(scan, mpp))
+        slide, remark = open_slide(scan, fallback_mpp(scan, mpp)), unused_mpp(scan, mpp)
         lattice, tissue = slide.base.at(Mpp.square(spec.mpp)), find_tissue(slide, looked)
         found = list(comparisons(normalised(slide, tissue, spec.normalisation), tissue, lattice, engine, way))
     columns = ("window (x, y, width, height)", "pixels", "largest difference", "mean difference", "labels that differ")
@@ -49,6 +49,8 @@ def verify(
         f"{way}; precision {settings.precision}, {settled(settings).backend}"
         f"{', mean over flips' if settings.flips else ''}"
     )
+    if remark:
+        console.print(f"{scan.name} {remark}")
     show(table)
     console.print(_verdict(found, way))
     return 0 if all(item.exact for item in found) else 1
