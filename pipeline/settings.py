@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.geometry import MPP_RANGE
 
@@ -27,6 +27,13 @@ SHARING = frozenset({"devices", "nodes", "strategy"})
 """Keys of `training` that say who does the work; on them its result does not depend."""
 
 
+def _named(path: object) -> object:
+    """The path as it is given, unless that is empty: it would be the current folder."""
+    if path == "":
+        raise ValueError("should name a folder or a file; `.` is the current folder")
+    return path
+
+
 def _at_home(path: Path) -> Path:
     """The path with the home folder that a leading ~ stands for."""
     try:
@@ -35,7 +42,7 @@ def _at_home(path: Path) -> Path:
         raise ValueError(f"should lead somewhere: {error}") from error
 
 
-Place = Annotated[Path, AfterValidator(_at_home)]
+Place = Annotated[Path, BeforeValidator(_named), AfterValidator(_at_home)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]

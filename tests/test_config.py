@@ -94,6 +94,7 @@ def test_overrides_reach_any_key() -> None:
         ("engine={precision: fastest, backend: torch}", "torch computes in no int8"),
         ("training.warmup_epochs=61", "no more than epochs, 60"),
         ("output=~nobody-has-this-name/out", "should lead somewhere"),
+        ("output=''", "`output`: should name a folder or a file"),
         ("seed", "no `=`"),
         ("seed=[", "broken YAML"),
     ],

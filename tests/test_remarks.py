@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline.architectures import build_network
 from pipeline.checkpoint import save
 from pipeline.classes import Class, Classes
-from pipeline.errors import CheckpointError, CohortError
+from pipeline.errors import CheckpointError, CohortError, FullfieldError
 from pipeline.files import replacing
 from pipeline.footprint import with_footprint
 from pipeline.metrics import POOLED
@@ -190,6 +190,23 @@ def test_help_is_broken_where_the_terminal_ends() -> None:
         assert "…" not in CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "90"}).output
     assert "weights.safetensors). Killed and called again, it goes on after the last whole epoch" in shown
+
+
+@pytest.mark.parametrize("command", ["run FILE", "inspect FILE", "plan FILE --model m", "segment FILE --model m --output o"])
+def test_a_file_that_may_not_be_read_is_told_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Of a slide of several that is a failed row; root may read all files, so that access is only said to be refused."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    done = CliRunner().invoke(app, command.replace("FILE", str(tmp_path / "file")).split())
+    assert done.exit_code == 1 and isinstance(done.exception, FullfieldError)
+
+
+@pytest.mark.parametrize("command", ["demo --output", "segment a.tiff --model m --output", "inspect a.tiff --picture"])
+def test_an_empty_path_is_not_the_current_folder(command: str) -> None:
+    done = CliRunner().invoke(app, [*command.split(), ""], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and "should name a folder or a file; `.` is the current folder" in done.output
 
 
 def test_a_list_of_problems_ends_on_a_line_of_its_own() -> None:

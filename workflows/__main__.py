@@ -47,7 +47,7 @@ def _options(
 
 
 @app.command()
-def demo(output: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("runs/demo")) -> None:
+def demo(output: Annotated[Path, options.place("Folder for everything it makes.")] = Path("runs/demo")) -> None:
     """Make phantom slides, train on them, segment one that was never seen, and log it all.
 
     Writes the phantom cohort and every result below OUTPUT.
@@ -102,9 +102,9 @@ def train(config: options.Config, overrides: options.Overrides = None) -> None:
 
 @app.command()
 def segment(
-    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Whole-slide scans of any OpenSlide format.")],
+    slides: Annotated[list[Path], options.scan("SLIDE...", "Whole-slide scans of any OpenSlide format.")],
     model: options.Models,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    output: Annotated[Path, options.place("Folder for the results.")],
     mpp: options.ScanMpp = None,
     tile_size: options.TileSize = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; 0 for this process.", min=0)] = None,
@@ -136,7 +136,7 @@ def segment(
 
 @app.command()
 def plan(
-    slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
+    slide: Annotated[Path, options.scan("SLIDE", "A whole-slide scan.")],
     model: options.Model,
     mpp: options.ScanMpp = None,
     tile_size: options.TileSize = None,
@@ -178,9 +178,9 @@ def evaluate(config: options.Config, overrides: options.Overrides = None) -> Non
 
 @app.command()
 def inspect(
-    slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="A whole-slide scan.")],
+    slide: Annotated[Path, options.scan("SLIDE", "A whole-slide scan.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Write a thumbnail with the tissue outlined (PNG).")] = None,
+    picture: Annotated[Path | None, options.place("Write a thumbnail with the tissue outlined (PNG).")] = None,
     mpp: options.ScanMpp = None,
 ) -> None:
     """Say what a slide is: vendor, size, levels, micrometres per pixel, objective, area of tissue.
@@ -194,7 +194,7 @@ def inspect(
 
 @app.command()
 def verify(
-    slide: Annotated[Path | None, typer.Argument(metavar="[SLIDE]", help="Your slide; without one, a phantom.")] = None,
+    slide: Annotated[Path | None, options.scan("[SLIDE]", "Your slide; without one, a phantom.")] = None,
     *,
     model: options.Model,
     mpp: options.ScanMpp = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,9 +13,23 @@ if TYPE_CHECKING:
     from pipeline.settings import EngineSettings
 
 
-Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; see `fullfield config example`. OUTPUT is its `output`.")
-]
+def place(told: str) -> Any:
+    """An option that names a folder or a file to write, and not by an empty text, which would be the current folder."""
+    return typer.Option(help=told, parser=_named, metavar="PATH")
+
+
+def _named(text: str | Path) -> Path:
+    if not str(text):
+        raise typer.BadParameter("should name a folder or a file; `.` is the current folder")
+    return Path(text)
+
+
+def scan(metavar: str, told: str) -> Any:
+    """An argument that names a file to read; where that cannot be, the command says so, and not the command line."""
+    return typer.Argument(metavar=metavar, help=told, readable=False)
+
+
+Config = Annotated[Path, scan("CONFIG", "YAML file; see `fullfield config example`. OUTPUT is its `output`.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Overrides of dotted keys, such as training.epochs=10."),

@@ -81,8 +81,10 @@ def promote(
     margin: Annotated[
         float, typer.Option(help="A larger loss of Dice, the mean over classes, must be ruled out.", min=0, max=1)
     ] = 0.01,
-    config: Annotated[Path | None, typer.Option(help="Whose slides decide; else those of the model's own run.")] = None,
-    output: Annotated[Path, typer.Option(help="Where both are examined.")] = Path("promotions"),
+    config: Annotated[
+        Path | None, typer.Option(help="Whose slides decide; else those of the model's own run.", readable=False)
+    ] = None,
+    output: Annotated[Path, options.place("Where both are examined.")] = Path("promotions"),
 ) -> None:
     """Give a registered model the alias, if it is shown to be no worse, within `--margin`, than the model that has it.
 
@@ -104,9 +106,7 @@ def promote(
 @study_app.command()
 def reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a run, or its MLflow run (`runs:/ID`).")],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the new run; else the old one's name with `-again`.")
-    ] = None,
+    output: Annotated[Path | None, options.place("Folder of the new run; else the old one's name with `-again`.")] = None,
 ) -> None:
     """Write the configuration and cohort of an earlier run anew, and say what has changed since.
 
