@@ -27,6 +27,7 @@ from pipeline.errors import CheckpointError, NetworkError
 from pipeline.files import file_digest, file_stamp, name_file
 from pipeline.network import ModelSpec
 from pipeline.weights import TOGETHER, check_fit, load_weights
+from pipeline.yaml_text import called
 
 if TYPE_CHECKING:
     import torch
@@ -282,7 +283,7 @@ def _stamped_content(path: Path, *stamp: int) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(str(path), f"broken YAML ({error})", "a model's description", _AS_WRITTEN) from error
     if not isinstance(content, dict) or not set(_REQUIRED) <= set(content) <= {*_REQUIRED, *_OPTIONAL}:
-        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else called(content)
         expected = f"the keys {' and '.join(_REQUIRED)}, perhaps {', '.join(_OPTIONAL)}"
         raise CheckpointError(str(path), found, expected, _AS_WRITTEN)
     if not isinstance(content.get(_RUN_RECORD, {}), dict):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import CohortError
-from pipeline.files import csv_text, write_text
+from pipeline.files import csv_text, in_its_place, write_text
 from pipeline.geometry import MPP_RANGE
 from pipeline.settings import SPLITS
 
@@ -42,7 +42,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     slide_id. Raises CohortError that lists every problem of the file at once.
     """
     if not path.is_file():
-        raise CohortError(str(path), "no such file", "a CSV manifest", "Correct the path in `cohort.manifest`.")
+        raise CohortError(str(path), in_its_place(path), "a CSV manifest", "Correct the path in `cohort.manifest`.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -12,7 +12,11 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.yaml_text import load
+from pipeline.files import in_its_place
+from pipeline.yaml_text import called, load
+
+_WORDS = {"Value error, ": "", "Input ": "", "Tuple ": "", "a valid array": "a list", "an object": "keys and values"}
+"""Words of pydantic's, and what takes their place."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -21,7 +25,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError that names each key at fault, what was found there and what was expected.
     """
     if not path.is_file():
-        found, remedy = "a folder" if path.is_dir() else "no such file", "Print one with `fullfield config example`."
+        found, remedy = in_its_place(path), "Print one with `fullfield config example`."
         if (path / "config.yaml").is_file():
             remedy = f"Name {path / 'config.yaml'}, perhaps."
         raise ConfigError(str(path), found, "a configuration, which is a YAML file", remedy)
@@ -35,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Config:
     """The Config in `content`, plain values as YAML gives them, with overrides; `source` names it in errors."""
     if not isinstance(content, dict):
-        raise ConfigError(source, f"{type(content).__name__}", "keys and values", "See `fullfield config example`.")
+        raise ConfigError(source, called(content), "keys and values", "See `fullfield config example`.")
     for override in overrides:
         _override(content, override)
     try:
@@ -90,15 +94,19 @@ def _describe(error: Any) -> str:
         return f"no `{key}`, which is required"
     if error["type"] == "extra_forbidden":
         return f"unknown key `{key}`"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = error["msg"].partition(" after validation")[0]
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
     told = f"`{key}`: {message}" if key else message
-    return told + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
+    given = json.dumps(error["input"], ensure_ascii=False, default=str)
+    return told if isinstance(error["input"], dict) else f"{told}, not {given}"
 
 
 def _override(content: dict[str, Any], text: str) -> None:
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {text!r}", "no `=`", "key=value, such as training.epochs=10", "Write it that way.")
+        found = "nothing before `=`" if separator else "no `=`"
+        raise ConfigError(f"override {text!r}", found, "key=value, such as training.epochs=10", "Write it that way.")
     *parents, last = key.split(".")
     place: Any = content
     for part in parents:

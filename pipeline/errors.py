@@ -18,6 +18,7 @@ FullfieldError
 """
 
 import errno
+from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -40,8 +41,16 @@ def refused(error: OSError, place: object) -> tuple[str, str, str, str] | None:
         return None
     subject = str(error.filename2 or error.filename or place)  # a copy tells first what it copies
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return subject, "a file", "a folder", "Choose another name."
+        return _in_the_way(subject), "a file", "a folder", "Choose another name."
+    if error.errno == errno.EISDIR:
+        return subject, "a folder", "a file", "Choose another name, or move the folder away."
     return subject, repr(error.strerror or str(error)), *NO_ROOM
+
+
+def _in_the_way(subject: str) -> str:
+    """Of a path that leads through a file: that file."""
+    path = Path(subject)
+    return str(next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path))
 
 
 def why(error: BaseException, place: object) -> str:
@@ -54,7 +63,8 @@ def why(error: BaseException, place: object) -> str:
 def unread(error: Exception) -> str:
     """What is wrong with a file of JSON that cannot be read, in words."""
     if isinstance(error, OSError):
-        return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        told = {errno.ENOENT: "no such file", errno.EISDIR: "a folder"}
+        return told.get(error.errno or 0, str(error.strerror))
     return f"{'broken JSON' if isinstance(error, ValueError) else 'other values'} ({error})"
 
 

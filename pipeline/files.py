@@ -79,6 +79,13 @@ def name_file(error: OSError, path: Path) -> None:
         error.filename = str(path)
 
 
+def in_its_place(path: Path) -> str:
+    """What there is where a path leads to no file, in words."""
+    if path.is_dir():
+        return "a folder"
+    return "no ordinary file, but a pipe or a device" if path.exists() else "no such file"
+
+
 @contextmanager
 def _alone(lock: Path) -> Iterator[bool]:
     """Wait until no other process or thread is here; the file that tells them of each other is gone afterwards.

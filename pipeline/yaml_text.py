@@ -49,6 +49,12 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
+def called(value: object) -> str:
+    """What kind of value a text has given, in words."""
+    kinds = {type(None): "nothing", list: "a list", dict: "keys and values", str: "words"}
+    return kinds.get(type(value), "a single value")
+
+
 def dump(content: object) -> str:
     """The text that `load` reads back, its keys in their order."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,12 +1,14 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.cohort import read_manifest
 from pipeline.config import Config
 from pipeline.config_file import load_config, parse_config
-from pipeline.errors import ConfigError
+from pipeline.errors import CohortError, ConfigError
 from pipeline.settings import Section
 from pipeline.yaml_text import load
 
@@ -87,7 +89,10 @@ def test_overrides_reach_any_key() -> None:
         ("annotations.ignored=[Blood, Gland]", "annotations.ignored should name no outline that stands for a class"),
         ("training.class_weights={2024-01-01: 2}", "no plain words as keys"),
         ('output="a\\0b"', "which is no text"),
-        ("segmentation.splits=[]", "`segmentation.splits`"),
+        ("segmentation.splits=[]", "`segmentation.splits`: should have at least 1 item, not [];"),
+        ("classes=null", "`classes`: should be a list, not null;"),
+        ("training=[1]", "`training`: should be keys and values, not [1];"),
+        ("=3", "found nothing before `=`"),
         ("network.norm=instance", "segmentation.blend should be true"),
         ("network.norm=group", "`network.norm`"),
         ("cluster={workers: 2, scheduler: 'tcp://head:8786'}", "workers should be null where a scheduler is named"),
@@ -148,7 +153,8 @@ def test_a_missing_key_is_named() -> None:
         ("seed: 1\n1: 2\n1: 3\nseed: 2\n", "key given twice"),
         ("[1]: 1\n[1]: 2\n", "broken YAML"),
         ("output: 2024-31-12\n", "month must be in 1..12"),
-        ("3", "int"),
+        ("3", "found a single value; expected keys and values"),
+        ("", "found nothing; expected keys and values"),
     ],
 )
 def test_a_broken_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
@@ -158,8 +164,16 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.yaml"):
+    with pytest.raises(ConfigError, match="none.yaml: found no such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_what_is_no_file_is_told_as_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, found in ((tmp_path, "a folder"), (tmp_path / "pipe", "no ordinary file, but a pipe or a device")):
+        for error, read in ((ConfigError, load_config), (CohortError, read_manifest)):
+            with pytest.raises(error, match=f"{path}: found {found};"):
+                read(path)
 
 
 def test_the_digest_ignores_where_and_by_whom() -> None:

@@ -223,3 +223,22 @@ def test_a_copy_that_the_system_cuts_short_names_where_to(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     expected = f"{tmp_path / 'to'}: found 'File too large'; expected a place to read and write. Make room or give access."
     assert refusal(caught.value, "a file") == expected
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "told"),
+    [
+        ("file", "file/a/b", "{}/file: found a file; expected a folder"),
+        ("file", "file", "{}/file: found a file; expected a folder"),
+        ("folder/a", "folder", "{}/folder: found a folder; expected a file"),
+    ],
+)
+def test_a_file_for_a_folder_or_the_reverse_is_told_by_its_own_name(
+    tmp_path: Path, made: str, asked: str, told: str
+) -> None:
+    (tmp_path / made).parent.mkdir(exist_ok=True)
+    (tmp_path / made).touch()
+    for use in (Path.read_text, partial(write_text, text="x")) if asked != "file" else (Path.mkdir,):
+        with pytest.raises(OSError, match=r"directory|exists") as caught:
+            use(tmp_path / asked)
+        assert str(refusal(caught.value, "a file")).startswith(told.format(tmp_path))
