@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipeline.addresses import SQLITE, chosen_address, sqlite_path, without_password
+from pipeline.database import IN_USE, LOCKED, check_sqlite
 from pipeline.errors import NO_ROOM, TrackingError, refused
 from pipeline.files import locked
 
@@ -187,7 +187,7 @@ def open_store(address: str, create: bool) -> Store:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     path = sqlite_path(address)
     if path is not None:
-        _check_sqlite(path, create)
+        check_sqlite(path, create)
     if not address.startswith(_SERVERS):
         for name in _ECHOES:
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -211,11 +211,16 @@ def _make(path: Path) -> None:
     for left in path.parent.glob(f"{path.name}.*.partial*"):  # of one that was killed, with SQLite's journal
         left.unlink()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # MLflow keeps stores by name while a process lasts
-    with _unsynchronised():
-        MlflowClient(SQLITE + partial.as_posix()).search_experiments(max_results=1)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with _unsynchronised():
+            MlflowClient(SQLITE + partial.as_posix()).search_experiments(max_results=1)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        for left in path.parent.glob(f"{partial.name}*"):
+            left.unlink()
+        raise
 
 
 @contextmanager
@@ -259,6 +264,8 @@ def _trouble(error: Exception, address: str, subject: str) -> tuple[str, str, st
         return parts
     if full := _FULL.search(str(error)):
         return shown, repr(full[0]), *NO_ROOM
+    if LOCKED in str(error):
+        return shown, *IN_USE
     found = " ".join(str(error).replace(address, shown).split())
     remedy = f"Check that this is the right store ({shown}): MLFLOW_TRACKING_URI or the config's `tracking.uri` names it."
     return subject or shown, found, "an MLflow store that does as asked", remedy
@@ -274,17 +281,3 @@ def _impatience() -> Iterator[None]:
     finally:
         for key in mine:
             del os.environ[key]
-
-
-def _check_sqlite(path: Path, create: bool) -> None:
-    """Asks the file itself, because MLflow would ask it again and again for two minutes."""
-    if not create and not path.is_file():
-        remedy = "Give the address of the store that the model was trained in: MLFLOW_TRACKING_URI=sqlite:///DIR/mlflow.db"
-        raise TrackingError(str(path), "no such file", "an MLflow store", remedy)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA schema_version").fetchone()
-    except (OSError, sqlite3.Error) as error:
-        remedy = "Move the file away, or choose another output folder."
-        raise TrackingError(str(path), str(error), "a SQLite database that can be opened", remedy) from error

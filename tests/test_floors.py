@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors ahead tasks origin checksum whole_batch machine yaml_text forking layout muon upsampling",
     "team addresses weights classes geometry files progress contours polygons density staining bootstrap sampling squares",
-    "settings memory loss cells jpeg_tiles outlines label_image stencil shards truth stains objects boundaries calibration froc",
+    "settings memory loss cells database jpeg_tiles outlines label_image stencil shards truth stains objects boundaries",
     "open_regions dask_cluster components halving scan ome_channels mlflow_names config grid cohort ngff store snapshot",
     "slide config_file",
     "cluster processes tissue canvas label_truth augment network dense graph histology folds combinations",
-    "architectures tracing fusion normalised annotations pyramid specs",
+    "architectures tracing fusion normalised annotations pyramid specs calibration froc",
     "openvino_graph footprint fields patches checkpoint metrics phantom",
     "engine openvino_engine training registry assessment tally comparison ensemble scoreboard lineage",
     "runtime prediction regions measurement ome_tiff pictures tracking remembered versions inputs sources assessment_file",

@@ -2,13 +2,16 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -135,6 +138,36 @@ def test_a_store_whose_making_was_killed_is_made_anew(tmp_path):
     assert (tmp_path / "mlflow.db").read_bytes() == b"" and list(tmp_path.glob("mlflow.db.*.partial"))
     assert open_store(address, create=True).client.search_experiments()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+
+
+def test_a_store_whose_making_fails_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        with pytest.raises(TrackingError, match="found 'disk I/O error'; expected a place to read and write"):
+            open_store(f"sqlite:///{tmp_path / 'mlflow.db'}", create=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+    assert (tmp_path / "mlflow.db").read_bytes() == b""
+
+
+def test_a_store_that_does_not_open_says_why(tmp_path, monkeypatch):
+    connect, path = sqlite3.connect, tmp_path / "mlflow.db"
+    monkeypatch.setattr("sqlite3.connect", lambda path: connect(path, timeout=0.1))
+    with closing(connect(path)) as other:
+        other.execute("CREATE TABLE runs (id INTEGER)")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TrackingError, match=f"{path}: found a database that is locked; .* wait for that"):
+            open_store(f"sqlite:///{path}", create=True)
+    path.write_text("no database, but a text of some length" * 99)
+    (tmp_path / "folder.db").mkdir()
+    told = {path: "found file is not a database", tmp_path / "folder.db": "found a folder"}
+    for place, found in told.items():
+        with pytest.raises(TrackingError, match=f"{place}: {found}; .* Move it away, or choose another store"):
+            open_store(f"sqlite:///{place}", create=True)
+    with pytest.raises(TrackingError, match="unable to open database file'; .* give access"):
+        open_store("sqlite:////proc/mlflow.db", create=True)
 
 
 def test_a_stage_stands_for_its_run_where_a_file_is_looked_up(start, tmp_path):
