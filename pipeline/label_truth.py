@@ -14,6 +14,8 @@ from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.label_image import LabelImage
 from pipeline.truth import ClassMap, centres
 
+_TABLE = 65536  # label values that are looked up in a table; larger ones, of which there are few, are looked for one by one
+
 Place = tuple[Mpp, Roi]
 """The micrometres per pixel of labels, and the part of a slide that they show."""
 
@@ -60,11 +62,14 @@ class LabelImageTruth:
         """Class indices of label values."""
         plain = {index: index for index in range(len(self.class_map.classes))}
         meaning = {IGNORED: IGNORED, **(self.class_map.values or plain)}
-        past = max(meaning) + 1
+        small = {value: index for value, index in meaning.items() if value < _TABLE}
+        past = max(small) + 1
         table = np.full(past + 1, -1, dtype=np.int16)
-        table[list(meaning)] = list(meaning.values())
+        table[list(small)] = list(small.values())
         index = values.astype(np.int64)
         classes = table[np.where((index >= 0) & (index < past), index, past)]
+        for value in meaning.keys() - small.keys():
+            classes[values == value] = meaning[value]
         if (classes < 0).any():
             found = ", ".join(str(value) for value in np.unique(values[classes < 0])[:10])
             raise AnnotationError(

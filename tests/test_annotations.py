@@ -419,6 +419,15 @@ def test_values_stand_for_classes(tmp_path: Path) -> None:
     expected = np.select([LABELS == 0, LABELS == 1, LABELS == 2], [X, 2, 0], X)
     np.testing.assert_array_equal(truth.read(BASE.roi, BASE), expected)
 
+    large = np.array([70_000, 2**32 - 1, 2**64 - 1, X], np.uint64)  # numbers that no table has a place for
+    tifffile.imwrite(tmp_path / "large.tif", large[np.minimum(LABELS, 3)])
+    values = {70_000: X, 2**32 - 1: 2, 2**64 - 1: 0, 10**30: 1}
+    truth = open_truth(tmp_path / "large.tif", BASE, naming(values=values), None)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), expected)
+    truth = open_truth(tmp_path / "large.tif", BASE, naming(values={70_000: X, 2**32 - 1: 2}), None)
+    with pytest.raises(AnnotationError, match=f"labels of value {2**64 - 1}; expected only 255, 70000, {2**32 - 1}"):
+        truth.read(BASE.roi, BASE)
+
 
 def test_binary_mask(tmp_path: Path) -> None:
     mask = LABELS == 1
