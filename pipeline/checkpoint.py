@@ -62,9 +62,7 @@ def save(
     digest. `ancestry` is who made the model, when, and of what, and no part of it. Raises CheckpointError where the folder
     holds other things.
     """
-    if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {*_FILES, _ANCESTRY}):
-        expected = "a new folder, or one that holds a model and nothing else"
-        raise CheckpointError(str(folder), "other files", expected, "Save to another folder.")
+    check_place(folder)
     fresh, stale = _beside(folder)
     recover(folder)
     let_go(folder)
@@ -82,6 +80,13 @@ def save(
     fresh.rename(folder)
     if not keep_earlier:
         let_go(folder)
+
+
+def check_place(folder: Path) -> None:
+    """Raise CheckpointError where a model cannot be saved to a folder, since other things are there."""
+    if folder.is_file() or (folder.is_dir() and not {item.name for item in folder.iterdir()} <= {*_FILES, _ANCESTRY}):
+        expected = "a new folder, or one that holds a model and nothing else"
+        raise CheckpointError(str(folder), "other files", expected, "Move them away, or save to another folder.")
 
 
 def recover(folder: Path) -> None:

@@ -64,13 +64,25 @@ def check_output(config: Config, cases: Sequence[Case]) -> None:
 
 
 def _check_model(config: Config, cases: Sequence[Case]) -> None:
-    """Raise CheckpointError where the output has a model of another cohort or configuration."""
+    """Raise CheckpointError where the output has a model of another cohort or configuration, or a damaged one."""
     model = config.output / "model"
-    if model.exists() and checkpoint.load_run_record(model).get("inputs") != training_inputs(config, cases):
+    if not model.exists():
+        checkpoint.check_place(model.with_name("model.partial"))  # where one will be trained
+    elif _own_record(model).get("inputs") != training_inputs(config, cases):
         settings = _differing(training_facts(_written(config), ()), training_facts(config, ()))
         there, here = settings or ("another cohort, or settings that can no longer be told", "these")
         remedy = "Choose another `output`, or delete the folders `model` and `slides` there to begin anew."
         raise CheckpointError(str(model), f"a model that was trained with {there}", f"none, or one with {here}", remedy)
+
+
+def _own_record(model: Path) -> dict[str, Any]:
+    """The run record of the output's own model, which nobody named: if it is damaged, it can be trained anew."""
+    try:
+        checkpoint.digest(model)
+        return checkpoint.load_run_record(model)
+    except CheckpointError as error:
+        remedy = "Put its files back as they were, or delete the folders `model` and `slides` there to begin anew."
+        raise CheckpointError(error.subject, error.found, error.expected, remedy) from error
 
 
 def _written(config: Config) -> Config:

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import threading
@@ -236,3 +237,23 @@ def test_a_model_of_another_cohort_is_not_taken_for_one_of_this(trained: Config,
 )
 def test_a_model_stays_where_its_training_would_be_the_same(trained: Config, override: str) -> None:
     check_output(config(trained.output, override), ())
+
+
+@pytest.mark.parametrize("damage", ["weights", "folder", "file"])
+def test_a_damaged_model_of_one_s_own_is_put_right_or_trained_anew(trained: Config, tmp_path: Path, damage: str) -> None:
+    model = tmp_path / "model"
+    if damage == "file":
+        model.touch()
+    elif damage == "folder":
+        model.mkdir()
+    else:
+        shutil.copytree(trained.output / "model", model)
+        os.truncate(model / "weights.safetensors", 3000)
+    with pytest.raises(CheckpointError, match=rf"^{model}.*Put its files back .* or delete the folders `model` and `slides`"):
+        check_output(config(tmp_path), ())
+
+
+def test_a_file_where_a_model_will_be_trained_is_told_before(tmp_path: Path) -> None:
+    (tmp_path / "model.partial").touch()
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'model.partial'}: found other files; .* Move them away"):
+        check_output(config(tmp_path), ())
