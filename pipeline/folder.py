@@ -17,6 +17,7 @@ TABLES = {"folds.csv": "crossval", "sweep.csv": "sweep"}
 """The table that each kind of work of many runs leaves in its output, and the command of that work."""
 
 _WRITTEN = "# Written by Fullfield, which replaces it: what you want to keep belongs into a file of another name.\n"
+_ELSEWHERE = "choose another `output`, for instance output=runs/mine (--output of `fullfield reproduce`)."
 _RESULTS = ("slides.csv", "metrics.csv", "calibration.csv", *TABLES)
 
 
@@ -50,13 +51,17 @@ def check_files(config: Config, cases: Sequence[Case]) -> None:
     own, dealt, manifest = config.output / "config.yaml", config.output / "cohort.csv", config.cohort.manifest
     written = own.is_file() and own.read_bytes().startswith(_WRITTEN.encode())
     theirs = [own] if own.exists() and not written else []
-    if (not written or _is_same(dealt, manifest)) and not _may_hold(dealt, manifest_text(cases)):
+    another = not _may_hold(dealt, manifest_text(cases))
+    if another and not written:
         theirs.append(dealt)
     theirs += [path for path in map(config.output.joinpath, _RESULTS) if _is_same(path, manifest)]
     if theirs:
         found = f"a file that Fullfield did not write, where it writes {theirs[0].name}"
-        remedy = "Call it otherwise, or choose another `output`, for instance output=runs/mine."
+        remedy = f"Call it otherwise, or {_ELSEWHERE}"
         raise CohortError(str(theirs[0]), found, "no file of that name, or Fullfield's own", remedy)
+    if another and _is_same(dealt, manifest):  # of an earlier `reproduce`, or edited since
+        remedy = f"Keep a manifest of your own elsewhere, or {_ELSEWHERE}"
+        raise CohortError(str(dealt), "another cohort than the one to be written", "the same, or no such file", remedy)
 
 
 def check_owner(output: Path, own: str | None) -> None:

@@ -263,6 +263,10 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     assert len(said) == 2 and f"slide of {changed[0].slide_id}" in said[0] and said[0].endswith("cannot be read")
     assert f"annotation of {changed[1].slide_id}" in said[1]
     check_evaluation_is_told(good, annotation)
+    assert reproduce(str(good), again) == 0, "once more into its own folder, which is as it was"
+    (again / "cohort.csv").write_text((again / "cohort.csv").read_text().replace(",train,", ",val,"))
+    with pytest.raises(CohortError, match=r"cohort.csv: found another cohort than the one to be .* \(--output of"):
+        reproduce(str(good), again)
     with pytest.raises(CheckpointError, match="another folder"):
         reproduce(str(good), good)
     for name in ("folds.csv", "sweep.csv", "training.safetensors"):
