@@ -156,6 +156,8 @@ def load_ancestry(folder: Path) -> dict[str, Any]:
     check_files(folder)
     try:
         found: dict[str, Any] = json.loads((folder / _ANCESTRY).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no keys and values")
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -285,7 +287,7 @@ def _stamped_content(path: Path, *stamp: int) -> Mapping[str, Any]:
     """What a `model.yaml` says: all keys that are required, and of the others some."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(str(path), f"broken YAML ({error})", "a model's description", _AS_WRITTEN) from error
     if not isinstance(content, dict) or not set(_REQUIRED) <= set(content) <= {*_REQUIRED, *_OPTIONAL}:
         found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else called(content)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,11 +25,16 @@ from pipeline.errors import CheckpointError
 from pipeline.files import locked, write_text
 from pipeline.grid import round_up
 from pipeline.network import ModelSpec
-from pipeline.settings import TissueSettings
+from pipeline.settings import EngineSettings, Section, SegmentationSettings, TissueSettings
 from pipeline.staining import Normalisation
 
 _FILE = "ensemble.yaml"
 _REMEDY = "Put the members back where they were, or segment into another folder."
+_WAYS: dict[str, type[Section]] = {"flips": EngineSettings, "min_region_um2": SegmentationSettings}
+"""What a run record says of the way to segment slides, see `lineage.ways`."""
+
+Kind = TypeVar("Kind", bound=Section)
+
 _ALIKE = ("classes", "mpp", "output_stride", "rest")
 
 
@@ -96,20 +101,30 @@ def common_spec(models: Sequence[Path]) -> ModelSpec:
 
 
 def load_run_record(model: Path) -> dict[str, Any]:
-    """The run record of a model, of an ensemble that of its first member: see `checkpoint.save`. Raises CheckpointError."""
-    return checkpoint.load_run_record(members(model)[0])
+    """The run record of a model, of an ensemble that of its first member: see `checkpoint.save`.
+
+    Raises CheckpointError, also where it has slides segmented in a way that this version does not know.
+    """
+    record = checkpoint.load_run_record(members(model)[0])
+    for name, kind in _WAYS.items():
+        if name in record:
+            _settings(kind, {name: record[name]}, f"{model}, how its run segments slides")
+    return record
 
 
 def load_tissue(model: Path) -> TissueSettings:
     """How the run that trained the model looks for tissue. Raises CheckpointError."""
-    told = load_run_record(model).get("tissue", {})
+    return _settings(TissueSettings, load_run_record(model).get("tissue", {}), f"{model}, how its run looks for tissue")
+
+
+def _settings(kind: type[Kind], told: object, subject: str) -> Kind:
+    """Settings that a run has handed on."""
     try:
-        return TissueSettings.model_validate(told)
+        return kind.model_validate(told, strict=True)
     except ValueError as error:
-        expected = f"settings of {', '.join(TissueSettings.model_fields)}, as this version has them"
-        raise CheckpointError(
-            f"{model}, how its run looks for tissue", str(told), expected, "Use the version of Fullfield that wrote it."
-        ) from error
+        expected = f"settings of {', '.join(kind.model_fields)}, as this version has them"
+        remedy = "Use the version of Fullfield that wrote it."
+        raise CheckpointError(subject, str(told), expected, remedy) from error
 
 
 def digest(model: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,10 @@ def _written(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
+        found = None
+    if not isinstance(found, dict):
         put_aside(path)
         return {}
     return found
@@ -189,12 +192,23 @@ def read_lineage(path: Path) -> dict[str, Any]:
     remedy = "Name the output of `fullfield run` or `train`, or its MLflow run; of a cross-validation or sweep, a run of it."
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        missing = [name for name in ("origins", "slides", "models") if name not in found]
+        if not missing:
+            _check_facts(found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CohortError(str(path), unread(error), "the lineage of a run", remedy) from error
-    missing = [name for name in ("origins", "slides", "models") if name not in found]
     if missing:
         raise CohortError(str(path), f"no {', '.join(missing)}", "the lineage of a run", remedy)
     return found
+
+
+def _check_facts(found: Mapping[str, Any]) -> None:
+    """Raise what Python does where a lineage lacks what is asked of it, as that of another version may."""
+    for slide in found["slides"]:
+        case_of(slide)
+    for origin_facts in found["origins"]:
+        itemgetter("made", "version", "machine")(origin_facts)
+    list(changes(found, found["slides"]))
 
 
 def changes(then: Mapping[str, Any], slides_now: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -254,6 +254,7 @@ def _cut(folder: Path) -> None:
         (lambda folder: (folder / "weights.safetensors").rename(folder / "weights.pth"), "the pickle weights.pth"),
         (lambda folder: (folder / "model.yaml").write_text("spec: ["), "broken YAML"),
         (lambda folder: (folder / "model.yaml").write_bytes(b"\xff\xfe\x00"), "broken YAML"),
+        (lambda folder: (folder / "model.yaml").write_text("fullfield: 2026-13-45"), "broken YAML"),
         (lambda folder: (folder / "model.yaml").write_text("- spec"), "found a list"),
         (lambda folder: (folder / "model.yaml").write_text("!!python/object/apply:os.getcwd []"), "broken YAML"),
         (

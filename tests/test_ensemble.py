@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import yaml
 
 from pipeline import checkpoint, ensemble
 from pipeline.architectures import build_network
@@ -20,7 +21,7 @@ from pipeline.grid import round_up
 from pipeline.network import ModelSpec
 from pipeline.normalised import NormalisedSlide, estimate
 from pipeline.phantom import make_phantom
-from pipeline.runtime import load_engine
+from pipeline.runtime import EXACT, load_engine, with_flips
 from pipeline.settings import ClusterSettings, EngineSettings, TissueSettings
 from pipeline.slide import open_slide
 from pipeline.staining import Normalisation
@@ -161,6 +162,18 @@ def test_a_way_to_look_for_tissue_that_this_version_does_not_know_is_refused(
     with pytest.raises(CheckpointError, match="looks for tissue: .* expected settings of mpp, .* Use the version") as caught:
         ensemble.load_tissue(tmp_path / "model")
     assert str(tissue) == caught.value.found
+
+
+@pytest.mark.parametrize("way", [{"flips": "maybe"}, {"min_region_um2": "lots"}, {"min_region_um2": -1.0}])
+def test_a_way_to_segment_that_this_version_does_not_know_is_refused(
+    models: list[Path], tmp_path: Path, way: dict[str, object]
+) -> None:
+    model = Path(shutil.copytree(models[0], tmp_path / "model"))
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    (model / "model.yaml").write_text(yaml.safe_dump({**content, "lineage": way}))
+    with pytest.raises(CheckpointError, match="how its run segments slides: found .* Use the version") as caught:
+        with_flips(EXACT, model, None)
+    assert caught.value.found == str(way)
 
 
 def test_a_member_that_is_no_longer_what_it_was_is_refused(models: list[Path], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,19 @@ from pipeline.architectures import build_network
 from pipeline.classes import Class, Classes
 from pipeline.cohort import Case
 from pipeline.config_file import load_config
-from pipeline.lineage import Seen, as_used, case_facts, cases_facts, changes, made_here, note_used, seen_by, write_lineage
+from pipeline.errors import CohortError
+from pipeline.lineage import (
+    Seen,
+    as_used,
+    case_facts,
+    cases_facts,
+    changes,
+    made_here,
+    note_used,
+    read_lineage,
+    seen_by,
+    write_lineage,
+)
 from pipeline.network import ModelSpec
 from pipeline.phantom import write_slide
 from pipeline.tasks import Here
@@ -70,6 +84,39 @@ def test_other_slides_and_truths_are_told_and_the_same_are_not(cases: list[Case]
     told = list(changes(then, [case_facts(case) for case in cases]))
     assert [line.partition(",")[0] for line in told] == ["annotation of train", "slide of val", "slide of test"]
     assert ["cannot be read" in line for line in told] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lineage: lineage["slides"][0].pop("annotation"),
+        lambda lineage: lineage["slides"][0].pop("slide_digest"),
+        lambda lineage: lineage["origins"].clear(),
+        lambda lineage: lineage["origins"][0].pop("packages"),
+        lambda lineage: lineage["origins"][0].pop("machine"),
+        lambda lineage: lineage.update(slides=3),
+        lambda lineage: lineage.pop("models"),
+        dict.clear,
+    ],
+)
+def test_a_lineage_of_another_shape_is_refused(cases: list[Case], tmp_path: Path, damage: Callable[[Any], object]) -> None:
+    lineage = {"origins": [made_here()], "slides": [case_facts(case) for case in cases], "models": []}
+    path = tmp_path / "lineage.json"
+    path.write_text(json.dumps(lineage))
+    assert read_lineage(path) == lineage
+    damage(lineage)
+    for content in (lineage, [], 3):
+        path.write_text(json.dumps(content))
+        with pytest.raises(CohortError, match=f"{path}: found .* expected the lineage of a run"):
+            read_lineage(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_lineage_is_put_aside(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lineage.json").write_text(text)
+    write_lineage(tmp_path, {"models": []})
+    assert (tmp_path / "lineage.json.old").read_text() == text
+    assert json.loads((tmp_path / "lineage.json").read_text())["models"] == []
 
 
 def test_facts_are_those_of_the_files_that_were_used(cases: list[Case], tmp_path: Path) -> None:

@@ -428,13 +428,6 @@ def test_packages_are_those_that_python_imports(tmp_path: Path, monkeypatch: pyt
     assert packages.__wrapped__()["numpy"] == "0.0.1"
 
 
-def test_a_damaged_lineage_is_put_aside(good: Path, tmp_path: Path) -> None:
-    (tmp_path / "lineage.json").write_text("{")
-    add_models(tmp_path, models_facts([good / "model"]))
-    assert (tmp_path / "lineage.json.old").read_text() == "{"
-    assert len(json.loads((tmp_path / "lineage.json").read_text())["segmented_with"]) == 1
-
-
 def test_a_run_that_skips_everything_leaves_the_record_of_what_it_took(
     good: Path, store: "mlflow.MlflowClient", tmp_path: Path
 ) -> None:

@@ -409,6 +409,11 @@ def test_a_damaged_model_begins_nothing(models: list[Path], scan: Path, tmp_path
     for given in ([model], [models[1], model]):
         with pytest.raises(CheckpointError, match=r"weights.safetensors: found SHA-256"):
             run(scan, given, tmp_path / "out")
+    shutil.copy(models[0] / "weights.safetensors", model)
+    for text in ("{", "[]"):
+        (model / "ancestry.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"ancestry.json: found broken JSON"):
+            run(scan, [model], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
