@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -180,6 +183,13 @@ def test_a_long_path_is_told_whole(
     write_slide(np.full((90, 130, 3), 240, np.uint8), path, 0.5)
     inspect(path, False, None, None)
     assert str(path) in re.sub(r"\s", "", capsys.readouterr().out)
+
+
+def test_a_terminal_that_tells_no_width_is_written_to(tmp_path: Path) -> None:
+    write_slide(np.full((90, 130, 3), 240, np.uint8), tmp_path / "slide.tiff", 0.5)
+    command = [sys.executable, "-m", "workflows", "inspect", str(tmp_path / "slide.tiff")]
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "130 x 90 px" in done.stdout
 
 
 def test_help_is_broken_where_the_terminal_ends() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -240,6 +241,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be Unicode
     settle_user_name()
+    if not os.environ.get("COLUMNS", "").strip("0"):  # which leaves no room for a letter: the terminal knows better
+        os.environ.pop("COLUMNS", None)
     gc.set_threshold(_OBJECTS)
     atexit.register(gc.freeze)  # else Python looks at all of them once more before it ends, for a third of a second
     try:
