@@ -2,7 +2,7 @@
 
 FullfieldError
 |-- ConfigError          a configuration file or an override
-|-- CohortError          a manifest, its rows, its splits, or runs and slides that do not go together
+|-- CohortError          a manifest, its rows, its splits, runs and slides that do not go together, or an output that is none
 |-- SlideError           a slide that cannot be opened or read
 |   `-- ScaleError       a slide whose micrometres per pixel are missing or absurd
 |-- AnnotationError      an outline file or a label image
@@ -14,7 +14,7 @@ FullfieldError
 |-- ClusterError         a Dask scheduler that does not answer, or workers too few or too small
 |   |-- WorkerError      a task that its worker does not survive
 |   `-- CodeError        a worker that has other code than the command
-`-- TrackingError        MLflow does not answer as expected
+`-- TrackingError        MLflow does not answer as expected, or what should name a run or a model names none
 """
 
 import errno
@@ -88,7 +88,7 @@ class ConfigError(FullfieldError):
 
 
 class CohortError(FullfieldError):
-    """A manifest, one of its rows or its splits is wrong, or runs and slides do not go together."""
+    """A manifest, one of its rows or its splits is wrong, runs and slides do not go together, or an output is none."""
 
 
 class SlideError(FullfieldError):
@@ -136,4 +136,4 @@ class CodeError(ClusterError):
 
 
 class TrackingError(FullfieldError):
-    """MLflow does not answer as expected."""
+    """MLflow does not answer as expected, or what should name a run or a model names none."""

@@ -104,7 +104,7 @@ class TissueSettings(Section):
 
 
 class NormalisationSettings(Section):
-    """How slides that are stained differently are made alike before the network sees them; see stains.py."""
+    """How slides that are stained differently are made alike before the network sees them."""
 
     method: Literal["none", "macenko", "reinhard"] = "none"
 
@@ -131,7 +131,7 @@ class TileSettings(Section):
 
 
 class AugmentationSettings(Section):
-    """How far a patch may be changed before it is learned from; 0 or false leaves it as it is. See augment.py."""
+    """How far a patch may be changed before it is learned from; 0 or false leaves it as it is."""
 
     flips: bool = True
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 45.0
@@ -152,7 +152,7 @@ class TrainingSettings(Section):
     `class_weights` says how much a pixel of a class counts in the cross-entropy; one that is not named counts 1. Pixels
     within 3 px of another class count 1 + `boundary_weight` times as much.
 
-    `optimiser` muon learns the filters with Muon, all else with AdamW; adamw learns everything with AdamW. See muon.py.
+    `optimiser` muon learns the filters with Muon, all else with AdamW; adamw learns everything with AdamW.
     Every step takes the share `learning_rate` x `weight_decay` of each weight away.
 
     `precision` is that of the forward pass: `fast`, bf16 where the device multiplies it, or `exact`, fp32 everywhere.
@@ -198,9 +198,9 @@ class TrainingSettings(Section):
 
 
 class SegmentationSettings(Section):
-    """Which splits are segmented by `run`, and how. `tile_size` null: chosen by what a few tiles take, see tiling.py.
+    """Which splits are segmented by `run`, and how. `tile_size` null: chosen by what a few tiles take.
 
-    `blend` averages overlapping windows instead of tiling exactly: for networks that are not local, see blending.py.
+    `blend` averages overlapping windows instead of tiling exactly: for networks that are not local.
     """
 
     splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("val", "test")
@@ -234,7 +234,7 @@ class EvaluationSettings(Section):
 
     `boundary_tolerance_um` is how far a boundary may lie from the truth and still be right; null: two pixels of the output.
     Of what is so large that it is looked at from a coarser level it is two pixels of that level, at the least.
-    `lesions` names the classes of which the lesion FROC is computed, see froc.py.
+    `lesions` names the classes of which the lesion FROC is computed, that of CAMELYON16.
     """
 
     bootstrap_samples: PositiveInt = 1000

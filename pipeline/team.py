@@ -104,7 +104,8 @@ class FabricTeam:
             from lightning_fabric import Fabric
             from lightning_fabric.plugins.environments import LightningEnvironment
         except ModuleNotFoundError as error:
-            found, remedy = f"no Lightning Fabric here ({error})", 'Install the extra: pip install ".[distributed]".'
+            command = 'python -m pip install --constraint requirements.lock --editable ".[distributed]"'
+            found, remedy = f"no Lightning Fabric here ({error})", f"In Fullfield's own folder, `{command}`."
             raise TrainingError("training.devices and training.nodes", found, "Lightning Fabric", remedy) from error
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         kind = "cuda" if torch.cuda.is_available() else "cpu"

@@ -261,7 +261,7 @@ def test_a_slide_that_cannot_be_read_is_left_out_of_the_folds(
         assert crossval(config, [*overrides, "cohort.fractions={train: 1, val: 0, test: 0}"], 2) == 1
     said = capsys.readouterr().out
     assert "fold-1 failed beside the others, and is tried again by itself: training: found no memory for it" in said
-    assert f"left out, as they have no tiles: {broken.slide_id}" in said
+    assert f"left out, as they have no cells: {broken.slide_id}" in said
     found = {row.patient for row in find_tally(str(tmp_path / "cv")).rows}
     assert found == set(patients) - {broken.patient}
     assert (tmp_path / "cv" / "metrics.json").exists()

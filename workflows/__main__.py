@@ -64,7 +64,8 @@ def demo(output: Annotated[Path, options.place("Folder for everything it makes."
 def run(config: options.Config, overrides: options.Overrides = None) -> None:
     """Tile, train, segment and evaluate, as one MLflow run; continue where an earlier call stopped.
 
-    Reads CONFIG and the cohort that it names; writes all results below its `output`.
+    Reads CONFIG and the cohort that it names; writes all results below its `output`. The exit code is 1 where a slide could
+    not be tiled, segmented or evaluated.
 
     Example: `fullfield run workflows/configs/glas.yaml cohort.manifest=glas/cohort.csv training.epochs=10`
     """
@@ -78,6 +79,7 @@ def tile(config: options.Config, overrides: options.Overrides = None) -> None:
     """Divide slides into cells and count what there is to learn from.
 
     Reads slides and annotations; writes OUTPUT/cohort.csv (the splits) and OUTPUT/tiles.parquet (one row per cell).
+    The exit code is 1 where a slide could not be read, and was left out.
 
     Example: `fullfield tile workflows/configs/glas.yaml`
     """

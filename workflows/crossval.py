@@ -138,13 +138,13 @@ def _fold_rows(held: Sequence[Collection[str]], content: Content, config: Config
 
 
 def _partakers(workspace: Workspace) -> list[Case]:
-    """The candidates that have tiles; says who is held back, and who left out."""
+    """The candidates that have cells; says who is held back, and who left out."""
     cases = _candidates(workspace)
     if held_back := _held_back(workspace):
         console.print(f"held back, as the manifest names them as test: {', '.join(held_back)}")
     tiled = set(workspace.tiled(SPLITS))
     if missing := sorted(case.slide_id for case in cases if case not in tiled):
-        console.print(f"left out, as they have no tiles: {', '.join(missing)}")
+        console.print(f"left out, as they have no cells: {', '.join(missing)}")
     return [case for case in cases if case in tiled]
 
 

@@ -121,7 +121,7 @@ def _check_tiles(workspace: Workspace) -> None:
 
 
 def _cases(workspace: Workspace) -> list[Case]:
-    """The slides to learn from and to validate on: those that have tiles.
+    """The slides to learn from and to validate on: those that have cells.
 
     Raises TrainingError where there is none to learn from.
     """
