@@ -212,9 +212,9 @@ def _hidden(painted: dict[int, list[Area]]) -> tuple[str, ...]:
 
 def _remarks(outlines: Outlines) -> tuple[str, ...]:
     counts = (
-        ("invalid polygons, repaired", outlines.repaired),
+        ("invalid polygons (crossed lines, or points that are no numbers), repaired", outlines.repaired),
         ("points, lines and rulers, left out", outlines.skipped),
-        ("outlines without an area, left out", outlines.dropped),
+        ("outlines without an area (or three points that are numbers), left out", outlines.dropped),
         ("cells whose nucleus is outlined too, of which the cell's own outline counts", outlines.nuclei),
     )
     none = () if outlines.outlines else ("no outlines",)

@@ -26,6 +26,7 @@ from pipeline.addresses import chosen_address, is_own, own_address, without_pass
 from pipeline.errors import TrackingError
 from pipeline.files import write_json
 from pipeline.mlflow_names import LONGEST_TAG, allowed, flat, in_short, origin_tags
+from pipeline.progress import console
 from pipeline.registry import log_model
 from pipeline.store import EARLIER, PARENT, STAGE, Store, open_store
 
@@ -269,7 +270,10 @@ def _recorded(output: Path, store: Store, experiment_id: str) -> str | None:
     try:
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
         run = store.client.get_run(record["run_id"]) if record["store"] == store.shown else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        console.print(f"{output / 'run.json'} is damaged, so that another MLflow run is begun for this folder")
         return None
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":

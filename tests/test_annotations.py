@@ -193,9 +193,9 @@ def test_remarks_tell_what_happened_to_the_file(tmp_path: Path) -> None:
     truth = drawn(tmp_path, naming(), *(feature("Gland", shape) for shape in (bow_tie, line, flat)), cell)
     assert (truth.read(BASE.roi, BASE) == 2).sum() == 10 * 8
     assert truth.remarks == (
-        "invalid polygons, repaired: 1",
+        "invalid polygons (crossed lines, or points that are no numbers), repaired: 1",
         "points, lines and rulers, left out: 1",
-        "outlines without an area, left out: 1",
+        "outlines without an area (or three points that are numbers), left out: 1",
         "cells whose nucleus is outlined too, of which the cell's own outline counts: 1",
     )
 

@@ -208,7 +208,7 @@ def test_figures_of_two_attempts_are_not_mixed(start):
     assert history(first, "loss") == [(1, 1.0)]
 
 
-def test_a_run_that_is_gone_is_begun_anew(start, tmp_path):
+def test_a_run_that_is_gone_is_begun_anew(start, tmp_path, capsys):
     first = start()
     first.store.client.delete_run(first.run_id)
     second = start()
@@ -220,7 +220,9 @@ def test_a_run_that_is_gone_is_begun_anew(start, tmp_path):
     record.write_text(json.dumps({**content, "store": "http://elsewhere"}))
     fourth = start()
     record.write_text(record.read_text()[:20])
+    capsys.readouterr()
     fifth = start()
+    assert f"{record} is damaged, so that another MLflow run is begun" in capsys.readouterr().out
     assert len({run.run_id for run in (first, second, third, fourth, fifth)}) == 5
     assert start().run_id == fifth.run_id
     assert not list(record.parent.glob("*.partial"))
