@@ -84,7 +84,8 @@ def reliability_rows(counts: Counts) -> list[dict[str, float | int | None]]:
 def draw_reliability(path: Path, splits: Mapping[str, Counts], errors: Mapping[str, float | None]) -> None:
     """Draw accuracy over mean probability, and the share of pixels in each bin, for each split's (15, 3) counts, as PNG.
 
-    `errors` are the ECE that the legend tells: of several networks it is more than the drawn bins, of all, are off.
+    `errors` are the ECE that the legend tells. Of several networks, which are drawn together, it is the mean of their own,
+    and so more than the drawing shows.
     """
     from matplotlib.figure import Figure
 
