@@ -45,7 +45,7 @@ def test_a_plan_is_what_segmenting_then_does(project: Path) -> None:
     before = set(project.rglob("*"))
     found = json.loads(fullfield("plan", slide, "--model", model, "--json"))
     assert set(project.rglob("*")) == before
-    assert set(found) == {"slide", "model", *Estimate.__dataclass_fields__}
+    assert set(found) == {"slide", "model", "remark", *Estimate.__dataclass_fields__} and found["remark"] is None
     assert 0 < found["tissue_tiles"] <= found["tiles"]
     command = ("segment", slide, "--model", model, "--output", output)
     said = f"Tiles of {found['tile_size']} px"

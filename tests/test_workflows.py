@@ -349,7 +349,7 @@ def test_a_slide_that_was_damaged_later_is_left_out_of_the_figures(project: Path
     picture.mkdir()
     log = fullfield("evaluate", project / "config.yaml", *overrides, code=1)
     assert f"left out {broken.slide_id}: " in log
-    assert f"left out {other.slide_id}: {picture}: found 'Is a directory'" in log.replace("\n", " ")
+    assert f"left out {other.slide_id}: {picture}: found a folder" in log.replace("\n", " ")
 
 
 def test_what_was_counted_on_a_slide_is_taken_until_anything_changes_on_which_it_depends(
