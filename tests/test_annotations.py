@@ -134,6 +134,8 @@ def test_outside_the_slide_nothing_is_known(tmp_path: Path) -> None:
     coarse = BASE.at(Mpp.square(2.0))  # 10 x 6 px; the last column's centre lies past the slide, the last row's inside
     assert coarse.shape == (6, 10)
     assert (truth.read(coarse.roi, coarse) == 1).tolist() == [[True] * 9 + [False]] * 6
+    halved = BASE.at(Mpp.square(1.0))  # 19 x 12 px; the centres of the last column and row lie on the slide's very edge
+    assert (truth.read(halved.roi, halved) == 1).tolist() == [*[[True] * 18 + [False]] * 11, [False] * 19]
 
 
 def test_outlines_of_another_slide_are_refused(tmp_path: Path) -> None:
@@ -153,6 +155,8 @@ def test_outlines_off_the_slide_are_told_and_refused_where_they_are_most(tmp_pat
     assert remark.startswith("outlines off the slide of ") and remark.endswith(": 1 of 2")
     with pytest.raises(AnnotationError, match="where 1 of 3 are"):
         drawn(tmp_path, naming(), on, off, off)
+    (remark,) = drawn(tmp_path, naming(), on, feature("Gland", shapely.box(-4, 2, 0, 6))).remarks  # it ends at the edge
+    assert remark.endswith(": 1 of 2")
 
 
 def test_unnamed_objects(tmp_path: Path) -> None:
@@ -190,7 +194,8 @@ def test_remarks_tell_what_happened_to_the_file(tmp_path: Path) -> None:
     line = {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}
     flat = {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [0, 0]]]}
     cell = feature("Tumor", shapely.box(20, 10, 30, 18)) | {"nucleusGeometry": shapely.box(23, 12, 26, 15).__geo_interface__}
-    truth = drawn(tmp_path, naming(), *(feature("Gland", shape) for shape in (bow_tie, line, flat)), cell)
+    plain = feature("Tumor", shapely.box(20, 10, 30, 18)) | {"nucleusGeometry": None}
+    truth = drawn(tmp_path, naming(), *(feature("Gland", shape) for shape in (bow_tie, line, flat)), cell, plain)
     assert (truth.read(BASE.roi, BASE) == 2).sum() == 10 * 8
     assert truth.remarks == (
         "invalid polygons (crossed lines, or points that are no numbers), repaired: 1",
@@ -436,6 +441,9 @@ def test_binary_mask(tmp_path: Path) -> None:
     for name in ("m.png", "m.tif"):
         truth = open_truth(tmp_path / name, BASE, naming(), None)
         np.testing.assert_array_equal(truth.read(BASE.roi, BASE), mask)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "m.png")  # as most programs write one
+    truth = open_truth(tmp_path / "m.png", BASE, naming(values={0: 0, 255: 1}), None)
+    np.testing.assert_array_equal(truth.read(BASE.roi, BASE), mask)
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.9, 1.24, 6.0])
@@ -525,6 +533,11 @@ def test_unknown_values_are_listed(tmp_path: Path) -> None:
     truth = open_truth(tmp_path / "l.png", BASE, naming(), None)
     with pytest.raises(AnnotationError, match=r"values? 7, 9.*only 0, 1, 2, 255.*classes\[\]\.values"):
         truth.read(BASE.roi, BASE)
+    labels = LABELS.astype(np.int16)
+    labels[4, 5:7] = (-1, -2)
+    tifffile.imwrite(tmp_path / "l.tif", labels)
+    with pytest.raises(AnnotationError, match="values? -2, -1.*only 0, 1, 2, 255"):
+        open_truth(tmp_path / "l.tif", BASE, naming(), None).read(BASE.roi, BASE)
 
 
 NO_LABELS = {

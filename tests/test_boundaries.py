@@ -91,6 +91,8 @@ def test_what_is_missed_is_as_far_as_the_field_allows_and_nothing_has_no_score()
     truth, nothing = disc((40, 60), 20, 30, 9), np.zeros((40, 60), bool)
     found = measure_boundaries(truth, nothing, np.ones_like(truth), MPP, 3.0)
     assert score([found]) == (pytest.approx(np.hypot(20, 30), rel=0.01), 0)
+    found = measure_boundaries(truth, nothing, np.ones_like(truth), Mpp(0.5, 2.0), 3.0)
+    assert score([found])[0] == pytest.approx(np.hypot(60 * 0.5, 40 * 2.0), rel=0.01)
     assert np.isnan(score([measure_boundaries(nothing, nothing, np.ones_like(truth), MPP, 3.0)])).all()
 
 

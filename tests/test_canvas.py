@@ -140,6 +140,11 @@ def test_a_canvas_of_another_scale_lies_on_its_slide(tmp_path: Path) -> None:
     assert open_canvas(canvas.path) == canvas
 
 
+@pytest.mark.parametrize(("side", "levels"), [(512, 1), (513, 2), (1025, 3)])
+def test_the_last_level_is_the_first_of_512_pixels_or_fewer(tmp_path: Path, side: int, levels: int) -> None:
+    assert len(make(tmp_path / "wide", side, 60, 256).levels) == len(make(tmp_path / "high", 60, side, 256).levels) == levels
+
+
 def test_opening_gives_back_the_same_canvas(tmp_path: Path) -> None:
     canvas = make(tmp_path)
     assert open_canvas(canvas.path, IDENTITY) == canvas
@@ -153,6 +158,8 @@ def test_another_identity_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert caught.value.found == "device absent, model a1, slide c3"
     assert caught.value.expected == "device cpu, model zz, slide absent"
     assert "another output folder" in caught.value.remedy
+    with pytest.raises(CanvasError):  # what says less is another run as well: only a blended one says `blend`
+        open_canvas(canvas.path, {"model": "a1", "config": "b2"})
 
 
 def test_what_is_no_canvas_is_refused(tmp_path: Path) -> None:
@@ -211,7 +218,7 @@ def test_a_tile_is_done_with_both_of_its_files_and_whole_with_all_their_bytes(tm
     damaged, *others = canvas.done()
     path = getattr(canvas, kind)(0).path(damaged)
     content = path.read_bytes()
-    for left in (b"", content[: len(content) // 2], content[1:]):  # the last with an index that is sound
+    for left in (b"", content[: len(content) // 2], content[1:], b"x" + content):  # an index that is sound
         path.write_bytes(left)
         assert canvas.done() == [damaged, *others] and canvas.whole() == others
     path.unlink()
@@ -273,6 +280,31 @@ def test_kill_at_any_moment_leaves_only_whole_tiles(tmp_path: Path) -> None:
     assert np.array_equal(canvas.read_labels(canvas.lattice.roi), expected)
     canvas.remove_partial_files()
     assert not list(canvas.path.rglob("*.partial"))
+
+
+def test_what_killed_writers_left_is_removed_from_every_array_and_nothing_else(tmp_path: Path) -> None:
+    canvas = make(tmp_path, width=1061, height=533, write_size=256)
+    write_all(canvas, scores(canvas))
+    build_pyramid(canvas)
+    before = {path: path.read_bytes() for path in canvas.path.rglob("*") if path.is_file()}
+    for level in range(len(canvas.levels)):
+        for shards in (canvas.label_shards(level), canvas.probability_shards(level)):
+            path = shards.path((0, 0))
+            path.with_name("9.5f3a.partial").write_bytes(b"half")
+    assert canvas.done() == canvas.whole() and canvas.columns(0) == [0, 1, 2, 3, 4]
+    canvas.remove_partial_files()
+    assert {path: path.read_bytes() for path in canvas.path.rglob("*") if path.is_file()} == before
+
+
+def test_one_tile_that_disk_does_not_tell_of_is_missed(tmp_path: Path) -> None:
+    canvas = make(tmp_path)
+    write_all(canvas, scores(canvas))
+    canvas.require({0: 5, 2: 5})
+    for missing in (canvas.label_shards(0).path((0, 3)), canvas.probability_shards(0).path((2, 4))):
+        missing.unlink()
+        with pytest.raises(CanvasError, match="found 4 of the 5 tiles of row"):
+            canvas.require({int(missing.parent.name): 5})
+    canvas.require({0: 4, 1: 5})
 
 
 def test_a_slide_is_few_files(tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ def test_an_earlier_model_that_is_kept_is_put_back_or_let_go(saved: Path) -> Non
         checkpoint.save(saved, spec(), network(spec()), keep_earlier=True)
         after = checkpoint.digest(saved)
         assert after != before
+        checkpoint.recover(saved)  # nothing is to be recovered: the new one is whole
+        assert checkpoint.digest(saved) == after
         for _ in range(2):  # for which nothing waits any more
             end(saved)
         assert checkpoint.digest(saved) == (before if end is checkpoint.put_back else after)

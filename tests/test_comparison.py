@@ -239,6 +239,8 @@ def test_unlike_runs_are_refused_and_what_they_share_is_named() -> None:
     assert shared_patients(ours, a_tally({"b": 0.1, "c": 0.2, "new": 0.3})) == {"b", "c"}
     with pytest.raises(CohortError, match="another background"):
         shared_patients(ours, replace(ours, classes=("Rest", "Tumour")))
+    with pytest.raises(CohortError, match="another background"):
+        shared_patients(ours, replace(ours, rest=None))
     other = replace(
         ours, rows=(*ours.rows[1:], replace(ours.rows[0], confusion=ours.rows[0].confusion + np.eye(2, 3, dtype=int)))
     )
@@ -263,6 +265,16 @@ def test_two_scales_may_differ_by_what_a_border_takes() -> None:
     other = tuple(replace(row, confusion=row.confusion[::-1]) for row in rows)  # as much of the slide is known
     with pytest.raises(CohortError, match="another truth"):
         shared_patients(fine, replace(fine, mpp=2.0, rows=other))
+
+
+def test_a_small_class_may_differ_by_thirty_pixels_of_the_coarser_scale() -> None:
+    fine = Tally(("Rest", "Gland"), 0, 1.0, (counts_of("a", [160_000, 0, 0], [0, 100, 0]),))
+    coarse, wrong = (
+        Tally(("Rest", "Gland"), 0, 4.0, (counts_of("a", [10_000, 0, 0], [0, gland, 0]),)) for gland in (20, 40)
+    )
+    assert shared_patients(fine, coarse) == shared_patients(coarse, fine) == {"a"}
+    with pytest.raises(CohortError, match="another truth"):
+        shared_patients(fine, wrong)
 
 
 def test_a_run_of_mlflow_is_found_with_the_counts_of_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

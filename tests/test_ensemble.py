@@ -1,6 +1,7 @@
 """Several models as one: the mean of whole-slide passes, told as such, and refused where models do not belong together."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.architectures import build_network
 from pipeline.canvas import open_canvas
 from pipeline.classes import IGNORED, Class, Classes
 from pipeline.errors import CheckpointError
+from pipeline.files import locked
 from pipeline.footprint import with_footprint
 from pipeline.geometry import Roi
 from pipeline.grid import round_up
@@ -147,7 +149,12 @@ def test_members_that_do_not_belong_together_are_refused(models: list[Path], tmp
         instance = replace(spec, architecture="unet", norm="instance", halo=None, patch_size=size)
         checkpoint.save(folder, instance, build_network(instance))
     cases = (([models[0], other], "mpp 2.0"), ([models[0], models[0]], "a model twice"), (blended, "64 px, 96 px"))
-    for wrong, words in (*cases, ([models[0], stained], "none, macenko")):
+    background = save(tmp_path / "background", 9, replace(spec, rest=1 - (spec.rest or 0)))
+    kinds = (([models[0], background], "found rest"), ([models[0], blended[0]], "some of either kind"))
+    reinhard = Normalisation("reinhard", ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+    means = save(tmp_path / "means", 9, replace(spec, normalisation=reinhard))
+    methods = (([models[0], stained], "none, macenko"), ([stained, means], "macenko, reinhard"))
+    for wrong, words in (*cases, *kinds, *methods):
         with pytest.raises(CheckpointError, match=words):
             ensemble.gather(wrong, tmp_path / "ensemble")
     assert not (tmp_path / "ensemble").exists()
@@ -178,7 +185,12 @@ def test_a_way_to_segment_that_this_version_does_not_know_is_refused(
 
 def test_a_member_that_is_no_longer_what_it_was_is_refused(models: list[Path], tmp_path: Path) -> None:
     copies = [Path(shutil.copytree(model, tmp_path / str(number))) for number, model in enumerate(models)]
-    folder = ensemble.gather(copies, tmp_path / "ensemble")
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "ensemble"):  # another command may be gathering other models
+            gathered = pool.submit(ensemble.gather, copies, tmp_path / "ensemble")
+            with pytest.raises(TimeoutError):
+                gathered.result(0.2)
+        folder = gathered.result(60)
     assert ensemble.members(folder) == tuple(copies)
     shutil.rmtree(copies[1])
     shutil.copytree(models[0], copies[1])

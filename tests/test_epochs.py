@@ -24,6 +24,7 @@ from pipeline.phantom import write_slide
 from pipeline.processes import Meeting, _environment
 from pipeline.slide import open_slide
 from pipeline.snapshot import Record, Standing
+from pipeline.specs import model_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,6 +92,12 @@ def test_the_epoch_that_did_best_on_validation_is_kept(tmp_path: Path, validated
     kept = checkpoint.load_run_record(tmp_path / "model")["epoch"]
     assert kept == 1 + dice.index(max(dice))
     assert (kept > 1 and max(dice) > 0.9) if validated else (kept < 5 and dice[-1] < 0.1)
+
+
+def test_what_was_not_examined_is_validated_as_background(tmp_path: Path) -> None:
+    counts, spec = np.array([[5, 0, 20], [0, 70, 10]]), model_spec(config(tmp_path))
+    assert fitting._dice(counts, spec, 0) == {"Light": 2 * 25 / (25 + 35), "Dark": 2 * 70 / (80 + 70)}
+    assert fitting._dice(counts, spec, None) == {"Light": 2 * 5 / (25 + 5), "Dark": 2 * 70 / (80 + 70)}
 
 
 def test_what_is_kept_is_always_of_an_epoch_that_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,12 @@ def test_the_share_that_validates_is_the_nearest_that_equal_parts_give() -> None
     assert len({case.patient for case in dealt if case.split == "val"}) == 3  # of 12: 3.36 are wanted, thirds would be 4
 
 
+def test_a_share_of_nearly_all_leaves_somebody_to_learn_from() -> None:
+    content = {f"P{number:02d}": np.array([10.0, 1.0]) for number in range(6)}
+    dealt = fold_cases(cases_of(content), frozenset({"P00", "P01"}), content, 0.9, 0)
+    assert [len({case.patient for case in dealt if case.split == split}) for split in ("train", "val")] == [2, 2]
+
+
 def test_each_patient_is_learned_from_in_some_fold() -> None:
     content = {f"P{number}": row for number, row in enumerate(np.random.default_rng(3).gamma(0.7, size=(9, 2)))}
     validated, learned = list[str](), set[str]()

@@ -82,6 +82,16 @@ def test_a_detection_stands_where_it_is_surest():
     assert found(truth, probability, min_area_um2=area_um2 + 1) == Detections((), (0.0,), 1)
 
 
+def test_the_deepest_place_of_a_region_is_so_in_micrometres():
+    prediction, truth = np.zeros((200, 160), bool), np.zeros((200, 160), bool)
+    prediction[60:66, 20:70] = True  # 24 um high
+    prediction[40:90, 100:104] = True  # 32 um wide, and there the lesion is
+    prediction[62, 70:100] = True
+    truth[30:110, 90:140] = True
+    one = detect(truth, prediction, np.where(prediction, 200, 0).astype(np.uint8), Mpp(8.0, 4.0), 0.0)
+    assert one == Detections((), (200 / 255,), 1)
+
+
 def camelyon16(truth, prediction, probability, min_area_um2):
     """False positives and lesions as the challenge's evaluation code finds them; a region stands at its highest pixel."""
     near = ndimage.distance_transform_edt(~truth) < 75 / (PIXEL_UM * 2)

@@ -45,12 +45,15 @@ def test_a_lattice_at_another_scale_covers_the_same_area(mpp: float, size: tuple
 def test_a_lattice_is_seen_at_most_so_long(mpp: float, longest: int, shape: tuple[int, int]) -> None:
     seen = Lattice(1001, 703, Mpp.square(0.25)).seen(Mpp.square(mpp), longest)
     assert seen.shape == shape
+    upright = Lattice(703, 1001, Mpp(0.25, 0.5)).seen(Mpp(mpp, 2 * mpp), longest)
+    assert upright.shape == shape[::-1] and upright.mpp.y == 2 * upright.mpp.x
 
 
 def test_rounding_noise_adds_no_pixel() -> None:
     # 0.1 * 3 is 0.30000000000000004, and 0.3 / 0.1 is 2.9999999999999996
     fine, coarse = Lattice(30, 60, Mpp.square(0.1)), Lattice(10, 20, Mpp.square(0.3))
     assert fine.at(coarse.mpp) == coarse
+    assert Lattice(3, 6, fine.mpp).at(coarse.mpp) == Lattice(1, 2, coarse.mpp)
     assert fine.cover(Roi(3, 6, 6, 3), coarse) == Roi(1, 2, 2, 1)
     assert coarse.cover(Roi(1, 2, 2, 1), fine) == Roi(3, 6, 6, 3)
 

@@ -68,5 +68,6 @@ def test_a_coarser_answer_is_pasted_whole() -> None:
 
 
 def test_a_tile_outside_the_grid_is_refused() -> None:
-    with pytest.raises(IndexError):
-        Grid(Lattice(100, 60, Mpp.square(1)), 64, 0, 1)[1, 0]
+    for index in ((1, 0), (0, 2), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError):
+            Grid(Lattice(100, 60, Mpp.square(1)), 64, 0, 1)[index]

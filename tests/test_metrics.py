@@ -238,6 +238,12 @@ def test_not_examined_background_is_right_in_a_report_that_names_it():
     rows = slides(("a", "val", pair(70, 4, 5, right_rest=90, rest_unexamined=20, gland_unexamined=3)))
     assert report(rows, PAIR, MPP, rest=0)["val"]["s0"]["rest"]["recall"] == 110 / 114
     assert report(rows, PAIR, MPP)["val"]["s0"]["rest"]["recall"] == 90 / 114
+    missed = (pair(70, 4, 5, right_rest=90, rest_unexamined=20), pair(9, 2, 1, right_rest=50, rest_unexamined=70))
+    rows = slides(*((f"p{n}", "val", counts) for n, counts in enumerate(missed)))
+    found = report(rows, PAIR, MPP, rest=0)["val"]["pooled"]["rest"]
+    low, high = interval(np.stack(missed), rest=0)["recall"][:, 0]
+    assert (found["recall_low"], found["recall_high"]) == (low, high)
+    assert low <= found["recall"] <= high
 
 
 def test_names_that_would_hide_each_other_are_refused():

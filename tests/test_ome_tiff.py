@@ -6,6 +6,7 @@ import tifffile
 from PIL import Image
 
 from pipeline.canvas import create_canvas
+from pipeline.classes import IGNORED
 from pipeline.geometry import Lattice, Mpp
 from pipeline.ome_tiff import write_ome_tiff
 from pipeline.pyramid import build_pyramid
@@ -28,6 +29,11 @@ def test_ome_tiff_holds_every_level_of_the_canvas(tmp_path: Path, write_size: in
             assert page.is_tiled
             assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
             assert tuple(page.colormap[:, 1] // 257) == CLASSES[1].color
+            assert (page.colormap[:, IGNORED] == 65535).all()
+            assert page.is_reduced == (number > 0)
+            resolution = [tag[0] / tag[1] for tag in (page.tags["XResolution"].value, page.tags["YResolution"].value)]
+            assert resolution == pytest.approx([1e4 / 0.5 / 2**number, 1e4 / 0.25 / 2**number])
+            assert page.tags["ResolutionUnit"].value == tifffile.RESUNIT.CENTIMETER
         pixels = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]["Pixels"]
     assert (pixels["PhysicalSizeX"], pixels["PhysicalSizeY"]) == (0.5, 0.25)
     assert pixels["PhysicalSizeXUnit"] == "µm"
@@ -45,6 +51,16 @@ def test_a_tile_of_the_tiff_is_written_though_only_its_end_was_examined(tmp_path
     for number, level in enumerate(canvas.levels):
         found = tifffile.imread(tmp_path / "classes.ome.tif", level=number)
         assert np.array_equal(found, canvas.read_labels(level.roi, number))
+
+
+@pytest.mark.parametrize(("most", "is_big"), [(1.4 * 300 * 170, False), (1.4 * 300 * 170 - 1, True)])
+def test_what_a_classic_tiff_may_not_hold_is_a_big_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: float, is_big: bool
+) -> None:
+    monkeypatch.setattr("pipeline.ome_tiff._CLASSIC_TIFF_BYTES", most)
+    write_ome_tiff(make(tmp_path, Lattice(300, 170, Mpp(0.5, 0.5)), 64), tmp_path / "classes.ome.tif")
+    with tifffile.TiffFile(tmp_path / "classes.ome.tif") as tiff:
+        assert tiff.is_bigtiff == is_big
 
 
 def test_ome_tiff_opens_in_pillow_as_indices_with_colours(tmp_path: Path) -> None:

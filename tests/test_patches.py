@@ -218,6 +218,16 @@ def test_index_is_one_split_whatever_the_order_of_the_rows(tmp_path: Path) -> No
     assert drawn(index, 0, 20) == drawn(other, 0, 20)
 
 
+def test_no_two_of_a_patch_s_random_streams_are_one(sources: dict[str, Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, stream, begin = list[tuple[int, ...]](), stream_of(sources), np.random.default_rng
+    monkeypatch.setattr("pipeline.patches.np.random.default_rng", lambda seed: (drawn.append(tuple(seed)), begin(seed))[1])
+    for position in range(2):
+        stream.patch(0, position)
+        for attempt in range(1, 4):
+            stream.place(0, position, attempt)
+    assert len({begin(seed).bytes(8) for seed in drawn}) == len(drawn) == 2 * (2 + 3)
+
+
 def test_index_of_many_cells_takes_little_beside_them(tmp_path: Path) -> None:
     """Names as those of TCGA, whose letters as an array of numpy's are 4 bytes each in every row."""
     rows, names = 20_000, [f"TCGA-CR-{number:04d}-01A-01-TS1.3f6a9b0c-1234-4a5b-9c8d-0123456789ab" for number in range(9)]

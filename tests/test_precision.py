@@ -179,6 +179,23 @@ def test_what_is_no_number_has_changed(sources: list[tuple[Source, Tissue]]) -> 
     assert found.largest_difference == np.inf
 
 
+def test_what_differs_where_nothing_is_known_is_no_difference(sources: list[tuple[Source, Tissue]]) -> None:
+    source, tissue = sources[0]
+    image, mask = source.read(source.lattice.roi)
+    known = (mask != IGNORED) & tissue.sampled(source.lattice.roi, source.lattice)
+    elsewhere = np.setdiff1d(image.sum(axis=-1)[~known], image.sum(axis=-1)[known])
+    assert elsewhere.size
+
+    class Elsewhere(Shades):
+        def __call__(self, windows: np.ndarray) -> np.ndarray:
+            answer = super().__call__(windows)
+            answer[:, :, np.isin(windows[0].sum(axis=-1), elsewhere)] = 0.9
+            return answer
+
+    found, _ = measure_deviation(Shades(spec(5), 0.0), Elsewhere(spec(5), 0.0), as_opened([sources[0]]), ALL, 0)
+    assert found.pixels and (found.label_change, found.dice_change, found.largest_difference) == (0, 0, 0)
+
+
 def test_slides_that_cannot_be_read_do_not_count_and_are_named(
     sources: list[tuple[Source, Tissue]], damaged: Source
 ) -> None:
@@ -252,6 +269,9 @@ def test_an_approval_is_the_models_own(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no numbers"):
         approve(Deviation(1000, 0.001, 0.004, np.inf), refused, model)
     assert approval(refused, model) is None
+    with pytest.raises(EngineError, match="no known tissue"):
+        approve(Deviation(0, 0.0, 0.0, 0.0), refused, model)
+    assert approval(refused, model) is None
     save(model, 5)
     assert approval(FAST, model) is None
 
@@ -306,6 +326,15 @@ def test_without_its_library_a_backend_is_told_to_be_missing_and_not_to_stray(
     if precision != "exact":
         with pytest.raises(EngineError, match="openvino: found no such library.*pip install"):
             require_approval(way, model)
+
+
+def test_an_approval_that_allowed_more_outlasts_a_refusal(tmp_path: Path) -> None:
+    model, found = save(tmp_path / "model", 4), Deviation(1000, 0.03, 0.004, 0.31)
+    approve(found, FAST.model_copy(update={"max_label_change": 0.05}), model)
+    for refused in (found, Deviation(1000, 0.02, 0.004, 0.31)):
+        with pytest.raises(EngineError, match="no more than 1.000%"):
+            approve(refused, FAST, model)
+        assert approval(FAST, model) == found
 
 
 def test_an_approval_says_whether_it_is_of_all_slides(tmp_path: Path) -> None:

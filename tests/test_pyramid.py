@@ -146,12 +146,26 @@ def test_a_shard_of_level_1_waits_for_all_its_tiles_and_goes_when_one_is_to_be_w
     assert np.array_equal(found, slow_pyramid(canvas.read_labels(canvas.lattice.roi), probabilities)[0])
 
 
-def test_a_torn_shard_of_level_1_is_made_anew(tmp_path: Path) -> None:
+def test_what_is_examined_is_found_beside_chunks_of_the_same_shard_that_are_not(tmp_path: Path) -> None:
+    canvas = make(tmp_path, width=2048, height=700, write_size=1024)
+    assert canvas.write_size == 2 * canvas.chunk
+    write(canvas, [(0, 1)], np.broadcast_to(np.float32([[[0]], [[1]], [[0]]]), (3, 700, 2048)))
+    build_pyramid(canvas)
+    for level, lattice in enumerate(canvas.levels):
+        expected = np.full(lattice.shape, IGNORED)
+        expected[:, lattice.width // 2 :] = 1
+        assert np.array_equal(canvas.read_labels(lattice.roi, level), expected)
+        assert np.array_equal(as_zarr_reads(canvas.label_shards(level)), expected)
+        assert np.array_equal(canvas.read_probabilities(lattice.roi, level)[1] == 255, expected == 1)
+
+
+@pytest.mark.parametrize(("level", "place"), [(1, (1, 1)), (2, (0, 1))])
+def test_a_torn_shard_of_a_coarse_level_is_made_anew(tmp_path: Path, level: int, place: tuple[int, int]) -> None:
     canvas = make(tmp_path, width=1061, height=533, write_size=256)
     write_blocks(canvas, places(canvas), scores(canvas))
     build_pyramid(canvas)
     expected = coarse_files(canvas)
-    path = canvas.label_shards(1).path((1, 1))
+    path = canvas.label_shards(level).path(place)
     path.write_bytes(path.read_bytes()[:-9])
     assert not has_pyramid(canvas)
     build_pyramid(canvas)

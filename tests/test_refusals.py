@@ -35,7 +35,7 @@ from pipeline.phantom import make_phantom
 from pipeline.segmentation import Step, segment_slides
 from pipeline.settings import ClusterSettings, EngineSettings, SegmentationSettings, TissueSettings
 from pipeline.slide import open_slide
-from pipeline.slide_job import CANVAS, FOUND_TISSUE, OpenedJob, SlideJob, _tissue_of, is_finished, is_segmented
+from pipeline.slide_job import CANVAS, FOUND_TISSUE, MADE, OpenedJob, SlideJob, _tissue_of, is_finished, is_segmented
 from pipeline.slide_tasks import Part, finish_slide, get_ready, plan_slide, seal_slide, segment_block
 from pipeline.tasks import Here
 from pipeline.versions import Version
@@ -107,6 +107,9 @@ def test_what_was_begun_by_another_version_at_another_scale_or_with_other_tissue
 
     assert refused(replace(job, mpp=1.0001)) == ["slide_mpp"]
     assert "tissue" in refused(replace(job, tissue=TissueSettings(max_hole_um2=0)))
+    with pytest.raises(SlideError):
+        plan_slide(replace(job, slide=tmp_path / "none.tiff", folder=tmp_path / "slides" / "none"))
+    assert not (tmp_path / "slides").exists()  # not even a lock of it
     monkeypatch.setattr("pipeline.slide_job.__version__", "another")
     assert refused(job) == ["fullfield"]
 
@@ -145,6 +148,14 @@ def test_what_is_missing_of_a_finished_slide_is_made_again(models: list[Path], s
     outlines, canvas = (folder / "regions.geojson").read_bytes(), open_canvas(folder / CANVAS)
     probabilities = canvas.read_probabilities(canvas.lattice.roi)
     measurements = (folder / "measurements.csv").read_bytes()
+    settings = SegmentationSettings(tile_size=128)
+    job = SlideJob("scan", scan, None, models[0].absolute(), folder, settings, TissueSettings(), TORCH)
+    for path in (folder / name for name in MADE):
+        content = path.read_bytes()
+        path.write_bytes(b"")
+        assert not is_finished(job)
+        path.write_bytes(content)
+        assert is_finished(job)
     (folder / "regions.geojson").unlink()
     (folder / "measurements.csv").write_bytes(b"")  # as a machine that lost power may leave it
     assert run(scan, models[:1], tmp_path) == 0
@@ -275,7 +286,9 @@ def test_another_smallest_region_is_followed(models: list[Path], scan: Path, tmp
     job = SlideJob("scan", scan, None, models[0].absolute(), folder, settings, TissueSettings(), TORCH)
     assert not is_finished(job)
     assert is_finished(replace(job, settings=SegmentationSettings(tile_size=128)))
-    assert is_segmented(job)
+    assert is_segmented(job) and not is_segmented(replace(job, model=models[1].absolute()))
+    canvas, half = open_canvas(folder / CANVAS), replace(job, engine=EngineSettings(backend="torch", precision="fast"))
+    assert [OpenedJob(each).provenance(canvas, 1.0)["exact"] for each in (job, half)] == [True, False]
     plan = plan_slide(job)
     assert not plan.finished and not plan.blocks
     finish_slide(job, Part("band", 0), plan.bands)  # the others are made by those who put all together
@@ -297,8 +310,10 @@ def test_outlines_are_put_together_though_another_command_has_cleared_the_bands_
     for part in (*(Part("band", band) for band in plan.bands), Part("regions")):
         finish_slide(job, part, plan.bands)
     before = [(folder / name).read_bytes() for name in made]
+    canvas = open_canvas(folder / CANVAS)
+    canvas.label_shards(0).path((0, 0)).with_name("0.5f3a.partial").touch()  # left by a writer that was killed
     seal_slide(job, plan.tissue_mm2, plan.bands)
-    assert not list(folder.glob("*.partial")) and not is_finished(job)  # there is no pyramid yet
+    assert not list(folder.rglob("*.partial")) and not is_finished(job)  # there is no pyramid yet
     finish_slide(job, Part("regions"), plan.bands)
     assert [(folder / name).read_bytes() for name in made] == before
 

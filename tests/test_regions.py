@@ -140,6 +140,14 @@ def chessboard(size: int) -> np.ndarray:
     return (np.indices((size, size + 3)).sum(axis=0) % 2).astype(np.uint8)
 
 
+def test_bands_between_which_nothing_was_examined_are_not_joined() -> None:
+    for missing in ([1], [1, 2], [0, 3]):
+        labels = np.ones((80, 30), np.uint8)
+        for band in missing:
+            labels[16 * band : 16 * (band + 1)] = IGNORED
+        check(labels, 16)
+
+
 @pytest.mark.parametrize("labels", [spiral(60), nested(61), chessboard(33), np.ones((50, 80), np.uint8)])
 @pytest.mark.parametrize("write_size", [16, 25, 128])
 def test_shapes_that_are_hard_to_join(labels: np.ndarray, write_size: int) -> None:

@@ -56,6 +56,25 @@ def test_macenko_finds_the_dyes_and_how_strong_they_are() -> None:
         assert np.linalg.norm(dye) == pytest.approx(np.percentile(held, 99), rel=0.05)
 
 
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1), (-1, -1)])
+def test_macenko_does_not_depend_on_the_signs_of_eigenvectors(
+    monkeypatch: pytest.MonkeyPatch, signs: tuple[int, int]
+) -> None:
+    """Which way an eigenvector points is up to the library, and to the processor."""
+    first, noise = np.random.default_rng(1).uniform([[0.2], [-0.1]], [[1.4], [0.1]], (2, 20_000))
+    pixels = drawn(np.stack([first, 1.6 - first + noise], axis=1), np.stack([unit(BLUE), unit(PINK)]), LIGHT)
+    expected, eigh = staining_of(pixels, LIGHT, "macenko"), np.linalg.eigh
+
+    def turned(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, vectors = eigh(matrix)
+        return values, vectors * np.array([1, *signs])
+
+    monkeypatch.setattr("pipeline.stains.np.linalg.eigh", turned)
+    found = staining_of(pixels, LIGHT, "macenko")
+    assert not found.problem
+    np.testing.assert_allclose(found.dyes, expected.dyes, atol=1e-4)
+
+
 def test_reinhard_finds_the_mean_of_every_colour() -> None:
     held = amounts(20_000) @ np.stack([unit(BLUE), unit(PINK)])
     found = staining_of(drawn(amounts(20_000), np.stack([unit(BLUE), unit(PINK)]), LIGHT), LIGHT, "reinhard")

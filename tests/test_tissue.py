@@ -16,7 +16,7 @@ from pipeline.slide import open_slide
 from pipeline.tissue import PackedTissue, Tissue, _bands_at_once, find_tissue
 
 MPP = 2.0
-BLUE, GREEN, BLACK = (35, 60, 170), (30, 140, 70), (25, 25, 28)
+BLUE, GREEN, BLACK, LIME = (35, 60, 170), (30, 140, 70), (25, 25, 28), (60, 150, 70)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_tinted_glass_is_glass(phantom, tmp_path: Path) -> None:
     assert agreement(tissue_of(tinted, tmp_path), truth) > 0.95
 
 
-@pytest.mark.parametrize("ink", [BLUE, GREEN, BLACK], ids=["blue", "green", "black"])
+@pytest.mark.parametrize("ink", [BLUE, GREEN, BLACK, LIME], ids=["blue", "green", "black", "lime"])
 def test_pen_is_no_tissue(phantom, tmp_path: Path, ink: tuple[int, int, int]) -> None:
     image, truth = phantom
     marked = image.copy()
@@ -194,6 +194,35 @@ def test_a_sample_goes_past_every_edge() -> None:
     whole = tissue.sampled(Roi(-100, -90, 300, 300), fine)
     assert (whole[90:98, 100:112] == mask.repeat(2, 0).repeat(2, 1)).all()
     assert whole[:92, :102].all() and whole[96:, 110:].all() and not whole[:92, 102:].any()
+
+
+def test_saved_tissue_comes_back(tmp_path: Path) -> None:
+    lattice = Lattice(103, 59, Mpp(8.0, 7.0))
+    tissue = Tissue(np.random.default_rng(0).random(lattice.shape) < 0.5, lattice)
+    tissue.save(tmp_path / "tissue.npz")
+    found = Tissue.load(tmp_path / "tissue.npz")
+    assert found.lattice == lattice and (found.mask == tissue.mask).all() and found.mask.dtype == bool
+    assert [path.name for path in tmp_path.iterdir()] == ["tissue.npz"]
+
+
+def test_a_scan_that_is_coarser_than_the_view_is_looked_at_as_it_is(phantom, tmp_path: Path) -> None:
+    write_slide(phantom[0][::8, ::8], tmp_path / "slide.tiff", 16.0)
+    slide = open_slide(tmp_path / "slide.tiff")
+    tissue = find_tissue(slide, TissueSettings(mpp=8.0))
+    assert tissue.lattice == slide.base and tissue.mask.shape == slide.base.shape
+    sampled = phantom[1][::8, ::8]
+    assert 2 * (tissue.mask & sampled).sum() / (tissue.mask.sum() + sampled.sum()) > 0.9
+
+
+def test_nuclei_as_dark_as_ink_are_tissue(phantom, tmp_path: Path) -> None:
+    image, truth = phantom
+    inside = ndimage.binary_erosion(truth, iterations=40)
+    row, column = np.argwhere(inside)[inside.sum() // 2].tolist()
+    marked = image.copy()
+    marked[row - 30 : row + 30, column - 30 : column + 30] = (28, 15, 66)
+    write_slide(marked, tmp_path / "slide.tiff", MPP)
+    tissue = find_tissue(open_slide(tmp_path / "slide.tiff"), TissueSettings(max_hole_um2=0))
+    assert tissue.fraction(Roi(column - 30, row - 30, 60, 60), Lattice(1501, 1203, Mpp.square(MPP))) > 0.95
 
 
 def test_packed_tissue_is_the_same_in_an_eighth_of_the_memory() -> None:

@@ -94,6 +94,11 @@ def test_tiles_are_drawn_anywhere_and_glass_as_often_as_tissue() -> None:
     assert (draw([tissue * TILE], 1500 * TILE, seed=2)[0] != chosen).any()
 
 
+def test_no_slide_is_looked_at_more_because_it_is_listed_first() -> None:
+    chosen = np.concatenate(draw([np.array([TILE])] * 400, 200 * TILE, seed=1))
+    assert chosen.sum() == 200 and 70 < chosen[:200].sum() < 130
+
+
 class Share:
     """A thread as one process of a team, which waits for the others to add up what each has counted."""
 

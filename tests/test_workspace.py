@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,26 @@ def test_what_another_command_works_at_is_not_replaced_but_waited_for(
     second.join()
     assert entered.is_set()
     assert "".join(capsys.readouterr().out.split()) == f"Waitingforanothercommandin{tmp_path / 'out'}"
+
+
+def test_what_a_command_that_was_waited_for_has_left_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_bytes(b"")
+    (tmp_path / "slides.csv").write_text("slide,patient\na.svs,P1\n")
+    ours = config(tmp_path / "out", f"cohort.manifest={tmp_path / 'slides.csv'}")
+
+    def begin() -> None:
+        with open_workspace(ours):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with alone(ours, dealt_cases(ours)):
+            write_setup(ours, dealt_cases(ours))
+            begun = pool.submit(begin)
+            with pytest.raises(TimeoutError):
+                begun.result(0.3)
+            (tmp_path / "out" / "folds.csv").touch()
+        with pytest.raises(CheckpointError, match="the results of `fullfield crossval`"):
+            begun.result(60)
 
 
 @pytest.mark.parametrize(
