@@ -139,12 +139,13 @@ def require_approval(settings: EngineSettings, model: Path) -> None:
     """Raise EngineError where a precision below exact was never approved for the model."""
     if settings.precision != "exact" and approval(settings, model) is None:
         known = _known(settings, model)
+        allow = f", and engine.max_label_change above {known[1]:g}" if known else ""
         raise EngineError(
             f"{model}, engine.precision {settings.precision}, engine.backend {settings.backend}",
             f"a way to run it that was {f'refused: {known[0]}' if known else 'never held against exact'}",
             "one that was approved on validation tissue",
             f"Run `fullfield run CONFIG engine.precision={settings.precision} engine.backend={settings.backend} "
-            f"engine.flips={str(settings.flips).lower()}` with the "
+            f"engine.flips={str(settings.flips).lower()}`{allow} with the "
             f"configuration that the model was trained with. {where_from(model)} Or say --precision exact.",
         )
 

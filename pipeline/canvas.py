@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.classes import IGNORED, Classes
-from pipeline.errors import CanvasError
+from pipeline.errors import CanvasError, OtherWayError
 from pipeline.files import new_folder, write_json
 from pipeline.geometry import Lattice, Mpp, Roi
 from pipeline.ngff import image_metadata, label_metadata, read_image_metadata
@@ -235,7 +235,8 @@ def create_canvas(
 def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas:
     """Open a canvas that exists; it reads two small files.
 
-    Raises CanvasError where there is none, and where its identity is not `identity`; None takes it whatever it is.
+    Raises CanvasError where there is none, and where its identity is not `identity` (OtherWayError where that is of the same
+    model and slide); None takes it whatever it is.
     """
     try:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
@@ -255,11 +256,12 @@ def open_canvas(path: Path, identity: Mapping[str, str] | None = None) -> Canvas
 
 def _other_identity(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> CanvasError:
     keys = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
-    return CanvasError(
+    kind = CanvasError if {"model", "slide"} & {*keys} else OtherWayError
+    return kind(
         f"{path} (made by another run)",
         ", ".join(f"{key} {found.get(key, 'absent')}" for key in keys),
         ", ".join(f"{key} {expected.get(key, 'absent')}" for key in keys),
-        "Choose another output folder, or delete this output to make it anew.",
+        f"Repeat the settings that it was made with, delete {path.parent} to make it anew, or choose another output.",
     )
 
 

@@ -40,6 +40,7 @@ _GRAPH = "network.json"
 _FILES = (_SPEC, _WEIGHTS, _GRAPH)
 _ANCESTRY = "ancestry.json"
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
+_FOLD = "fold-1/model"
 _RUN_RECORD = "lineage"  # its key in model.yaml
 _SEAL, _DIGESTS = "spec_sha256", {_GRAPH: "network", _WEIGHTS: "weights_sha256"}  # keys of digests there
 _REQUIRED, _OPTIONAL = ("fullfield", "spec"), (_SEAL, *_DIGESTS.values(), _RUN_RECORD)  # keys of model.yaml
@@ -186,14 +187,15 @@ def check_files(folder: Path) -> None:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         own = folder.is_file() and folder.name in (*_FILES, _ANCESTRY)
-        remedy = f"Give {folder.absolute().parent if own else 'the folder of the model, such as OUTPUT/model'}."
-        raise CheckpointError(str(folder), found, expected, remedy)
+        fold = folder.parent / _FOLD  # where a cross-validation's output was given, which has no model of its own
+        other = fold if fold.is_dir() else "the folder of the model, such as OUTPUT/model"
+        raise CheckpointError(str(folder), found, expected, f"Give {folder.absolute().parent if own else other}.")
     missing = [name for name in (_SPEC, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         pickles = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in _PICKLES)
         beside = f", but the pickle {pickles[0]}, which is never loaded" if pickles else ""
         found = f"no {' and no '.join(missing)}{beside}"
-        inner = next((folder / name for name in ("model", "ensemble") if (folder / name).is_dir()), None)
+        inner = next((folder / name for name in ("model", "ensemble", _FOLD) if (folder / name).is_dir()), None)
         remedy = "Give the folder of the model, OUTPUT/model, whole." if inner is None else f"Give {inner}."
         raise CheckpointError(str(folder), found, expected, remedy)
 

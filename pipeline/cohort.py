@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import CohortError
-from pipeline.files import csv_text, in_its_place, write_text
+from pipeline.files import csv_text, in_its_place, is_file, write_text
 from pipeline.geometry import MPP_RANGE
 from pipeline.settings import SPLITS
 
@@ -47,7 +47,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CohortError(str(path), f"other letters ({error})", "UTF-8", "Save it as CSV UTF-8.") from error
-    reader = csv.DictReader(io.StringIO(text), delimiter=_separator(text.partition("\n")[0]), skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator(text.partition("\n")[0]), skipinitialspace=True)
     columns, cases, problems = list[str](), list[Case](), list[str]()
     try:
         columns += [name.strip() for name in reader.fieldnames or []]
@@ -112,8 +112,8 @@ def manifest_text(cases: Sequence[Case]) -> str:
     return csv_text(COLUMNS, rows)
 
 
-def _separator(columns: str) -> str:
-    """What stands between values, by the line that names the columns."""
+def separator(columns: str) -> str:
+    """What stands between the values of a table, by the line that names its columns."""
     return next((mark for mark in ",;\t" if mark in columns), ",")
 
 
@@ -163,10 +163,10 @@ def _case(values: Mapping[str, str], folder: Path) -> Case:
 def _case_problems(case: Case, mpp: str) -> list[str]:
     """What is wrong with a case by itself, whose scale was given as `mpp`."""
     problems = []
-    if not _is_file(case.slide):
-        problems.append(f"no such slide: {case.slide}")
-    if case.annotation is not None and not _is_file(case.annotation):
-        problems.append(f"no such annotation: {case.annotation}")
+    if not is_file(case.slide):
+        problems.append(f"no such slide: {case.slide}{_turned(case.slide)}")
+    if case.annotation is not None and not is_file(case.annotation):
+        problems.append(f"no such annotation: {case.annotation}{_turned(case.annotation)}")
     if case.slide_id in (".", "..") or "/" in case.slide_id or "\\" in case.slide_id:
         problems.append(f"slide_id {case.slide_id!r} cannot name a folder")
     if case.slide_id == "pooled":
@@ -180,11 +180,10 @@ def _case_problems(case: Case, mpp: str) -> list[str]:
     return problems
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long, or a folder that may not be read
-        return False
+def _turned(path: Path) -> str:
+    """Advice where a path is as Windows writes it, and leads to a file once it is not."""
+    turned = Path(str(path).replace("\\", "/"))
+    return ": write / in place of \\" if turned != path and is_file(turned) else ""
 
 
 def _file(path: Path) -> Path:

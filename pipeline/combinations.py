@@ -26,7 +26,7 @@ class Combination:
     @property
     def overrides(self) -> list[str]:
         """What it sets, as `load_config` takes it."""
-        return [f"{key}={json.dumps(value, default=str)}" for key, value in self.values.items()]
+        return [_override(key, value) for key, value in self.values.items()]
 
 
 def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
@@ -40,7 +40,7 @@ def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ConfigError(", ".join(twice), "given twice", "each key once", "Separate its values with commas.")
-    fixed = [f"{key}={json.dumps(values[0], default=str)}" for key, values in parsed if len(values) == 1]
+    fixed = [_override(key, values[0]) for key, values in parsed if len(values) == 1]
     swept = {key: values for key, values in parsed if len(values) > 1}
     if not swept:
         expected = "a key with two values or more, such as network.width=16,32"
@@ -54,6 +54,10 @@ def combine(overrides: Sequence[str]) -> tuple[list[str], list[Combination]]:
     if alike:
         raise ConfigError(", ".join(alike), "several combinations of this name", "values that differ", "Name each once.")
     return fixed, found
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={json.dumps(value, default=str, ensure_ascii=False)}"
 
 
 def _name(keys: Collection[str], values: Sequence[Any]) -> str:

@@ -15,7 +15,13 @@ from pipeline.errors import ConfigError
 from pipeline.files import in_its_place
 from pipeline.yaml_text import called, load
 
-_WORDS = {"Value error, ": "", "Input ": "", "Tuple ": "", "a valid array": "a list", "an object": "keys and values"}
+_WORDS = {
+    "Value error, ": "",
+    "Input ": "",
+    "Tuple ": "",
+    "a valid array": "a list, such as [a, b]",
+    "an object": "keys and values",
+}
 """Words of pydantic's, and what takes their place."""
 
 

@@ -119,6 +119,10 @@ class CanvasError(FullfieldError):
     """An output on disk does not belong to this run."""
 
 
+class OtherWayError(CanvasError):
+    """An output on disk is of the same slide by the same model, but computed with other settings."""
+
+
 class TrainingError(FullfieldError):
     """There is nothing to learn from, or the loss is not finite."""
 

@@ -79,6 +79,14 @@ def name_file(error: OSError, path: Path) -> None:
         error.filename = str(path)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path leads to an ordinary file, as far as one is let to look."""
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long, or a folder that may not be read
+        return False
+
+
 def in_its_place(path: Path) -> str:
     """What there is where a path leads to no file, in words."""
     if path.is_dir():

@@ -24,6 +24,13 @@ from pipeline.errors import CohortError
 _UNITS = 1000  # into which each class, and the number of patients, are divided among the patients
 
 
+def require_patients(patients: Collection[str], folds: int) -> None:
+    """Raise CohortError where there are fewer patients than folds."""
+    if len(patients) < folds:
+        found, remedy = f"{len(patients)} with annotations", "Ask for fewer folds (--folds), or annotate more patients."
+        raise CohortError("patients to cross-validate", found, f"{folds} or more, one a fold", remedy)
+
+
 def deal_folds(content: Mapping[str, npt.NDArray[np.float64]], folds: int, seed: int) -> list[frozenset[str]]:
     """The held-out patients of each fold: each patient in one, patients and the extent of every class spread evenly.
 
@@ -35,9 +42,7 @@ def deal_folds(content: Mapping[str, npt.NDArray[np.float64]], folds: int, seed:
     from sklearn.model_selection import StratifiedGroupKFold
 
     patients = sorted(content)
-    if len(patients) < folds:
-        found, remedy = f"{len(patients)} with annotations", "Ask for fewer folds (--folds), or annotate more patients."
-        raise CohortError("patients to cross-validate", found, f"{folds} or more, one a fold", remedy)
+    require_patients(patients, folds)
     extents = np.array([[*content[patient], 1] for patient in patients], np.float64)
     totals = extents.sum(axis=0)
     units = np.ceil(extents / np.where(totals > 0, totals, 1) * _UNITS).astype(np.int64)

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import yaml
@@ -99,9 +100,18 @@ def resolve_model(reference: str, uri: str | None = None) -> Path:
 
         place = _of_run(store, reference) if reference.startswith("runs:/") else _of_registry(store, reference)
         if urlsplit(place).scheme in ("", "file"):
+            _require_there(reference, place)
             return _checkpoint_in(Path(download_artifacts(place, tracking_uri=store.address)))
         with TemporaryDirectory() as scratch:
             return _kept(_checkpoint_in(Path(download_artifacts(place, dst_path=scratch, tracking_uri=store.address))))
+
+
+def _require_there(reference: str, place: str) -> None:
+    """Raise TrackingError where the folder of this machine is gone, path or URI, in which MLflow keeps a model."""
+    folder = Path(url2pathname(urlsplit(place).path))
+    if not folder.exists():
+        remedy = "Move its output back, or give another version the alias, on MLflow's page."
+        raise TrackingError(reference, f"a model that lay in {folder}, which is gone", "the model in its place", remedy)
 
 
 def fold_references(reference: str) -> list[str]:

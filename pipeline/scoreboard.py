@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.files import replacing, write_csv, write_text
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 UNSCORED = "not scored yet"
 """The reason of a combination whose turn has not come."""
+
+_LEAST_WIDTH = 0.02  # of the axis of Dice in the picture
 
 Value = str | float | int | None
 Scores = Mapping[str, Mapping[str, float | int | None]]
@@ -103,9 +108,18 @@ def _draw(path: Path, entries: Sequence[Entry]) -> None:
         panel.set(xlabel="Dice on validation slides", title=name, yticks=places)
         panel.set_yticklabels([entry.name for entry in entries])
         panel.grid(axis="x", alpha=0.3)
+        _widen(panel)
     figure.axes[0].invert_yaxis()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
+
+
+def _widen(panel: Axes) -> None:
+    """Show at least so much of the axis of Dice that what differs by nothing lies side by side."""
+    low, high = panel.get_xlim()
+    missing = max(_LEAST_WIDTH - (high - low), 0) / 2
+    panel.set_xlim(low - missing, high + missing)
+    panel.ticklabel_format(axis="x", useOffset=False)
 
 
 def _bounds(fields: Mapping[str, float | int | None]) -> tuple[float, float, float]:

@@ -78,6 +78,16 @@ def is_segmented(job: SlideJob) -> bool:
     return bool(len(open_canvas(path).whole()) == found["tiles"])
 
 
+def require_segmented(job: SlideJob) -> None:
+    """Raise CanvasError where `is_segmented` denies it: OtherWayError where only settings differ."""
+    if is_segmented(job):
+        return
+    if (job.folder / CANVAS).exists():
+        open_canvas(job.folder / CANVAS, OpenedJob(job).identity())
+    expected = "the finished segmentation of this slide by this model"
+    raise CanvasError(str(job.folder), "none", expected, "Run `fullfield run` with this configuration.")
+
+
 def too_coarse(scanned: Mpp, wanted: float) -> str:
     """A remark where a slide is enlarged for a model that sees `wanted` um/px; empty where it need not be."""
     coarser = max(scanned.x, scanned.y)

@@ -17,12 +17,21 @@ from pipeline.truth import ClassMap
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """What `load_config` reads, if its network can be built. Raises ConfigError that names the key at fault."""
     config = load_config(path, overrides)
+    if _was_moved(path, config) and not any(override.startswith("output=") for override in overrides):
+        remedy = f"Say output={path.parent} if that was moved here; any other folder begins anew."
+        raise ConfigError(str(path), f"`output` {config.output}, which is not there", "the folder that it lies in", remedy)
     try:
         model_spec(config)
     except NetworkError as error:
         found = f"{_dotted(error.subject.removeprefix('model spec, '))}: {error.found}"
         raise ConfigError(asked(str(path), overrides), found, error.expected, _dotted(error.remedy)) from error
     return config
+
+
+def _was_moved(path: Path, config: Config) -> bool:
+    """Whether a configuration that a command left in its output, beside the cohort, names a folder that is gone."""
+    left = path.name == "config.yaml" and (path.parent / "cohort.csv").is_file()
+    return left and config.output.is_absolute() and not config.output.exists()
 
 
 def model_spec(config: Config) -> ModelSpec:

@@ -157,7 +157,7 @@ def test_another_identity_is_refused_with_what_differs(tmp_path: Path) -> None:
         open_canvas(canvas.path, {"model": "zz", "config": "b2", "device": "cpu"})
     assert caught.value.found == "device absent, model a1, slide c3"
     assert caught.value.expected == "device cpu, model zz, slide absent"
-    assert "another output folder" in caught.value.remedy
+    assert "choose another output" in caught.value.remedy
     with pytest.raises(CanvasError):  # what says less is another run as well: only a blended one says `blend`
         open_canvas(canvas.path, {"model": "a1", "config": "b2"})
 

@@ -242,6 +242,12 @@ def _graph(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
     return edit
 
 
+def _of_folds(folder: Path) -> None:
+    (folder / "fold-1").mkdir()
+    shutil.copytree(folder, folder / "fold-1" / "model", ignore=lambda *_: ["fold-1"])
+    (folder / "model.yaml").unlink()
+
+
 def _cut(folder: Path) -> None:
     whole = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -251,6 +257,7 @@ def _cut(folder: Path) -> None:
     ("damage", "word"),
     [
         (shutil.rmtree, "no such folder"),
+        (_of_folds, "Give .*/fold-1/model"),
         (lambda folder: (folder / "model.yaml").unlink(), "no model.yaml"),
         (lambda folder: (folder / "weights.safetensors").unlink(), "no weights.safetensors"),
         (lambda folder: (folder / "weights.safetensors").rename(folder / "weights.pth"), "the pickle weights.pth"),

@@ -74,6 +74,13 @@ def test_a_spreadsheet_may_write_decimal_commas_and_other_marks_between_values(t
     assert read_manifest(path) == (Case("a, b", "Müller", tmp_path / "a, b.svs", mpp=0.25),)
 
 
+def test_a_path_as_windows_writes_it_is_told_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "a.svs").touch()
+    with pytest.raises(CohortError, match=r"a\.svs: write / in place of \\"):
+        read_manifest(manifest(tmp_path, "slide\nscans\\a.svs\n"))
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     rows = ["a.svs,P1,train,,", "b.svs,P1,val,,", "c.svs,P2,trian,x.xml,no", "a.svs,P1,train,,", ",,train,,"]
     text = "\n".join(["slide,patient,split,annotation,mpp", *rows])

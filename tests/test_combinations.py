@@ -25,6 +25,11 @@ def test_the_product_of_all_values_with_names_for_folders() -> None:
     assert found[1].overrides == ["training.learning_rate=0.001", "network.width=32"]
 
 
+def test_words_are_told_as_they_were_written() -> None:
+    fixed, (first, _) = combine(["output=Läufe/sw", "network.architecture=unet,fcn"])
+    assert fixed == ['output="Läufe/sw"'] and first.overrides == ['network.architecture="unet"']
+
+
 def test_lists_words_and_keys_with_the_same_last_word() -> None:
     _, found = combine(["a.mpp=2,4", "b.mpp=[1, 2],[3]", "normalisation.method=none,reinhard"])
     assert len(found) == 8

@@ -90,7 +90,7 @@ def test_overrides_reach_any_key() -> None:
         ("training.class_weights={2024-01-01: 2}", "no plain words as keys"),
         ('output="a\\0b"', "which is no text"),
         ("segmentation.splits=[]", "`segmentation.splits`: should have at least 1 item, not [];"),
-        ("classes=null", "`classes`: should be a list, not null;"),
+        ("classes=null", "`classes`: should be a list, such as [a, b], not null;"),
         ("training=[1]", "`training`: should be keys and values, not [1];"),
         ("=3", "found nothing before `=`"),
         ("network.norm=instance", "segmentation.blend should be true"),

@@ -24,7 +24,7 @@ import pytest
 from pipeline import __version__
 from pipeline.epoch_log import EpochLog
 from pipeline.errors import CheckpointError, TrackingError
-from pipeline.registry import resolve_model
+from pipeline.registry import _require_there, resolve_model
 from pipeline.snapshot import Record
 from pipeline.store import Store, open_store
 from pipeline.tracking import Run
@@ -463,6 +463,8 @@ def test_a_model_is_stored_as_code_and_weights_and_found_by_every_name(start, tr
     model = place.parents[1]
     assert resolve_model(str(model)) == place
     assert resolve_model(str(trained)) == trained
+    with pytest.raises(TrackingError, match=r"models:/fullfield/1: found a model that lay in .*, which is gone.*Move"):
+        _require_there("models:/fullfield/1", (tmp_path / "gone").as_uri())
     endings = {path.suffix for path in model.rglob("*") if path.is_file()}
     assert endings <= {"", ".py", ".typed", ".yaml", ".json", ".txt", ".safetensors"}
     assert f"torch=={sys.modules['torch'].__version__.partition('+')[0]}" in (model / "requirements.txt").read_text()

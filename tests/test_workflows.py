@@ -352,6 +352,55 @@ def test_a_slide_that_was_damaged_later_is_left_out_of_the_figures(project: Path
     assert f"left out {other.slide_id}: {picture}: found a folder" in log.replace("\n", " ")
 
 
+def test_figures_of_what_lies_there_stay_where_another_way_is_asked_for(project: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(project / "out", tmp_path / "out"))
+    figures = {name: (output / name).read_bytes() for name in ("metrics.json", "confusions.json", "reliability.png")}
+    for command in ("evaluate", "run"):
+        log = fullfield(command, project / "config.yaml", f"output={output}", "engine.flips=true", code=1).replace("\n", " ")
+        assert "earlier figures stay" in log and "found engine " in log and f"delete {output}/slides/" in log
+        assert {name: (output / name).read_bytes() for name in figures} == figures
+    fullfield("evaluate", project / "config.yaml", f"output={output}")
+    assert {name: (output / name).read_bytes() for name in figures} == figures
+
+
+def test_slides_of_which_none_is_there_are_refused_before_anything_is_begun(project: Path, tmp_path: Path) -> None:
+    common = ("--model", project / "out" / "model", "--output", tmp_path / "out", "--workers", 0)
+    for missing, told in (("*.ndpi", "A pattern that meets no file"), ("none.svs", "no such file"), (".", "a folder")):
+        assert told in fullfield("segment", tmp_path / missing, *common, code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_of_slides_that_a_spreadsheet_has_saved_is_gone_on_with(project: Path, tmp_path: Path) -> None:
+    slides, listed = [project / "cohort" / f"phantom-0{number}.tiff" for number in (1, 2)], tmp_path / "slides.csv"
+    common = ("--model", project / "out" / "model", "--output", tmp_path, "--workers", 0)
+    fullfield("segment", slides[0], *common)
+    first = listed.read_text()
+    listed.write_text(first.replace(",", ";"), encoding="utf-8-sig")
+    fullfield("segment", slides[1], *common)
+    assert listed.read_text().startswith(first) and len(listed.read_text().splitlines()) == 3
+
+
+def test_what_the_manifest_alone_tells_is_told_before_slides_are_read(project: Path, tmp_path: Path) -> None:
+    rows = (project / "out" / "cohort.csv").read_text().splitlines()
+    (tmp_path / "cohort.csv").write_text("\n".join(rows).replace(",train,", ",test,").replace(",val,", ",test,"))
+    overrides = (f"output={tmp_path / 'out'}", f"cohort.manifest={tmp_path / 'cohort.csv'}")
+    log = fullfield("run", project / "config.yaml", *overrides, code=1).replace("\n", " ")
+    assert "no annotated slide with the split `train`, and 3 with another" in log
+    assert "3 or more" not in log and not (tmp_path / "out" / "tiles.parquet").exists()
+    overrides = (f"output={tmp_path / 'cv'}", f"cohort.manifest={project / 'out' / 'cohort.csv'}")
+    assert "9 or more" in fullfield("crossval", project / "config.yaml", *overrides, "--folds", 9, code=1)
+    assert not (tmp_path / "cv" / "tiles.parquet").exists()
+
+
+def test_a_configuration_of_a_moved_output_is_told_to_be_one(project: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(project / "out", moved)
+    path = moved / "config.yaml"
+    path.write_text(path.read_text().replace(str(project / "out"), str(tmp_path / "gone")))
+    assert f"Say output={moved}" in fullfield("evaluate", path, code=1).replace("\n", " ")
+    assert fullfield("evaluate", path, f"output={moved}")
+
+
 def test_what_was_counted_on_a_slide_is_taken_until_anything_changes_on_which_it_depends(
     project: Path, tmp_path: Path
 ) -> None:

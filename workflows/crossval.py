@@ -22,7 +22,7 @@ from pipeline.cohort import Case, read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import CheckpointError
 from pipeline.files import put_aside, write_csv
-from pipeline.folds import deal_folds, fold_cases
+from pipeline.folds import deal_folds, fold_cases, require_patients
 from pipeline.geometry import Mpp
 from pipeline.inputs import check_output
 from pipeline.lineage import write_parts
@@ -50,7 +50,9 @@ def crossval(path: Path, overrides: Sequence[str], folds: int) -> int:
     for cohort in sorted(config.output.glob("fold-*/cohort.csv")):
         check_output(_part(config, cohort.parent), read_manifest(cohort))
     with open_workspace(config, own="folds.csv") as workspace:
+        require_patients({case.patient for case in _candidates(workspace)}, folds)
         failures = [tile_cohort(workspace)]
+        console.print("folds.csv says who is held out, whatever split these areas are in")
         parts = _write_folds(workspace, folds)
         workspace.run.log_config(workspace.config.to_yaml(), workspace.config.digest())
         _train_ahead(workspace, parts)

@@ -17,7 +17,7 @@ from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.errors import CanvasError, why
+from pipeline.errors import OtherWayError, why
 from pipeline.files import file_digest, put_aside, write_csv, write_json
 from pipeline.folder import require_output
 from pipeline.geometry import Mpp
@@ -28,7 +28,7 @@ from pipeline.pictures import PICTURE_PIXELS, truth_beside_prediction, write_png
 from pipeline.progress import console, new_table, progress, show
 from pipeline.settings import SPLITS
 from pipeline.slide import open_slide
-from pipeline.slide_job import ASSESSMENT, CANVAS, PROVENANCE, TRUTH, SlideJob, is_segmented
+from pipeline.slide_job import ASSESSMENT, CANVAS, PROVENANCE, TRUTH, SlideJob, require_segmented
 from pipeline.sources import case_truth
 from pipeline.specs import read_config, rest_index
 from pipeline.tally import FILE as TALLY
@@ -84,8 +84,11 @@ def evaluate(path: Path, overrides: Sequence[str]) -> int:
 
 
 def evaluate_cohort(workspace: Workspace) -> int:
-    """Write metrics, calibration and pictures of every annotated slide that was segmented; 1 where one was not."""
-    config, rows, left_out = workspace.config, list[SlideAssessment](), list[str]()
+    """Write metrics, calibration and pictures of every annotated slide that was segmented; 1 where one was not.
+
+    Where all were segmented with other settings, by the same model, earlier figures stay.
+    """
+    config, rows, left_out, otherwise = workspace.config, list[SlideAssessment](), list[str](), False
     cases = workspace.annotated(config.segmentation.splits)
     for case in cases:
         workspace.cluster.submit(case, assess_case, case, config)
@@ -97,7 +100,11 @@ def evaluate_cohort(workspace: Workspace) -> int:
             else:
                 console.print(f"evaluate: left out {case.slide_id}: {why(outcome.error, slide_job(case, config).folder)}")
                 left_out.append(case.slide_id)
+                otherwise |= isinstance(outcome.error, OtherWayError)
             bar.advance()
+    if otherwise and not rows:
+        console.print("evaluate: earlier figures stay, which are of what lies there")
+        return 1
     workspace.run.note_names(LEFT_OUT, sorted(left_out))
     if rows:
         _publish(workspace, sorted(rows, key=lambda row: row.slide_id))
@@ -127,12 +134,7 @@ def assess_case(case: Case, config: Config) -> Assessment:
     Raises CanvasError where the slide is not segmented.
     """
     job = slide_job(case, config)
-    if not is_segmented(job):
-        expected = "the finished segmentation of this slide by this model"
-        remedy = (
-            "Run `fullfield run` with this configuration; where it says `made by another run`, delete this folder first."
-        )
-        raise CanvasError(str(job.folder), "none", expected, remedy)
+    require_segmented(job)
     kept, picture, made_from = job.folder / ASSESSMENT, job.folder / TRUTH, _made_from(case, config, job)
     found = read_assessment(kept, made_from) if picture.is_file() else None
     if found is None:

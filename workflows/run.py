@@ -13,7 +13,7 @@ from pipeline.workspace import Workspace, log_inputs, open_workspace
 from workflows.evaluate import evaluate_cohort
 from workflows.segment import segment_cohort
 from workflows.tile import tile_cohort
-from workflows.train import train_model
+from workflows.train import require_examples, train_model
 
 
 def run(path: Path, overrides: Sequence[str]) -> int:
@@ -37,5 +37,6 @@ def run_config(config: Config) -> int:
 def run_stages(workspace: Workspace) -> int:
     """Run every stage in an open workspace; returns 1 where a slide failed, else 0."""
     log_inputs(workspace)
+    require_examples(workspace)
     failures = [stage(workspace) for stage in (tile_cohort, train_model, segment_cohort, evaluate_cohort)]
     return 1 if any(failures) else 0

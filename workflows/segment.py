@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 from pipeline import ensemble
 from pipeline.cluster import connect
-from pipeline.cohort import LONGEST_ID
+from pipeline.cohort import LONGEST_ID, separator
 from pipeline.errors import CheckpointError, CohortError
-from pipeline.files import as_unicode, locked, put_aside, write_csv
+from pipeline.files import as_unicode, in_its_place, is_file, locked, put_aside, write_csv
 from pipeline.geometry import Mpp
+from pipeline.grid import round_up
 from pipeline.lineage import add_models, cases_facts, models_facts, note_used
 from pipeline.progress import console, progress
 from pipeline.registry import fold_references, resolve_model
@@ -57,6 +58,7 @@ def segment(
     """
     output = output.absolute()
     _check_names(slides)
+    _check_there(slides)
     folders = [resolve_model(each).absolute() for model in models for each in fold_references(model)]
     found = [member for folder in folders for member in _checkpoints(folder)]
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
@@ -92,6 +94,16 @@ def _check_names(slides: Sequence[Path]) -> None:
         expected = "names that differ, and not in capital letters or the encoding of accents alone"
         remedy = "Name each slide once, link to one by another name, or use two outputs."
         raise CohortError("fullfield segment", shared, expected, remedy)
+
+
+def _check_there(slides: Sequence[Path]) -> None:
+    """Raise CohortError where no slide is there at all, or a pattern has met nothing, so that the shell left it as it is."""
+    missing = [slide for slide in slides if not is_file(slide)]
+    patterns = [slide for slide in missing if set("*?") & set(slide.name)]
+    if patterns or len(missing) == len(slides):
+        which = (patterns or missing)[0]
+        remedy = "A pattern that meets no file stands for nothing: correct it." if patterns else "Correct the path."
+        raise CohortError(str(which), in_its_place(which), "a slide", remedy)
 
 
 def _jobs(
@@ -187,7 +199,7 @@ def run_jobs(
     slides that state no scale: of those that do, rows tell that it is not used.
     """
     jobs = with_tile_sizes(jobs, cluster, memory_gib)
-    sizes = sorted({job_tile_size(job) for job in jobs})
+    sizes = sorted({round_up(job_tile_size(job), ensemble.load_spec(job.model).stride) for job in jobs})
     console.print(f"Tiles of {', '.join(map(str, sizes))} px")
     rows, started, megapixels = dict[str, Row](), time.monotonic(), 0.0
     with progress("segment: blocks", 0) as bar:
@@ -243,8 +255,10 @@ def _read_rows(path: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have saved it
+            first = file.readline()
+            file.seek(0)
+            rows = list(csv.DictReader(file, delimiter=separator(first)))
         if rows and all(list(row) == names for row in rows):
             return {row["slide_id"]: row for row in rows}
     except (UnicodeDecodeError, csv.Error):

@@ -94,6 +94,15 @@ def _describe(workspace: Workspace, cost: Mapping[str, Any]) -> Path:
     return write_lineage(workspace.output, {**facts, **cost})
 
 
+def require_examples(workspace: Workspace) -> None:
+    """Raise TrainingError where the manifest alone tells that there is nothing to learn from, before slides are read."""
+    if not workspace.model.exists() and not workspace.annotated(("train",)):
+        others = len(workspace.annotated(("val", "test")))
+        remedy = "Annotate slides to train on, or give some that are annotated the split `train`."
+        found = f"no annotated slide with the split `train`, and {others} with another"
+        raise TrainingError(str(workspace.config.cohort.manifest), found, "one or more", remedy)
+
+
 def fit_arguments(workspace: Workspace) -> tuple[Config, Sequence[Case], Path, Path, str]:
     """What `fit` is called with for a workspace whose tiles are there; an interrupted training is taken up, and said so.
 
