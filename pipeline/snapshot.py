@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _KEY = "fullfield.training"
+_LENGTH = 8  # bytes that tell the length of the header, with which a file of safetensors begins
 _SHOWN = 4  # differences that are named
 
 
@@ -114,10 +115,12 @@ def load(path: Path) -> tuple[Standing, dict[str, torch.Tensor]]:
 
     Raises TrainingError.
     """
-    from safetensors import safe_open
+    from safetensors.torch import load as tensors_of
 
-    with _whole(path), safe_open(path, "pt") as file:
-        return _standing(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    with _whole(path):
+        content = path.read_bytes()  # at once: safe_open would look the file up again by its name for torch
+        header = json.loads(content[_LENGTH : _LENGTH + int.from_bytes(content[:_LENGTH], "little")])
+        return _standing(header["__metadata__"]), tensors_of(content)
 
 
 @contextmanager
