@@ -15,6 +15,9 @@ from pipeline.errors import ConfigError
 from pipeline.files import in_its_place
 from pipeline.yaml_text import called, load
 
+WRITTEN = "# Written by Fullfield, which replaces it: what you want to keep belongs into a file of another name.\n"
+"""The first line of the configuration that a command leaves in its output."""
+
 _WORDS = {
     "Value error, ": "",
     "Input ": "",

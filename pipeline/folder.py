@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.cohort import Case, manifest_text, write_manifest
 from pipeline.config import Config
+from pipeline.config_file import WRITTEN
 from pipeline.errors import CheckpointError, CohortError
 from pipeline.files import as_unicode, locked, write_text
 from pipeline.inputs import check_at_work
@@ -16,7 +17,6 @@ from pipeline.progress import console
 TABLES = {"folds.csv": "crossval", "sweep.csv": "sweep"}
 """The table that each kind of work of many runs leaves in its output, and the command of that work."""
 
-_WRITTEN = "# Written by Fullfield, which replaces it: what you want to keep belongs into a file of another name.\n"
 _ELSEWHERE = "choose another `output`, for instance output=runs/mine (--output of `fullfield reproduce`)."
 _RESULTS = ("slides.csv", "metrics.csv", "calibration.csv", *TABLES)
 
@@ -42,14 +42,14 @@ def write_setup(config: Config, cases: Sequence[Case]) -> None:
     """
     check_files(config, cases)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_text(config.output / "config.yaml", _WRITTEN + config.to_yaml())  # first: it says whose the other one is
+    write_text(config.output / "config.yaml", WRITTEN + config.to_yaml())  # first: it says whose the other one is
     write_manifest(config.output / "cohort.csv", cases)
 
 
 def check_files(config: Config, cases: Sequence[Case]) -> None:
     """Raise CohortError where files are in the output that Fullfield did not write, and would replace."""
     own, dealt, manifest = config.output / "config.yaml", config.output / "cohort.csv", config.cohort.manifest
-    written = own.is_file() and own.read_bytes().startswith(_WRITTEN.encode())
+    written = own.is_file() and own.read_bytes().startswith(WRITTEN.encode())
     theirs = [own] if own.exists() and not written else []
     another = not _may_hold(dealt, manifest_text(cases))
     if another and not written:

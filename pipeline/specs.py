@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.config_file import asked, load_config
+from pipeline.config_file import WRITTEN, asked, load_config
 from pipeline.errors import ConfigError, NetworkError
 from pipeline.network import ModelSpec
 from pipeline.settings import NetworkSettings, TileSettings
@@ -29,9 +29,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _was_moved(path: Path, config: Config) -> bool:
-    """Whether a configuration that a command left in its output, beside the cohort, names a folder that is gone."""
-    left = path.name == "config.yaml" and (path.parent / "cohort.csv").is_file()
-    return left and config.output.is_absolute() and not config.output.exists()
+    """Whether a configuration that a command left in its output names a folder that is gone."""
+    return path.read_bytes().startswith(WRITTEN.encode()) and not config.output.exists()
 
 
 def model_spec(config: Config) -> ModelSpec:

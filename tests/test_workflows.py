@@ -357,8 +357,10 @@ def test_figures_of_what_lies_there_stay_where_another_way_is_asked_for(project:
     figures = {name: (output / name).read_bytes() for name in ("metrics.json", "confusions.json", "reliability.png")}
     for command in ("evaluate", "run"):
         log = fullfield(command, project / "config.yaml", f"output={output}", "engine.flips=true", code=1).replace("\n", " ")
-        assert "earlier figures stay" in log and "found engine " in log and f"delete {output}/slides/" in log
+        assert "figures that are there stay" in log and "found engine " in log and f"delete {output}/slides/" in log
         assert {name: (output / name).read_bytes() for name in figures} == figures
+    log = fullfield("evaluate", project / "config.yaml", f"output={output}", "engine.precision=fastest", code=1)
+    assert "figures that are there stay" in log.replace("\n", " ")
     fullfield("evaluate", project / "config.yaml", f"output={output}")
     assert {name: (output / name).read_bytes() for name in figures} == figures
 

@@ -17,7 +17,7 @@ from pipeline.calibration import draw_reliability, reliability_rows
 from pipeline.canvas import Canvas, open_canvas
 from pipeline.cohort import Case
 from pipeline.config import Config
-from pipeline.errors import OtherWayError, why
+from pipeline.errors import EngineError, OtherWayError, why
 from pipeline.files import file_digest, put_aside, write_csv, write_json
 from pipeline.folder import require_output
 from pipeline.geometry import Mpp
@@ -86,7 +86,7 @@ def evaluate(path: Path, overrides: Sequence[str]) -> int:
 def evaluate_cohort(workspace: Workspace) -> int:
     """Write metrics, calibration and pictures of every annotated slide that was segmented; 1 where one was not.
 
-    Where all were segmented with other settings, by the same model, earlier figures stay.
+    Where all were segmented with other settings, by the same model, or cannot have been with these, earlier figures stay.
     """
     config, rows, left_out, otherwise = workspace.config, list[SlideAssessment](), list[str](), False
     cases = workspace.annotated(config.segmentation.splits)
@@ -100,10 +100,10 @@ def evaluate_cohort(workspace: Workspace) -> int:
             else:
                 console.print(f"evaluate: left out {case.slide_id}: {why(outcome.error, slide_job(case, config).folder)}")
                 left_out.append(case.slide_id)
-                otherwise |= isinstance(outcome.error, OtherWayError)
+                otherwise |= isinstance(outcome.error, OtherWayError | EngineError)
             bar.advance()
     if otherwise and not rows:
-        console.print("evaluate: earlier figures stay, which are of what lies there")
+        console.print("evaluate: figures that are there stay: they are not of these settings")
         return 1
     workspace.run.note_names(LEFT_OUT, sorted(left_out))
     if rows:

@@ -58,7 +58,8 @@ def segment(
     """
     output = output.absolute()
     _check_names(slides)
-    _check_there(slides)
+    if where.scheduler is None:  # else workers may see what this machine does not
+        _check_there(slides)
     folders = [resolve_model(each).absolute() for model in models for each in fold_references(model)]
     found = [member for folder in folders for member in _checkpoints(folder)]
     spec, engine = ensemble.common_spec(found), with_flips(engine, found[0], flips)
