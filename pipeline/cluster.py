@@ -32,6 +32,7 @@ _REPLACED = {"distributed.deploy.lost-worker-timeout": "365 days"}
 """By default a worker that is not back 15 s after it died, since it died again or starts slowly, is given up for ever."""
 _UNHURRIED = {"distributed.scheduler.worker-saturation": 1.0}
 """By default a worker that has work is sent the next task already, where it waits although another has nothing to do."""
+_PATIENCE = "20s"  # for a scheduler to answer, or to come back
 _DEATHS = 2  # of local workers, before a task is tried alone, and again before it is given up
 
 
@@ -70,7 +71,7 @@ def _client(scheduler: str) -> Any:
     from distributed import Client
 
     try:
-        return Client(scheduler, timeout="20s")
+        return Client(scheduler, timeout=_PATIENCE)
     except (OSError, ValueError, TypeError) as error:  # the last for tls:// where Dask knows no certificate
         remedy = "Start one with `dask scheduler`, or leave `cluster.scheduler` out for workers on this machine."
         raise ClusterError(f"cluster.scheduler {scheduler}", f"no answer ({error})", "a Dask scheduler", remedy) from error

@@ -338,9 +338,10 @@ def count_slowly() -> Iterator[int]:
     yield nap(1)
 
 
-def test_a_scheduler_that_is_lost_before_it_has_workers_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_scheduler_that_is_lost_before_it_has_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
+    monkeypatch.setattr("pipeline.cluster._PATIENCE", "3s")
     local = LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None)
     end = threading.Timer(2, local.close)
     end.start()
