@@ -17,7 +17,7 @@ from pipeline.grid import round_up
 from pipeline.metrics import confusion, ratios
 from pipeline.patches import PatchIndex, Source, first_read, patch_roi
 from pipeline.stitching import usual
-from pipeline.tissue import Tissue
+from pipeline.tissue import PackedTissue, Tissue
 from pipeline.validation import KNOWN_TILE, Opened, Part, plan_validation
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _PATCHES = 100  # for calibration: figures no longer change with more
 def measure_deviation(
     exact: Engine, other: Engine, slides: Mapping[str, Opened], most: int, seed: int
 ) -> tuple[Deviation, list[str]]:
-    """Run both engines over tissue of the slides of which something is known, each opened in its turn, and compare.
+    """Run both engines over tissue of the slides of which something is known, each opened once, and compare.
 
     That is all such tissue, or no more than `most` pixels of tiles, drawn as those that validate are. A pixel for which one
     of them has no number has changed, and infinitely. Returns also the slides that cannot be read, of which nothing is
@@ -38,13 +38,19 @@ def measure_deviation(
     """
     from pipeline.team import Alone
 
-    both, classes = _Both(exact, other), len(exact.spec.classes)
+    both, classes, tissues = _Both(exact, other), len(exact.spec.classes), dict[str, PackedTissue]()
+
+    def opened(name: str) -> tuple[Source, Tissue]:
+        source, tissue = slides[name]()
+        tissues[name] = PackedTissue.of(tissue)  # which would else be looked for once more
+        return source, tissue
+
     counts, pixels, changed, largest = np.zeros((2, classes, classes + 1), np.int64), 0, 0, 0.0
-    looked_at = plan_validation(slides, exact.spec, most, seed, Alone())
+    looked_at = plan_validation({name: partial(opened, name) for name in slides}, exact.spec, most, seed, Alone())
     unread = set(looked_at.unread)
     for name, part in looked_at.parts.items():
         try:
-            found = list(_compared(both, part, slides[name]()[1]))
+            found = list(_compared(both, part, tissues[name]))
         except SlideError:
             unread.add(name)
             continue
@@ -68,7 +74,7 @@ class _Compared:
     largest: float
 
 
-def _compared(both: _Both, part: Part, tissue: Tissue) -> Iterator[_Compared]:
+def _compared(both: _Both, part: Part, tissue: PackedTissue) -> Iterator[_Compared]:
     """The tiles of one slide that are looked at, as far as tissue is known in them."""
     spec, way, classes, source = both.spec, usual(both.spec), len(both.spec.classes), part.source
     grid, lattice = way.grid(source.lattice, KNOWN_TILE), source.lattice.shrink(spec.output_stride)

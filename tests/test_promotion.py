@@ -250,8 +250,7 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store.db")
     changed = [case for case in cases.values() if case.split == "test"]
     shutil.copy(changed[0].slide, tmp_path / "kept.tiff")
-    annotation = changed[1].annotation
-    text = annotation.read_text()
+    text = (annotation := changed[1].annotation).read_text()
     try:
         changed[0].slide.unlink()
         annotation.write_text(text + "\n")
@@ -263,7 +262,12 @@ def test_a_run_tells_what_it_is_made_of_and_is_made_again(
     assert len(said) == 2 and f"slide of {changed[0].slide_id}" in said[0] and said[0].endswith("cannot be read")
     assert f"annotation of {changed[1].slide_id}" in said[1]
     check_evaluation_is_told(good, annotation)
-    assert reproduce(str(good), again) == 0, "once more into its own folder, which is as it was"
+
+
+def test_a_run_is_made_again_into_no_folder_of_something_else(good: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    for _ in range(2):  # the second time into its own folder, which is as it was
+        assert reproduce(str(good), again) == 0
     (again / "cohort.csv").write_text((again / "cohort.csv").read_text().replace(",train,", ",val,"))
     with pytest.raises(CohortError, match=r"cohort.csv: found another cohort than the one to be .* \(--output of"):
         reproduce(str(good), again)
