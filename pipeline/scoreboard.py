@@ -120,6 +120,7 @@ def _widen(panel: Axes) -> None:
     missing = max(_LEAST_WIDTH - (high - low), 0) / 2
     panel.set_xlim(low - missing, high + missing)
     panel.ticklabel_format(axis="x", useOffset=False)
+    panel.locator_params(axis="x", nbins=4)  # of numbers that have four digits, no more fit side by side
 
 
 def _bounds(fields: Mapping[str, float | int | None]) -> tuple[float, float, float]:
